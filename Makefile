@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: venv train test lint types clean
+
+venv: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The run lies in runs/quick; the one before it is replaced.
+train: venv
+	rm -rf runs/quick
+	$(BIN)/python train_meta.py quick --out runs/quick
+	$(BIN)/python eval_meta.py runs/quick --out results/quick
+
+test: venv
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

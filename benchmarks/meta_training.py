@@ -1,0 +1,159 @@
+"""Cost of one trajectory-step of meta-training (unroll, backward, clipping, Adam).
+
+python benchmarks/meta_training.py --json results/benchmarks/meta_training.json
+
+In one run, so that ratios hold on a noisy machine: the naive one-trajectory loop (tests/naive.py),
+this package at several batches in float32 and bf16, and the matrix products alone: what the same
+LSTM products, forward and backward, take at that batch when nothing else is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from naive import NaiveLearner  # noqa: E402
+
+from metatele.checkpoint import versions  # noqa: E402
+from metatele.config import preset  # noqa: E402
+from metatele.metaopt import MetaOptimizer  # noqa: E402
+from metatele.tasks import Regression  # noqa: E402
+from metatele.training.trainer import MetaTrainer  # noqa: E402
+
+UNROLL = 10
+
+
+def seconds(run: Callable[[], object], repeats: int) -> float:
+    """Median wall-clock of ``run`` after one warm-up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def naive_ms(repeats: int) -> float:
+    """One window of the naive loop: unroll, backward, Adam; with the cheapest group element, I + T."""
+    config = preset("paper", parametrisation="first-order")
+    learner = NaiveLearner(MetaOptimizer(config.method, config.task))
+    adam = torch.optim.Adam(learner.parameters(), lr=1e-4)
+    problem = Regression(config.task).sample(0, "train", [0])
+
+    def window() -> None:
+        _, losses = learner.run(problem.initial[0], problem.inputs[0], problem.targets[0], UNROLL)
+        adam.zero_grad()
+        torch.stack(losses).sum().backward()
+        adam.step()
+
+    return 1e3 * seconds(window, repeats) / UNROLL
+
+
+def trainer_ms(batch: int, precision: str, device: str, repeats: int) -> float:
+    """The package's own training step."""
+    config = preset("paper", batch=batch, precision=precision, unroll=UNROLL, horizon=100, trajectories=10**9, clip=1.0)
+    trainer = MetaTrainer(config, device)
+    return 1e3 * seconds(trainer.step, repeats) / (UNROLL * batch)
+
+
+def products_ms(batch: int, precision: str, device: str, repeats: int) -> tuple[float, float]:
+    """The window's matrix products alone, as ms per trajectory-step, and their rate in GFLOP/s."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    config = preset("paper")
+    optimizer = MetaOptimizer(config.method, config.task)
+    jobs: list[tuple[Callable[[], object], int]] = []
+    flops = 0
+    for lstm in optimizer.lstms:
+        for layer, weight in enumerate([*lstm.weights, lstm.head_weight]):
+            w = weight.detach().to(device, dtype)
+            x = torch.randn(batch, w.shape[1], device=device).to(dtype)
+            g = torch.randn(batch, w.shape[0], device=device).to(dtype)
+            xs, gs = x.repeat(UNROLL, 1), g.repeat(UNROLL, 1)
+            part = w[:, -lstm.hidden :] if layer == 0 else w  # the gradient input is a constant
+            jobs.append((lambda x=x, w=w: x @ w.t(), UNROLL))
+            jobs.append((lambda g=g, part=part: g @ part, UNROLL))
+            jobs.append((lambda xs=xs, gs=gs: gs.t() @ xs, 1))
+            flops += 2 * batch * UNROLL * (2 * w.numel() + part.numel())
+
+    def window() -> None:
+        for job, times in jobs:
+            for _ in range(times):
+                job()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    spent = seconds(window, repeats)
+    return 1e3 * spent / (UNROLL * batch), flops / spent / 1e9
+
+
+def main() -> None:
+    """Print the table; write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    naive = naive_ms(args.repeats)
+    print(f"naive, batch 1: {naive:.2f} ms per trajectory-step")
+    print(
+        f"{'precision':>9} {'batch':>5} {'ms/step':>8} {'naive/ours':>10} {'products':>9} {'GFLOP/s':>8} {'share':>6}"
+    )
+    rows = []
+    for precision in ("float32", "bf16"):
+        for batch in args.batches:
+            # Interleave the two arms, so that a slow minute of the machine hits both.
+            ours, alone = [], []
+            for _ in range(3):
+                ours.append(trainer_ms(batch, precision, args.device, args.repeats // 3))
+                alone.append(products_ms(batch, precision, args.device, args.repeats // 3))
+            ms, (products, rate) = statistics.median(ours), sorted(alone)[1]
+            rows.append(
+                {
+                    "precision": precision,
+                    "batch": batch,
+                    "ms_per_trajectory_step": ms,
+                    "products_ms_per_trajectory_step": products,
+                    "products_gflops": rate,
+                    "share_of_product_rate": products / ms,
+                    "naive_over_ours": naive / ms,
+                }
+            )
+            print(
+                f"{precision:>9} {batch:>5} {ms:>8.4f} {naive / ms:>10.1f} {products:>9.4f} {rate:>8.0f} {products / ms:>6.2f}"
+            )
+    again = naive_ms(args.repeats)
+    print(f"naive, measured again at the end: {again:.2f} ms")
+    result = {
+        "naive_ms_per_trajectory_step": naive,
+        "naive_ms_again_at_the_end": again,
+        "rows": rows,
+        "environment": {
+            **versions(),
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": args.device,
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
+    }
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

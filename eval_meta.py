@@ -1,0 +1,10 @@
+"""Evaluate meta-trained optimizers on held-out trajectories, beside tuned standard optimizers.
+
+python eval_meta.py runs/quick runs/other --trajectories 64 --steps 100 --seed 1 --out results/quick
+"""
+
+from metatele.cli.common import run_program
+from metatele.cli.evaluate import main
+
+if __name__ == "__main__":
+    run_program(main, "eval_meta.py")

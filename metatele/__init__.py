@@ -1,0 +1,36 @@
+"""Optimization with parameter symmetries: teleport a network along its loss level set.
+
+Names are imported when first used, so that the command line answers before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from metatele.checkpoint import Checkpoint, load, save
+    from metatele.metaopt import MetaOptimizer
+    from metatele.optim.learned import LearnedOptimizer
+
+_HOME = {
+    "Checkpoint": "metatele.checkpoint",
+    "LearnedOptimizer": "metatele.optim.learned",
+    "MetaOptimizer": "metatele.metaopt",
+    "load": "metatele.checkpoint",
+    "save": "metatele.checkpoint",
+}
+
+__all__ = ["Checkpoint", "LearnedOptimizer", "MetaOptimizer", "__version__", "load", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'metatele' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,272 @@
+"""Activation functions with what the symmetries need: inverse, range and three derivatives.
+
+The exact action needs the inverse, positive rescaling needs positive homogeneity, and the
+curvature of level-set curves needs derivatives up to the third order.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metatele.errors import ConfigError, NotExactError
+
+
+@dataclass(frozen=True)
+class Activation(ABC):
+    """An elementwise function with its derivatives and, where it exists, its inverse.
+
+    Attributes:
+        name: Key in :func:`activation`.
+        range: Open interval of values; the exact action must stay inside it.
+        invertible: Whether :meth:`inverse` exists on ``range``.
+        positively_homogeneous: Whether ``f(c z) = c f(z)`` for every ``c > 0``.
+
+    Example:
+        >>> f = LeakyReLU(0.1)
+        >>> f.inverse(f(torch.tensor([-2.0, 3.0])))
+        tensor([-2.,  3.])
+    """
+
+    name: ClassVar[str]
+    range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+    invertible: ClassVar[bool] = True
+    positively_homogeneous: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, z: Tensor) -> Tensor:
+        """Value at ``z``."""
+
+    @abstractmethod
+    def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """First, second and third derivative at ``z``."""
+
+    def derivative(self, z: Tensor) -> Tensor:
+        """First derivative at ``z``."""
+        return self.derivatives(z)[0]
+
+    def inverse(self, a: Tensor) -> Tensor:
+        """The ``z`` with ``f(z) = a``; ``a`` must lie in :attr:`range`.
+
+        Raises:
+            NotExactError: The function has no inverse, or ``a`` leaves its range.
+        """
+        if not self.invertible:
+            raise NotExactError(f"{self.describe()} has no inverse: {self._why_not_invertible()}")
+        low, high = self.range
+        if (math.isfinite(low) or math.isfinite(high)) and not bool(((a > low) & (a < high)).all()):
+            raise NotExactError(
+                f"a value lies outside the range ({low:g}, {high:g}) of {self.describe()}, "
+                "so it has no preimage; use a smaller group element"
+            )
+        return self._inverse(a)
+
+    def _inverse(self, a: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _why_not_invertible(self) -> str:
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Specification that :func:`activation` turns back into this object."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class Identity(Activation):
+    """``f(z) = z``."""
+
+    name: ClassVar[str] = "identity"
+    positively_homogeneous: ClassVar[bool] = True
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Value at ``z``."""
+        return z
+
+    def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """1, 0, 0."""
+        zero = torch.zeros_like(z)
+        return torch.ones_like(z), zero, zero
+
+    def _inverse(self, a: Tensor) -> Tensor:
+        return a
+
+
+@dataclass(frozen=True)
+class LeakyReLU(Activation):
+    """``f(z) = z`` for ``z > 0``, else ``slope · z``.
+
+    Args:
+        slope: Slope for negative ``z``; must be positive, or the function has no inverse.
+    """
+
+    slope: float = 0.01
+    name: ClassVar[str] = "leaky_relu"
+    positively_homogeneous: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse slopes without an inverse."""
+        if not 0 < self.slope < math.inf:
+            raise ConfigError(f"slope of leaky_relu must be positive, got {self.slope}")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Value at ``z``."""
+        return F.leaky_relu(z, self.slope)
+
+    def derivative(self, z: Tensor) -> Tensor:
+        """1 or ``slope``; the left derivative at 0."""
+        return (z > 0).to(z.dtype) * (1.0 - self.slope) + self.slope
+
+    def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """1 or ``slope``, then zeros (the kink has measure zero)."""
+        zero = torch.zeros_like(z)
+        return self.derivative(z), zero, zero
+
+    def _inverse(self, a: Tensor) -> Tensor:
+        return F.leaky_relu(a, 1.0 / self.slope)
+
+    def describe(self) -> str:
+        """Name and slope."""
+        return f"{self.name}:{self.slope:g}"
+
+
+@dataclass(frozen=True)
+class ReLU(Activation):
+    """``f(z) = max(z, 0)``; positive rescaling is its only symmetry here."""
+
+    name: ClassVar[str] = "relu"
+    range: ClassVar[tuple[float, float]] = (0.0, math.inf)
+    invertible: ClassVar[bool] = False
+    positively_homogeneous: ClassVar[bool] = True
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Value at ``z``."""
+        return torch.relu(z)
+
+    def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Step function, then zeros."""
+        zero = torch.zeros_like(z)
+        return (z > 0).to(z.dtype), zero, zero
+
+    def _why_not_invertible(self) -> str:
+        return "it maps every negative number to 0; use the rescaling action"
+
+
+@dataclass(frozen=True)
+class Tanh(Activation):
+    """Hyperbolic tangent."""
+
+    name: ClassVar[str] = "tanh"
+    range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Value at ``z``."""
+        return torch.tanh(z)
+
+    def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With ``t = tanh z``: ``1-t²``, ``-2t(1-t²)``, ``(1-t²)(6t²-2)``."""
+        t = torch.tanh(z)
+        d = 1 - t * t
+        return d, -2 * t * d, d * (6 * t * t - 2)
+
+    def _inverse(self, a: Tensor) -> Tensor:
+        return torch.atanh(a)
+
+
+@dataclass(frozen=True)
+class Sigmoid(Activation):
+    """Logistic function ``1/(1+exp(-z))``."""
+
+    name: ClassVar[str] = "sigmoid"
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Value at ``z``."""
+        return torch.sigmoid(z)
+
+    def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With ``s = f(z)``, ``d = s(1-s)``: ``d``, ``d(1-2s)``, ``d(1-6d)``."""
+        s = torch.sigmoid(z)
+        d = s * (1 - s)
+        return d, d * (1 - 2 * s), d * (1 - 6 * d)
+
+    def _inverse(self, a: Tensor) -> Tensor:
+        return torch.logit(a)
+
+
+@dataclass(frozen=True)
+class Softplus(Activation):
+    """``f(z) = log(1 + exp z)``."""
+
+    name: ClassVar[str] = "softplus"
+    range: ClassVar[tuple[float, float]] = (0.0, math.inf)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Value at ``z``, without the linear cut-off of ``torch.nn.Softplus``."""
+        return torch.logaddexp(z, torch.zeros((), dtype=z.dtype, device=z.device))
+
+    def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sigmoid and its first two derivatives."""
+        s = torch.sigmoid(z)
+        d = s * (1 - s)
+        return s, d, d * (1 - 2 * s)
+
+    def _inverse(self, a: Tensor) -> Tensor:
+        # log(e^a - 1) = a + log(1 - e^-a) neither overflows for large a nor cancels for small a.
+        return a + torch.log(-torch.expm1(-a))
+
+
+@dataclass(frozen=True)
+class SiLU(Activation):
+    """``f(z) = z · sigmoid(z)``; not monotone, so only data-driven (approximate) actions apply."""
+
+    name: ClassVar[str] = "silu"
+    range: ClassVar[tuple[float, float]] = (-0.2784645427610738, math.inf)
+    invertible: ClassVar[bool] = False
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Value at ``z``."""
+        return F.silu(z)
+
+    def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Product rule on ``z · s(z)``."""
+        s = torch.sigmoid(z)
+        d1 = s * (1 - s)
+        d2 = d1 * (1 - 2 * s)
+        d3 = d1 * (1 - 6 * d1)
+        return s + z * d1, 2 * d1 + z * d2, 3 * d2 + z * d3
+
+    def _why_not_invertible(self) -> str:
+        return "it falls and rises again below z = -1.28; use the approximate action"
+
+
+_CLASSES: dict[str, type[Activation]] = {c.name: c for c in (Identity, LeakyReLU, ReLU, Tanh, Sigmoid, Softplus, SiLU)}
+
+
+def activation(spec: str) -> Activation:
+    """Activation from its specification, ``"tanh"`` or ``"leaky_relu:0.1"``.
+
+    Raises:
+        ConfigError: Unknown name, or a parameter where none is taken.
+
+    Example:
+        >>> activation("leaky_relu:0.1")
+        LeakyReLU(slope=0.1)
+    """
+    name, _, parameter = spec.partition(":")
+    if name not in _CLASSES:
+        raise ConfigError(f"activation must be one of {', '.join(_CLASSES)}, got {spec!r}")
+    if not parameter:
+        return _CLASSES[name]()
+    if name != "leaky_relu":
+        raise ConfigError(f"activation {name} takes no parameter, got {spec!r}")
+    try:
+        return LeakyReLU(float(parameter))
+    except ValueError as error:
+        raise ConfigError(f"slope of leaky_relu must be a positive number, got {spec!r}") from error

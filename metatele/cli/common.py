@@ -1,0 +1,119 @@
+"""Shared by the command-line programs: one clear line for every user error. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from metatele.errors import ConfigError, MetateleError
+
+USAGE_ERROR = 2  # exit code for a wrong flag or value
+FAILURE = 1  # exit code for what went wrong later
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message alone and leave with code 2."""
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR)
+
+
+def flag(name: str) -> str:
+    """Command-line spelling of a configuration field."""
+    return "--" + name.replace("_", "-")
+
+
+def _boolean(text: str) -> bool:
+    try:
+        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}") from None
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}") from None
+
+
+_CONVERTERS: dict[Any, Callable[[str], Any]] = {bool: _boolean, int: int, float: float, str: str}
+
+
+def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any]) -> None:
+    """One flag for every field of the given configuration classes; unset flags stay absent."""
+    for cls in classes:
+        group = parser.add_argument_group(cls.__name__, (cls.__doc__ or "").strip().splitlines()[0])
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            kind = hints[f.name]
+            convert = _CONVERTERS.get(kind, _integers)
+            choices = f.metadata.get("choices") or None
+            default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            group.add_argument(
+                flag(f.name),
+                dest=f.name,
+                type=convert,
+                choices=choices,
+                default=argparse.SUPPRESS,
+                metavar=None if choices else {bool: "BOOL", int: "N", float: "X", str: "TEXT"}.get(kind, "N,N,..."),
+                help=f"{f.metadata['help']} (default {default})",
+            )
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """Argument type: an integer of at least ``minimum``."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"expected at least {minimum}, got {value}")
+        return value
+
+    return convert
+
+
+def device_named(name: str) -> Any:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a torch device that is really there.
+
+    Raises:
+        ConfigError: It is not there, or not known.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA device(s)")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device
+
+
+def run_program(main: Callable[[Sequence[str]], None], program: str) -> NoReturn:
+    """Call ``main`` with the command line; user errors become one line and an exit code."""
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+    except MetateleError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(FAILURE) from None
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; what was saved can be resumed", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(0)

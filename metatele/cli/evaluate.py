@@ -1,0 +1,43 @@
+"""``eval_meta.py``: held-out curves of checkpoints beside tuned standard optimizers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from metatele.cli.common import OneLineParser, device_named, whole_number
+from metatele.errors import RunFolderError
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of the evaluation."""
+    p = OneLineParser(
+        prog="eval_meta.py",
+        description="Evaluate run or checkpoint folders on held-out trajectories, beside GD and tuned "
+        "SGD, Momentum, Adam and L-BFGS; writes curves.json, table.csv, table.md and loss.png.",
+        allow_abbrev=False,
+    )
+    p.add_argument("checkpoints", nargs="+", metavar="FOLDER", help="run folders or checkpoint folders")
+    p.add_argument("--trajectories", type=whole_number(1), default=64, metavar="N", help="held-out (default 64)")
+    p.add_argument("--steps", type=whole_number(1), default=100, metavar="N", help="of each (default 100)")
+    p.add_argument("--seed", type=whole_number(0), default=1, metavar="N", help="of the trajectories (default 1)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="where the results go")
+    return p
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, evaluate, print the table and where the figure lies."""
+    args = parser().parse_args(arguments)
+    out = Path(args.out)
+    if out.is_file():
+        raise RunFolderError(f"out must be a folder, and {out} is a file")
+
+    from metatele.training.evaluation import evaluate
+    from metatele.training.report import document, write
+
+    device = device_named(args.device)
+    curves, task = evaluate(args.checkpoints, args.trajectories, args.steps, args.seed, device)
+    print(write(document(curves, task, args.seed, str(device)), out), end="")
+    print(f"figure: {out / 'loss.png'}")

@@ -1,0 +1,54 @@
+"""``train_meta.py``: meta-train into a run folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from metatele.cli.common import OneLineParser, add_config_flags, device_named, whole_number
+from metatele.config import PRESETS, MethodConfig, TaskConfig, TrainingConfig, preset
+
+_EPILOG = """examples:
+  python train_meta.py quick --out runs/quick
+  python train_meta.py best --method lr-tele --seed 3 --out runs/lr-tele
+  python train_meta.py quick --out runs/quick --resume
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags: where and how to run, then every field of the configuration."""
+    p = OneLineParser(
+        prog="train_meta.py",
+        description="Meta-train an LSTM optimizer that may teleport; presets first, any setting as a flag.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("preset", choices=PRESETS, help="settings to begin with; flags change them")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="run folder, new or empty")
+    p.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of everything random (default 0)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    p.add_argument("--threads", type=whole_number(1), metavar="N", help="CPU threads (default: torch's)")
+    p.add_argument("--resume", action="store_true", help="go on from the last saved state of the folder")
+    p.add_argument("--quiet", action="store_true", help="no progress")
+    add_config_flags(p, MethodConfig, TrainingConfig, TaskConfig)
+    return p
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, train, say where the checkpoint lies."""
+    values = vars(parser().parse_args(arguments))
+    out, device, threads = values.pop("out"), values.pop("device"), values.pop("threads")
+    resume, quiet = values.pop("resume"), values.pop("quiet")
+    config = preset(values.pop("preset"), values.pop("method", "update-tele"), **values)
+
+    import torch
+
+    from metatele.training.run import CHECKPOINT_NAME, train
+
+    if threads:
+        torch.set_num_threads(threads)
+    trainer = train(config, out, device=device_named(device), resume=resume, quiet=quiet)
+    if not quiet:
+        skipped = f", {trainer.skipped} skipped" if trainer.skipped else ""
+        print(f"{trainer.update} updates{skipped}; best checkpoint in {out}/{CHECKPOINT_NAME}")

@@ -1,0 +1,255 @@
+"""Configuration: frozen, validated when built, saved in every checkpoint. Imports no torch.
+
+Each class is the settings of one part; :class:`RunConfig` is what ``train_meta.py`` runs. Every
+field is a command-line flag; its ``help`` says the unit or the reason of the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from metatele.errors import ConfigError
+
+METHODS = {
+    "update-tele": "LSTM(update,tele)",
+    "update": "LSTM(update)",
+    "lr-tele": "LSTM(lr,tele)",
+}
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def _require(condition: bool, name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {expected}, got {value}")
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0 and math.isfinite(value), name, "positive", value)
+
+
+def _check_types(config: Any) -> None:
+    """Refuse values of the wrong kind, and choices that do not exist, in one sentence."""
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value, choices = getattr(config, f.name), f.metadata.get("choices", ())
+        kinds = typing.get_args(hints[f.name]) if isinstance(hints[f.name], types.UnionType) else (hints[f.name],)
+        plain = tuple(typing.get_origin(kind) or kind for kind in kinds)
+        accepted = plain + ((int,) if float in plain else ())
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in plain):
+            expected = " or ".join(k.__name__ for k in plain)
+            raise ConfigError(f"{f.name} must be of type {expected}, got {value!r}")
+        if choices and value not in choices:
+            raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The distribution of inner problems (PAPER §4)."""
+
+    widths: tuple[int, ...] = _setting((20, 20, 20), "layer sizes of the inner network")
+    samples: int = _setting(20, "columns of X and Y")
+    activation: str = _setting("leaky_relu:0.1", "activation of the inner network")
+    bias: bool = _setting(False, "whether the inner network has biases")
+    low: float = _setting(0.0, "lower end of the uniform entries of X, Y and the initial weights")
+    high: float = _setting(1.0, "upper end of the same")
+
+    def __post_init__(self) -> None:
+        """Check sizes."""
+        _check_types(self)
+        _require(
+            len(self.widths) >= 2 and all(isinstance(w, int) and w > 0 for w in self.widths),
+            "widths",
+            "at least two positive sizes",
+            self.widths,
+        )
+        _require_positive(self, "samples")
+        _require(self.low < self.high, "low", f"below high ({self.high})", self.low)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """A meta-optimizer: which moves, and their sizes. Enough to rebuild the network."""
+
+    method: str = _setting("update-tele", "which moves are learned", tuple(METHODS))
+    hidden: int = _setting(300, "size of the LSTM cells")
+    layers: int = _setting(2, "LSTM cells in a row")
+    preprocessing: str = _setting("raw", "what the LSTM sees of a gradient", ("raw", "asinh", "log-sign"))
+    update_scale: float = _setting(1.0, "factor on the learned update")
+    gradient_rates: bool = _setting(False, "gate the learned update, and add learned rates times the gradient")
+    rate_low: float = _setting(1e-7, "smallest learned learning rate")
+    rate_high: float = _setting(5e-3, "largest learned learning rate")
+    rate_output: str = _setting("clamp", "how an output becomes a rate between the two", ("clamp", "log"))
+    action: str = _setting("exact", "how the group acts", ("exact", "approximate", "rescaling"))
+    parametrisation: str = _setting("exp", "from T to g", ("exp", "cayley", "first-order", "direct"))
+    radius: float = _setting(0.01, "Frobenius norm of T (at most 0.5)")
+    norm: str = _setting("fixed", "T always of norm radius, or bounded by it", ("fixed", "bounded"))
+
+    teleport_head: float = _setting(1.0, "factor on the initial weights of the teleport's head")
+
+    def __post_init__(self) -> None:
+        """Check sizes and ranges."""
+        _check_types(self)
+        _require_positive(self, "hidden", "layers", "update_scale", "rate_low", "rate_high", "radius", "teleport_head")
+        _require(self.rate_low < self.rate_high, "rate_low", f"below rate_high ({self.rate_high})", self.rate_low)
+        _require(self.radius <= 0.5, "radius", "at most 0.5", self.radius)
+
+    @property
+    def title(self) -> str:
+        """Name in tables and figures."""
+        return METHODS[self.method]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Meta-training by truncated unrolling (Algorithm 1)."""
+
+    trajectories: int = _setting(700, "inner trajectories to train on, started or restarted")
+    batch: int = _setting(16, "trajectories unrolled at the same time")
+    horizon: int = _setting(100, "steps of one trajectory")
+    unroll: int = _setting(10, "steps between two meta-updates")
+    staggered: bool = _setting(False, "start the trajectories of a batch at different ages")
+    objective: str = _setting("sum", "loss of a window: sum, or mean of the logarithm", ("sum", "mean-log"))
+    local_lr: float = _setting(1e-3, "Adam's rate for the local move's LSTM")
+    teleport_lr: float = _setting(1e-4, "Adam's rate for the teleport move's LSTM")
+    decay: str = _setting("constant", "of the meta learning rates over the run", ("constant", "cosine"))
+    clip: float = _setting(0.0, "largest norm of a meta-gradient; 0: no clipping")
+    average: float = _setting(0.0, "decay of the averaged weights that are evaluated and saved; 0: none")
+    precision: str = _setting("float32", "of the LSTM's matrix products", ("float32", "bf16"))
+    max_skipped: int = _setting(20, "non-finite updates in a row before the run stops")
+    validation_trajectories: int = _setting(16, "held-out trajectories that choose the checkpoint")
+    validation_steps: int = _setting(100, "their length")
+    validation_every: int = _setting(100, "updates between validations")
+    validation_score_at: tuple[int, ...] = _setting((29, 99), "steps whose mean log loss is the score")
+    save_every: int = _setting(100, "updates between saves of the resumable state")
+    log_every: int = _setting(20, "updates between log entries")
+
+    def __post_init__(self) -> None:
+        """Check sizes and that windows fit."""
+        _check_types(self)
+        _require_positive(
+            self,
+            *("trajectories", "batch", "horizon", "unroll", "local_lr", "teleport_lr", "max_skipped"),
+            *("validation_trajectories", "validation_steps", "validation_every", "save_every", "log_every"),
+        )
+        _require(self.unroll <= self.horizon, "unroll", f"at most the horizon ({self.horizon})", self.unroll)
+        _require(self.clip >= 0, "clip", "zero or positive", self.clip)
+        _require(0 <= self.average < 1, "average", "in [0, 1)", self.average)
+        _require(
+            len(self.validation_score_at) > 0
+            and all(isinstance(s, int) and 0 < s <= self.validation_steps for s in self.validation_score_at),
+            "validation_score_at",
+            f"steps from 1 to validation_steps ({self.validation_steps})",
+            self.validation_score_at,
+        )
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Window lengths of one trajectory; they sum to the horizon.
+
+        Example:
+            >>> TrainingConfig(horizon=25, unroll=10).windows
+            (10, 10, 5)
+        """
+        full, rest = divmod(self.horizon, self.unroll)
+        return (self.unroll,) * full + ((rest,) if rest else ())
+
+    @property
+    def updates(self) -> int:
+        """Meta-updates that advance at least ``trajectories`` whole trajectories' worth of steps."""
+        return math.ceil(self.trajectories / self.batch) * len(self.windows)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything ``train_meta.py`` needs to know, but for where to run and write."""
+
+    preset: str = "quick"
+    seed: int = 0
+    task: TaskConfig = field(default_factory=TaskConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dictionary of JSON values."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return list(value) if isinstance(value, tuple) else value
+
+    result: dict[str, Any] = plain(config)
+    return result
+
+
+def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
+    """Inverse of :func:`to_dict`.
+
+    Raises:
+        ConfigError: Unknown or missing fields, or values that the class refuses.
+
+    Example:
+        >>> from_dict(TaskConfig, to_dict(TaskConfig(samples=7))).samples
+        7
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__} must be given by a mapping, got {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - fields):
+        raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}")
+    if missing := sorted(fields - set(values)):
+        raise ConfigError(f"{cls.__name__} needs the field {missing[0]!r}")
+    built = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(typing.cast("type[Any]", hints[name]), value)
+        built[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**built)
+
+
+# What each preset changes, for all methods ("") and for one. The reasons stand in README, "Presets".
+_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "quick": {"": {}, "update-tele": {}, "update": {}, "lr-tele": {}},
+    "paper": {"": {}, "update-tele": {}, "update": {}, "lr-tele": {}},
+    "best": {"": {}, "update-tele": {}, "update": {}, "lr-tele": {}},
+}
+PRESETS = tuple(_PRESETS)
+
+
+def preset(name: str, method: str = "update-tele", **changes: Any) -> RunConfig:
+    """A preset for a method, with fields of any part changed by name.
+
+    Raises:
+        ConfigError: Unknown preset, method or field, or a value out of range.
+
+    Example:
+        >>> preset("paper", "update", batch=8).training.batch
+        8
+    """
+    if name not in _PRESETS:
+        raise ConfigError(f"preset must be one of {', '.join(_PRESETS)}, got {name!r}")
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    values = {**_PRESETS[name][""], **_PRESETS[name][method], **changes, "method": method}
+    parts = {"task": TaskConfig, "method": MethodConfig, "training": TrainingConfig}
+    built = {}
+    for part, cls in parts.items():
+        names = {f.name for f in dataclasses.fields(cls)}
+        built[part] = cls(**{k: values.pop(k) for k in list(values) if k in names})
+    seed = values.pop("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed must be a whole number, zero or more, got {seed!r}")
+    if values:
+        raise ConfigError(f"there is no setting {sorted(values)[0]!r}")
+    return RunConfig(preset=name, seed=seed, **built)

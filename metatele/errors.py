@@ -1,0 +1,43 @@
+"""The named errors of the package; each message is one sentence a user can act on."""
+
+from __future__ import annotations
+
+
+class MetateleError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class ConfigError(MetateleError, ValueError):
+    """A setting has a value that cannot be used."""
+
+
+class ShapeMismatchError(MetateleError, ValueError):
+    """A model, gradient or tensor does not have the shape that was expected."""
+
+
+class UnsupportedModelError(MetateleError, TypeError):
+    """A module holds a layer that the symmetry does not cover."""
+
+
+class NotExactError(MetateleError, ValueError):
+    """An exact action was asked for where no exact action exists."""
+
+
+class SingularInputError(MetateleError, ValueError):
+    """The layer inputs are (numerically) rank deficient, so the exact action is undefined."""
+
+
+class CheckpointError(MetateleError, ValueError):
+    """A checkpoint is missing, damaged, foreign, or written by a newer format."""
+
+
+class RunFolderError(MetateleError, ValueError):
+    """An output folder cannot be used as asked."""
+
+
+class DivergedError(MetateleError, RuntimeError):
+    """Training produced too many non-finite updates in a row."""
+
+
+class SaveError(MetateleError, OSError):
+    """A file could not be written; the file it would have replaced is untouched."""

@@ -1,0 +1,168 @@
+r"""The two moves a trajectory alternates, ``w ← g·(w + f)``, learned and plain.
+
+A move is a module with a memory: it reads the gradient, and either returns the local update f or
+carries out the teleport g. :class:`~metatele.metaopt.optimizer.MetaOptimizer` composes one of each.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metatele.config import MethodConfig
+from metatele.metaopt.lstm import LSTMState, StackedLSTM
+from metatele.metaopt.preprocessing import preprocessing
+from metatele.mlp import MLP
+from metatele.symmetry import PARAMETRISATIONS, Exact, GroupElement, action, exponential, sweep
+
+_SINGULAR = 1e-12  # diagonal ratio of a QR factor; inputs are factorised in double precision
+
+
+def _lstm(config: MethodConfig, mlp: MLP, outputs: int, generator: torch.Generator) -> StackedLSTM:
+    channels = preprocessing(config.preprocessing)[1]
+    return StackedLSTM(mlp.num_parameters * channels, config.hidden, outputs, config.layers, generator)
+
+
+class LocalMove(nn.Module, ABC):
+    """The update f_t as a function of the gradient and a memory."""
+
+    lstm: StackedLSTM
+
+    @abstractmethod
+    def forward(self, gradient: Tensor, features: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
+        """Update ``[B, P]`` from the gradient ``[B, P]`` and its preprocessed form."""
+
+
+class Rate:
+    """A learning rate from an unbounded output, elementwise.
+
+    The output clamped to [low, high] (the paper's reference), or ``low^{1-s} high^s`` with
+    ``s = sigmoid(output)``, whose derivative never vanishes.
+
+    Example:
+        >>> Rate(MethodConfig(rate_output="log", rate_low=1e-4, rate_high=1e-2))(torch.zeros(1))
+        tensor([0.0010])
+    """
+
+    def __init__(self, config: MethodConfig) -> None:
+        self.low, self.high, self.output = config.rate_low, config.rate_high, config.rate_output
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """The rate, of the output's shape."""
+        if self.output == "clamp":
+            return output.clamp(self.low, self.high)
+        low, high = math.log(self.low), math.log(self.high)
+        return (low + (high - low) * torch.sigmoid(output)).exp()
+
+
+class LearnedUpdate(LocalMove):
+    r"""``f = scale · head(LSTM(∇))``: every entry of the update is learned.
+
+    With ``gradient_rates`` the head has one more output for each parameter tensor, a :class:`Rate` η,
+    and one for a gate s in (0, 1), and ``f = s · scale · head(LSTM(∇)) - η ∇``: what the narrow LSTM
+    cannot carry from 800 gradient entries to 800 updates passes beside it, and late in a trajectory
+    the gate can close on what is left of the update's noise.
+    """
+
+    def __init__(self, config: MethodConfig, mlp: MLP, generator: torch.Generator) -> None:
+        super().__init__()
+        self.sizes = [math.prod(shape) for shape in mlp.shapes]
+        self.gradient_rates = config.gradient_rates
+        extra = 1 + len(self.sizes) if config.gradient_rates else 0
+        self.lstm = _lstm(config, mlp, mlp.num_parameters + extra, generator)
+        self.scale, self.rate = config.update_scale, Rate(config)
+
+    def forward(self, gradient: Tensor, features: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
+        """See :class:`LocalMove`."""
+        output, state = self.lstm(features, state)
+        if not self.gradient_rates:
+            return self.scale * output, state
+        update, gate, rates = output.split([gradient.shape[-1], 1, len(self.sizes)], -1)
+        parts = zip(gradient.split(self.sizes, -1), self.rate(rates).unbind(-1), strict=True)
+        return self.scale * gate.sigmoid() * update - torch.cat([eta.unsqueeze(-1) * g for g, eta in parts], -1), state
+
+
+class LearnedRate(LocalMove):
+    """``f = -η_t ∇`` with one learned rate per trajectory and step."""
+
+    def __init__(self, config: MethodConfig, mlp: MLP, generator: torch.Generator) -> None:
+        super().__init__()
+        self.lstm = _lstm(config, mlp, 1, generator)
+        self.rate = Rate(config)
+
+    def forward(self, gradient: Tensor, features: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
+        """See :class:`LocalMove`."""
+        output, state = self.lstm(features, state)
+        return -self.rate(output) * gradient, state
+
+
+class Teleported(NamedTuple):
+    """Result of a teleport move.
+
+    Attributes:
+        weights: Flat weights ``[B, P]``.
+        state: Next memory.
+        algebra: Flat coordinates of T over all hidden layers ``[B, A]``, as they acted.
+    """
+
+    weights: Tensor
+    state: LSTMState
+    algebra: Tensor
+
+
+class LearnedTeleport(nn.Module):
+    """``g = exp(T)`` with T from an LSTM, swept over all hidden layers.
+
+    The norm of each layer's T is fixed at ``radius`` (the paper's reference), or bounded by it:
+    ``T = radius · M / √(1 + ‖M‖²)`` for the head's output M.
+    """
+
+    def __init__(self, config: MethodConfig, mlp: MLP, generator: torch.Generator) -> None:
+        super().__init__()
+        self.mlp, self.action = mlp, action(config.action)
+        if isinstance(self.action, Exact):
+            # Random problems may be ill conditioned: only a truly singular one is refused.
+            self.action = Exact(rank_tolerance=_SINGULAR)
+        self.action.check(mlp.activation)
+        self.sizes = [self.action.algebra_size(k) for k in mlp.hidden_widths]
+        self.lstm = _lstm(config, mlp, sum(self.sizes), generator)
+        with torch.no_grad():
+            self.lstm.head_weight.mul_(config.teleport_head)
+            self.lstm.head_bias.mul_(config.teleport_head)
+        self.radius, self.norm, self.parametrisation = config.radius, config.norm, config.parametrisation
+
+    def prepare(self, inputs: Tensor) -> Tensor | None:
+        """What depends on the data alone, computed once for each trajectory."""
+        return self.action.prepare(inputs, self.mlp.bias)
+
+    def forward(
+        self, weights: Tensor, inputs: Tensor, prepared: Tensor | None, features: Tensor, state: LSTMState
+    ) -> Teleported:
+        """Teleport flat weights ``[B, P]`` on data ``[B, d, n]``."""
+        output, state = self.lstm(features, state)
+        parts = [self.scaled(part) for part in output.split(self.sizes, -1)]
+        elements = [
+            self.element(self.action.algebra(part, k)) for part, k in zip(parts, self.mlp.hidden_widths, strict=True)
+        ]
+        moved = sweep(self.action, self.mlp, self.mlp.unflatten(weights), inputs, elements, prepared)
+        return Teleported(self.mlp.flatten(moved), state, torch.cat(parts, -1))
+
+    def scaled(self, coordinates: Tensor) -> Tensor:
+        """Coordinates of one layer's T ``[B, k²]`` with the norm set or bounded."""
+        square = coordinates.square().sum(-1, keepdim=True)
+        if self.norm == "bounded":
+            return coordinates * (self.radius * torch.rsqrt(1 + square))
+        # T = 0 has no direction: it stays 0, with a zero derivative instead of NaN.
+        nonzero = square > 0
+        inverse = torch.where(nonzero, torch.where(nonzero, square, 1.0).rsqrt(), 0.0)
+        return coordinates * (self.radius * inverse)
+
+    def element(self, T: Tensor) -> GroupElement:
+        """Group element by the configured parametrisation."""
+        if self.parametrisation == "exp":
+            return exponential(T, max_norm=self.radius)
+        return PARAMETRISATIONS[self.parametrisation](T)

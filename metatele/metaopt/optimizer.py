@@ -1,0 +1,154 @@
+"""Meta-optimizers as compositions of a local move and a teleport move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metatele.config import MethodConfig, TaskConfig
+from metatele.errors import ShapeMismatchError
+from metatele.metaopt.lstm import LSTMState, StackedLSTM
+from metatele.metaopt.moves import LearnedRate, LearnedTeleport, LearnedUpdate, LocalMove
+from metatele.metaopt.preprocessing import preprocessing
+from metatele.mlp import MLP
+from metatele.random import generator
+from metatele.tasks import Regression
+
+
+class MoveStates(NamedTuple):
+    """Memories of the two moves; ``teleport`` is ``None`` where there is none."""
+
+    local: LSTMState
+    teleport: LSTMState | None
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order."""
+        states = [s for s in self if s is not None]
+        return [t for s in states for t in (*s.hidden, *s.cell)]
+
+    def map(self, function) -> MoveStates:  # type: ignore[no-untyped-def]
+        """The same structure with a function applied to every tensor."""
+
+        def apply(state: LSTMState) -> LSTMState:
+            return LSTMState(tuple(map(function, state.hidden)), tuple(map(function, state.cell)))
+
+        return MoveStates(apply(self.local), None if self.teleport is None else apply(self.teleport))
+
+
+class Stepped(NamedTuple):
+    """One step of a trajectory.
+
+    Attributes:
+        weights: ``g·(w + f)``, flat, ``[B, P]``.
+        states: Next memories.
+        local: ``w + f``, before the teleport.
+        algebra: Coordinates of T ``[B, A]``; ``None`` without a teleport move.
+    """
+
+    weights: Tensor
+    states: MoveStates
+    local: Tensor
+    algebra: Tensor | None
+
+
+class MetaOptimizer(nn.Module):
+    """``w ← g_t·(w + f_t)`` with learned f_t and g_t, for one shape of network.
+
+    Args:
+        config: Which moves, and their sizes.
+        task: The problems it is made for; fixes the size of its input.
+        seed: For the initial meta-parameters.
+
+    Example:
+        >>> optimizer = MetaOptimizer(MethodConfig(hidden=8), TaskConfig(widths=(3, 4, 2), samples=3))
+        >>> [name for name, _ in optimizer.named_children()]
+        ['local', 'teleport']
+    """
+
+    def __init__(self, config: MethodConfig, task: TaskConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.task = config, task
+        self.mlp: MLP = Regression(task).mlp
+        self._features = preprocessing(config.preprocessing)[0]
+        local = LearnedRate if config.method == "lr-tele" else LearnedUpdate
+        self.local: LocalMove = local(config, self.mlp, generator(seed, "initialisation", 0))
+        self.teleport: LearnedTeleport | None = None
+        if config.method != "update":
+            self.teleport = LearnedTeleport(config, self.mlp, generator(seed, "initialisation", 1))
+
+    @property
+    def lstms(self) -> list[StackedLSTM]:
+        """The networks inside."""
+        return [self.local.lstm] + ([] if self.teleport is None else [self.teleport.lstm])
+
+    def initial_states(self, batch: int) -> MoveStates:
+        """Zero memories."""
+        teleport = None if self.teleport is None else self.teleport.lstm.initial_state(batch)
+        return MoveStates(self.local.lstm.initial_state(batch), teleport)
+
+    def prepare(self, inputs: Tensor) -> Tensor | None:
+        """What the teleport needs of data ``[B, d, n]`` that do not change; see :meth:`step`."""
+        return None if self.teleport is None else self.teleport.prepare(inputs)
+
+    def step(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        states: MoveStates,
+        inputs: Tensor | None,
+        prepared: Tensor | None = None,
+        local_scale: Tensor | float = 1.0,
+    ) -> Stepped:
+        """One local move, then one teleport move.
+
+        Args:
+            weights: Flat ``[B, P]``.
+            gradient: Flat ``[B, P]``; a constant, no derivative passes through it.
+            states: Memories.
+            inputs: Data ``[B, d, n]`` on which the teleport keeps the network's output; ``None``
+                leaves the teleport out, and its memory as it was.
+            prepared: ``prepare(inputs)``, if the data were seen before.
+            local_scale: Factor on the local update, broadcast to ``[B, P]``.
+        """
+        if gradient.shape != weights.shape or weights.shape[-1] != self.mlp.num_parameters:
+            raise ShapeMismatchError(
+                f"expected weights and gradient of shape [batch, {self.mlp.num_parameters}], "
+                f"got {tuple(weights.shape)} and {tuple(gradient.shape)}"
+            )
+        gradient = gradient.detach()
+        features = self._features(gradient)
+        update, local_state = self.local(gradient, features, states.local)
+        local = weights + local_scale * update
+        if self.teleport is None or states.teleport is None or inputs is None:
+            return Stepped(local, MoveStates(local_state, states.teleport), local, None)
+        moved = self.teleport(local, inputs, prepared, features, states.teleport)
+        return Stepped(moved.weights, MoveStates(local_state, moved.state), local, moved.algebra)
+
+    def set_precision(self, precision: str) -> None:
+        """Precision of the LSTMs' matrix products, ``"float32"`` or ``"bf16"``."""
+        for lstm in self.lstms:
+            lstm.precision = precision
+
+    @contextmanager
+    def window(self) -> Iterator[None]:
+        """Form the weights' gradients once for a whole window; see :meth:`StackedLSTM.window`."""
+        with ExitStack() as stack:
+            for lstm in self.lstms:
+                stack.enter_context(lstm.window())
+            yield
+
+    def parameter_groups(self, local_lr: float, teleport_lr: float) -> list[dict[str, object]]:
+        """Groups for ``torch.optim`` with one rate for each move."""
+        groups: list[dict[str, object]] = [{"params": list(self.local.parameters()), "lr": local_lr}]
+        if self.teleport is not None:
+            groups.append({"params": list(self.teleport.parameters()), "lr": teleport_lr})
+        return groups
+
+
+def parameters_are_finite(module: nn.Module) -> bool:
+    """Whether every parameter is finite."""
+    return all(bool(torch.isfinite(p).all()) for p in module.parameters())

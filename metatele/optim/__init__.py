@@ -1,0 +1,1 @@
+"""Optimizers for users: ordinary ``torch.optim.Optimizer`` classes around the mathematics."""

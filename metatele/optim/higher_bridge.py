@@ -1,0 +1,74 @@
+"""Checkpoints inside ``higher.innerloop_ctx``: import this module, and ``higher`` knows them.
+
+Example:
+    >>> import higher  # doctest: +SKIP
+    >>> import metatele.optim.higher_bridge  # doctest: +SKIP
+    >>> optimizer = metatele.LearnedOptimizer(model, "checkpoints/update-tele")  # doctest: +SKIP
+    >>> with higher.innerloop_ctx(model, optimizer) as (fmodel, diffopt):  # doctest: +SKIP
+    ...     diffopt.step(loss(fmodel))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import higher
+import torch
+from higher.optim import DifferentiableOptimizer
+
+from metatele.errors import MetateleError
+from metatele.optim.learned import LearnedOptimizer, read_states
+from metatele.optim.modules import InputCapture, read_sequential
+
+
+class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
+    """``LearnedOptimizer`` with a history: the new parameters depend on the meta-parameters.
+
+    As in the package's own unroll, the gradient is a constant input. Every parameter of the model
+    must receive a gradient.
+    """
+
+    def __init__(self, other: LearnedOptimizer, reference_params: Any, fmodel: Any = None, **settings: Any) -> None:
+        if fmodel is None:
+            raise MetateleError("LearnedOptimizer needs the patched model: use higher.innerloop_ctx")
+        super().__init__(other, reference_params, fmodel=fmodel, **settings)
+        self._meta = other.meta
+        self._states = read_states(other.state.get(other.param_groups[0]["params"][0], {}), other.meta)
+        self._capture = InputCapture()
+        self._capture.attach(self)
+        first = read_sequential(other.model)[0][0]
+        path = next(name for name, module in other.model.named_modules() if module is first)
+        dict(fmodel.named_modules())[path].register_forward_pre_hook(self._capture)
+
+    def _update(self, grouped_grads: Any, **_: Any) -> None:
+        slots = sorted(
+            (index, g, i) for g, indices in enumerate(self._group_to_param_list) for i, index in enumerate(indices)
+        )
+        parameters = [self.param_groups[g]["params"][i] for _, g, i in slots]
+        gradients = [grouped_grads[g][i] for _, g, i in slots]
+        if any(gradient is None for gradient in gradients):
+            raise MetateleError("every parameter of the model must receive a gradient")
+        dtype = next(self._meta.parameters()).dtype
+        inputs = self._capture.columns(dtype)
+        self._capture.clear()
+        scale = torch.cat(
+            [
+                torch.as_tensor(self.param_groups[g]["lr"], dtype=dtype).expand(p.numel())
+                for p, (_, g, _) in zip(parameters, slots, strict=True)
+            ]
+        )
+        done = self._meta.step(
+            torch.cat([p.flatten() for p in parameters])[None],
+            torch.cat([gradient.detach().flatten() for gradient in gradients])[None],
+            self._states,
+            None if inputs is None else inputs[None],
+            local_scale=scale.to(parameters[0].device),
+        )
+        self._states = done.states
+        for (_, g, i), part, p in zip(
+            slots, done.weights[0].split([p.numel() for p in parameters]), parameters, strict=True
+        ):
+            self.param_groups[g]["params"][i] = part.view_as(p)
+
+
+higher.register_optim(LearnedOptimizer, DifferentiableLearnedOptimizer)

@@ -1,0 +1,324 @@
+r"""Actions of GL(k) on a pair of layers ``(V, U)`` around ``k`` hidden units (PAPER §2).
+
+With layer inputs ``H``, ``Z = VH + b`` and activation f:
+
+==================== ============================== ============================= =================
+action               new V                          new U                         keeps ``U f(Z)``
+==================== ============================== ============================= =================
+:class:`Exact`       ``V + (f⁻¹(g f(Z)) - Z) H⁺``   ``U g⁻¹``                     to rounding, n ≤ d
+:class:`Approximate` ``g V``                        ``U + U(f(Z) - f(Z'))f(Z')⁺`` as a fit
+:class:`Rescaling`   ``g V``, g diagonal > 0        ``U g⁻¹``                     to rounding
+==================== ============================== ============================= =================
+
+The first two are the paper's Eq. 54 and 46 written as increments. Where the paper's formulas keep
+the loss they agree with these; where they project (``V H H⁺`` or ``U f(Z')f(Z')⁺`` differs from
+``V`` or ``U``) the increments leave the untouched part in place, so ``g = I`` is always the identity.
+A bias travels with ``V``: it is one more column, whose input is constantly 1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metatele.activations import Activation
+from metatele.errors import ConfigError, NotExactError, ShapeMismatchError
+from metatele.mlp import MLP, Weights, affine
+from metatele.symmetry.group import GroupElement
+from metatele.symmetry.least_squares import damped_right_solve, default_damping, pseudo_inverse
+
+
+class Pair(NamedTuple):
+    """Incoming weights ``V [..., k, d]``, outgoing ``U [..., o, k]``, bias ``[..., k]`` of V."""
+
+    V: Tensor
+    U: Tensor
+    bias: Tensor | None = None
+
+    def output(self, inputs: Tensor, activation: Activation) -> Tensor:
+        """``U f(V H + b)`` for inputs ``[..., d, n]``."""
+        return self.U @ activation(affine(self.V, self.bias, inputs))
+
+
+class Acted(NamedTuple):
+    """A moved pair and its drift.
+
+    Attributes:
+        pair: The new weights.
+        drift: ``‖U'f(Z') - U f(Z)‖_F / ‖U f(Z)‖_F`` on the given inputs, shape ``[...]``.
+    """
+
+    pair: Pair
+    drift: Tensor
+
+
+class Action(ABC):
+    """How a group element moves a pair of layers.
+
+    Attributes:
+        name: Key in :func:`action`.
+        exact: Whether the loss is kept to rounding on the given inputs.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+
+    def algebra_size(self, k: int) -> int:
+        """Dimension of the Lie algebra for ``k`` hidden units."""
+        return k * k
+
+    def algebra(self, coordinates: Tensor, k: int) -> Tensor:
+        """Algebra elements ``[..., k, k]`` from coordinates ``[..., algebra_size(k)]``."""
+        return coordinates.unflatten(-1, (k, k))
+
+    def prepare(self, inputs: Tensor, bias: bool = False) -> Tensor | None:
+        """Whatever depends on the inputs alone, to be reused while they stay the same."""
+        return None
+
+    @abstractmethod
+    def check(self, activation: Activation) -> None:
+        """Raise :class:`NotExactError` where the action does not exist for an activation."""
+
+    @abstractmethod
+    def move(
+        self, pair: Pair, inputs: Tensor, g: GroupElement, activation: Activation, prepared: Tensor | None = None
+    ) -> Pair:
+        """The new pair; nothing is mutated."""
+
+    def act(self, pair: Pair, inputs: Tensor, g: GroupElement, activation: Activation) -> Acted:
+        """The new pair together with its drift on ``inputs`` (one more forward pass).
+
+        Args:
+            pair: Weights with any batch dimensions.
+            inputs: ``H`` of shape ``[..., d, n]``, one column per sample.
+            g: Group element ``[..., k, k]``.
+            activation: Between the two layers.
+
+        Raises:
+            NotExactError: An exact action does not exist for this activation, size or element.
+            SingularInputError: The exact action met rank-deficient inputs.
+
+        Example:
+            >>> from metatele.activations import LeakyReLU
+            >>> from metatele.symmetry.group import exponential
+            >>> H = torch.eye(3, dtype=torch.float64)
+            >>> pair = Pair(V=torch.ones(2, 3).double(), U=torch.ones(1, 2).double())
+            >>> g = exponential(torch.tensor([[0.1, 0.2], [0.0, 0.3]]).double())
+            >>> acted = Exact().act(pair, H, g, LeakyReLU(0.1))
+            >>> bool(acted.drift < 1e-14)
+            True
+        """
+        moved = self.move(pair, inputs, g, activation)
+        with torch.no_grad():
+            before = pair.output(inputs, activation)
+            change = (moved.output(inputs, activation) - before).norm(dim=(-2, -1))
+            drift = change / before.norm(dim=(-2, -1)).clamp_min(torch.finfo(before.dtype).tiny)
+        return Acted(moved, drift)
+
+
+def _with_ones(inputs: Tensor) -> Tensor:
+    return torch.cat([inputs, torch.ones_like(inputs[..., :1, :])], -2)
+
+
+@dataclass(frozen=True)
+class Exact(Action):
+    """The exact action (Eq. 54, 56); needs an invertible activation and n ≤ d (d + 1 with bias).
+
+    Args:
+        rank_tolerance: Inputs whose QR factor has a diagonal ratio at or below this are refused as
+            rank deficient; ``None`` takes ``eps · max(d, n)`` of their dtype, and 0 refuses none.
+    """
+
+    rank_tolerance: float | None = None
+    name: ClassVar[str] = "exact"
+    exact: ClassVar[bool] = True
+
+    def check(self, activation: Activation) -> None:
+        """Refuse activations without inverse."""
+        if not activation.invertible:
+            raise NotExactError(
+                f"the exact action needs an invertible activation; {activation.describe()} is not: "
+                f"{activation._why_not_invertible()}"
+            )
+
+    def prepare(self, inputs: Tensor, bias: bool = False) -> Tensor:
+        """``H⁺``, of the inputs with a row of ones when the layer has a bias."""
+        d, n = inputs.shape[-2] + bias, inputs.shape[-1]
+        if n > d:
+            raise NotExactError(
+                f"the exact action needs at most as many samples as inputs (n <= {d}), got {n} samples; "
+                "use the approximate action or a smaller batch"
+            )
+        return pseudo_inverse(_with_ones(inputs) if bias else inputs, rank_tolerance=self.rank_tolerance)
+
+    def move(
+        self, pair: Pair, inputs: Tensor, g: GroupElement, activation: Activation, prepared: Tensor | None = None
+    ) -> Pair:
+        """See the module's table."""
+        self.check(activation)
+        V, U, bias = pair
+        inverse = self.prepare(inputs, bias is not None) if prepared is None else prepared
+        Z = affine(V, bias, inputs)
+        step = (activation.inverse(g.matrix @ activation(Z)) - Z) @ inverse
+        if bias is None:
+            return Pair(V + step, U @ g.inverse)
+        return Pair(V + step[..., :-1], U @ g.inverse, bias + step[..., -1])
+
+
+@dataclass(frozen=True)
+class Approximate(Action):
+    """The approximate action (Eq. 46): any activation and batch, kept in the least-squares sense.
+
+    Exact when ``f(Z')`` has full column rank (no more samples than hidden units), up to the damping.
+
+    Args:
+        damping: Relative Tikhonov damping of the fit, ``λ/‖f(Z')‖²_F``; ``None`` takes
+            ``eps^{3/4}`` of the dtype (6e-6 in float32, 2e-12 in float64).
+    """
+
+    damping: float | None = None
+    name: ClassVar[str] = "approximate"
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the damping."""
+        if self.damping is not None and not self.damping > 0:
+            raise ConfigError(f"damping must be positive, got {self.damping}")
+
+    def check(self, activation: Activation) -> None:
+        """Every activation will do."""
+
+    def move(
+        self, pair: Pair, inputs: Tensor, g: GroupElement, activation: Activation, prepared: Tensor | None = None
+    ) -> Pair:
+        """See the module's table."""
+        V, U, bias = pair
+        moved_V = g.matrix @ V
+        moved_bias = None if bias is None else (g.matrix @ bias.unsqueeze(-1)).squeeze(-1)
+        before = activation(affine(V, bias, inputs))
+        after = activation(affine(moved_V, moved_bias, inputs))
+        damping = default_damping(after.dtype) if self.damping is None else self.damping
+        return Pair(moved_V, U + damped_right_solve(U @ (before - after), after, damping), moved_bias)
+
+
+@dataclass(frozen=True)
+class Rescaling(Action):
+    """Positive rescaling: ``g`` diagonal and positive, exact for every input, no data needed.
+
+    Its algebra is the k logarithms of the scales. Only the diagonal of ``g`` is read, and the
+    outgoing weights are divided by it, so every parametrisation is exact.
+    """
+
+    name: ClassVar[str] = "rescaling"
+    exact: ClassVar[bool] = True
+
+    def algebra_size(self, k: int) -> int:
+        """One logarithm per hidden unit."""
+        return k
+
+    def algebra(self, coordinates: Tensor, k: int) -> Tensor:
+        """Diagonal matrices."""
+        return torch.diag_embed(coordinates)
+
+    def check(self, activation: Activation) -> None:
+        """Refuse activations that are not positively homogeneous."""
+        if not activation.positively_homogeneous:
+            raise NotExactError(
+                f"rescaling needs a positively homogeneous activation (identity, leaky_relu, relu), "
+                f"got {activation.describe()}"
+            )
+
+    def move(
+        self, pair: Pair, inputs: Tensor, g: GroupElement, activation: Activation, prepared: Tensor | None = None
+    ) -> Pair:
+        """See the module's table; raises ``NotExactError`` for a scale that is not positive."""
+        self.check(activation)
+        scale = g.matrix.diagonal(dim1=-2, dim2=-1)
+        if not bool((scale > 0).all()):
+            raise NotExactError("rescaling needs a positive diagonal; use exp of the logarithms of the scales")
+        V, U, bias = pair
+        return Pair(
+            scale.unsqueeze(-1) * V,
+            U / scale.unsqueeze(-2),
+            None if bias is None else scale * bias,
+        )
+
+
+ACTIONS: dict[str, Action] = {a.name: a for a in (Exact(), Approximate(), Rescaling())}
+
+
+def action(name: str) -> Action:
+    """Action by name: ``exact``, ``approximate`` or ``rescaling``.
+
+    Example:
+        >>> action("rescaling").exact
+        True
+    """
+    if name not in ACTIONS:
+        raise ConfigError(f"action must be one of {', '.join(ACTIONS)}, got {name!r}")
+    return ACTIONS[name]
+
+
+def sweep(
+    action: Action,
+    mlp: MLP,
+    weights: Weights,
+    inputs: Tensor,
+    elements: Sequence[GroupElement],
+    prepared: Tensor | None = None,
+) -> Weights:
+    """Act on all hidden layers, input to output, each with the inputs left by the one before.
+
+    Args:
+        action: How each pair is moved.
+        mlp: Shape of the network.
+        weights: Weights with any batch dimensions.
+        inputs: Data ``[..., in, n]``.
+        elements: One group element per hidden layer.
+        prepared: ``action.prepare(inputs)`` of the first layer, if the data stay the same.
+
+    Returns:
+        New weights; drift is reported by :func:`drift`.
+
+    Example:
+        >>> from metatele.activations import LeakyReLU
+        >>> from metatele.symmetry.group import exponential
+        >>> mlp = MLP((4, 3, 3, 2), LeakyReLU(0.1))
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> w = mlp.unflatten(torch.randn(mlp.num_parameters, generator=generator).double())
+        >>> X = torch.randn(4, 3, generator=generator).double()
+        >>> g = [exponential(0.1 * torch.ones(3, 3).double())] * 2
+        >>> torch.allclose(mlp.forward(sweep(Exact(), mlp, w, X, g), X), mlp.forward(w, X))
+        True
+    """
+    if len(elements) != len(mlp.hidden_widths):
+        raise ShapeMismatchError(
+            f"expected one group element for each of {len(mlp.hidden_widths)} hidden layers, got {len(elements)}"
+        )
+    matrices, biases = list(weights.matrices), list(weights.biases)
+    hidden = inputs
+    for layer, g in enumerate(elements):
+        moved = action.move(
+            Pair(matrices[layer], matrices[layer + 1], biases[layer]),
+            hidden,
+            g,
+            mlp.activation,
+            prepared if layer == 0 else None,
+        )
+        matrices[layer], matrices[layer + 1], biases[layer] = moved
+        if layer + 1 < len(elements):
+            hidden = mlp.activation(affine(moved.V, moved.bias, hidden))
+    return Weights(tuple(matrices), tuple(biases))
+
+
+def drift(mlp: MLP, before: Weights, after: Weights, inputs: Tensor) -> Tensor:
+    """Relative change of the network's output on ``inputs``, in the Frobenius norm, ``[...]``."""
+    with torch.no_grad():
+        reference = mlp.forward(before, inputs)
+        change = (mlp.forward(after, inputs) - reference).norm(dim=(-2, -1))
+        return change / reference.norm(dim=(-2, -1)).clamp_min(torch.finfo(reference.dtype).tiny)

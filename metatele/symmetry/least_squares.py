@@ -1,0 +1,78 @@
+r"""Least squares by QR, with gradients: ``X H⁺`` without an SVD inside autograd.
+
+The derivative of an SVD divides by differences of singular values; that of a QR factorisation
+divides by the diagonal of R only, which is nonzero exactly when ``H`` has full rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metatele.errors import SingularInputError
+
+
+def pseudo_inverse(H: Tensor, *, rank_tolerance: float | None = None) -> Tensor:
+    """Moore-Penrose inverse of full-rank matrices, ``[..., d, n] -> [..., n, d]``.
+
+    Constant single-precision matrices are factorised in double precision and rounded once.
+
+    Args:
+        H: Matrices of full rank, tall or wide.
+        rank_tolerance: Least accepted ratio of diagonal entries of R; ``None`` takes
+            ``eps · max(d, n)``, and 0 accepts everything without a device sync.
+
+    Raises:
+        SingularInputError: Some ``H`` is rank deficient to rounding.
+
+    Example:
+        >>> H = torch.tensor([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+        >>> pseudo_inverse(H)
+        tensor([[0.5000, 0.0000, 0.0000],
+                [0.0000, 0.2500, 0.0000]])
+    """
+    tall = H if H.shape[-2] >= H.shape[-1] else H.mT
+    precise = tall if H.requires_grad else tall.double()
+    Q, R = torch.linalg.qr(precise)
+    limit = torch.finfo(H.dtype).eps * max(H.shape[-2:]) if rank_tolerance is None else rank_tolerance
+    if limit > 0:
+        _require_full_rank(R, H, limit)
+    inverse = torch.linalg.solve_triangular(R, Q.mT, upper=True).to(H.dtype)
+    return inverse + 0.0 if tall is H else inverse.mT + 0.0  # + 0.0 turns -0.0 into 0.0
+
+
+def _require_full_rank(R: Tensor, H: Tensor, limit: float) -> None:
+    diagonal = R.detach().diagonal(dim1=-2, dim2=-1).abs()
+    ratio = diagonal.amin(-1) / diagonal.amax(-1).clamp_min(torch.finfo(R.dtype).tiny)
+    if not bool((ratio > limit).all()):
+        raise SingularInputError(
+            f"layer inputs of shape {tuple(H.shape)} must have full rank; a diagonal ratio of their QR "
+            f"factorisation is {float(ratio.nan_to_num(nan=0.0).min()):.1e}, at or below {limit:.1e}"
+        )
+
+
+def default_damping(dtype: torch.dtype) -> float:
+    """Relative damping that keeps rank-deficient problems finite and barely moves others."""
+    return torch.finfo(dtype).eps ** 0.75
+
+
+def damped_right_solve(B: Tensor, A: Tensor, damping: float) -> Tensor:
+    r"""Minimiser of ``‖X A - B‖² + λ‖X‖²`` with ``λ = damping · ‖A‖²_F``.
+
+    Solved by QR of ``[Aᵀ; √λ I]``, which never squares the condition number.
+
+    Args:
+        B: ``[..., m, n]``.
+        A: ``[..., k, n]``, of any rank.
+        damping: Relative damping, positive.
+
+    Returns:
+        ``X`` of shape ``[..., m, k]``.
+    """
+    k = A.shape[-2]
+    # The floor keeps an all-zero A solvable: X = 0, with a zero derivative.
+    root = (damping * A.square().sum((-2, -1), keepdim=True)).clamp_min(torch.finfo(A.dtype).tiny).sqrt()
+    eye = torch.eye(k, dtype=A.dtype, device=A.device)
+    Q, R = torch.linalg.qr(torch.cat([A.mT, root * eye], -2))
+    right = Q[..., : A.shape[-1], :].mT @ B.mT
+    return torch.linalg.solve_triangular(R, right, upper=True).mT

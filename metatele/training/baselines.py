@@ -1,0 +1,135 @@
+"""Hand-made optimizers on the same problems: plain gradient descent and tuned standard ones.
+
+All trajectories and all candidates of a grid advance as one batch; torch.optim works on them
+unchanged because its rules are elementwise. L-BFGS is not, and runs one trajectory after another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metatele.tasks import Problems, Regression
+from metatele.training.curves import Curves
+
+PAPER_RATE = 3e-4  # the largest that does not diverge (PAPER §4)
+
+
+def _decades(low: int, high: int, per_decade: int = 4) -> list[float]:
+    return [10 ** (e / per_decade) for e in range(low * per_decade, high * per_decade + 1)]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A standard optimizer and the grid it is tuned on.
+
+    Attributes:
+        name: As in tables.
+        optimizer: Class of torch.optim.
+        grid: Candidate settings; a single one needs no tuning.
+        batched: Whether the update rule is elementwise.
+    """
+
+    name: str
+    optimizer: Any
+    grid: tuple[dict[str, Any], ...]
+    batched: bool = True
+
+
+BASELINES: tuple[Baseline, ...] = (
+    Baseline("GD", torch.optim.SGD, ({"lr": PAPER_RATE},)),
+    Baseline("SGD", torch.optim.SGD, tuple({"lr": lr} for lr in _decades(-5, -2, 8))),
+    Baseline(
+        "Momentum",
+        torch.optim.SGD,
+        tuple({"lr": lr, "momentum": m} for lr, m in itertools.product(_decades(-6, -2), (0.5, 0.8, 0.9, 0.95))),
+    ),
+    Baseline(
+        "Adam",
+        torch.optim.Adam,
+        tuple({"lr": lr, "betas": (b, 0.999)} for lr, b in itertools.product(_decades(-3, 0), (0.8, 0.9, 0.95))),
+    ),
+    Baseline(
+        "L-BFGS",
+        torch.optim.LBFGS,
+        tuple(
+            {"lr": lr, "max_iter": 1, "history_size": 10, "line_search_fn": search}
+            for lr, search in itertools.product((0.1, 0.3, 1.0), (None, "strong_wolfe"))
+        ),
+        batched=False,
+    ),
+)
+
+
+def run_candidates(
+    baseline: Baseline, candidates: Sequence[dict[str, Any]], problems: Problems, num_steps: int
+) -> Tensor:
+    """Losses ``[num_steps + 1, candidates, B]`` of each candidate on each problem."""
+    if not baseline.batched:
+        runs = [
+            [_run_alone(baseline.optimizer, c, problems, i, num_steps) for i in range(len(problems))]
+            for c in candidates
+        ]
+        return torch.stack([torch.stack(run, -1) for run in runs], 1)
+    repeated = problems.repeat(len(candidates))
+    points = [problems.initial.clone() for _ in candidates]
+    optimizer = baseline.optimizer([{"params": [p], **c} for p, c in zip(points, candidates, strict=True)])
+    losses = []
+    for _ in range(num_steps + 1):
+        loss, gradient = repeated.loss_and_gradient(torch.cat(points))
+        losses.append(loss.unflatten(0, (len(candidates), -1)))
+        for point, part in zip(points, gradient.chunk(len(candidates)), strict=True):
+            point.grad = part
+        optimizer.step()
+    return torch.stack(losses).cpu()
+
+
+def _run_alone(optimizer_class: Any, candidate: dict[str, Any], problems: Problems, i: int, num_steps: int) -> Tensor:
+    """Loss after each step of one trajectory, for optimizers that need a closure."""
+    inputs, targets = problems.inputs[i], problems.targets[i]
+    point = problems.initial[i].clone()
+    optimizer = optimizer_class([point], **candidate)
+
+    def loss_and_gradient() -> Tensor:
+        loss, point.grad = problems.mlp.squared_error(problems.mlp.unflatten(point), inputs, targets)
+        return loss
+
+    losses = [loss_and_gradient()]
+    for _ in range(num_steps):
+        optimizer.step(loss_and_gradient)
+        losses.append(loss_and_gradient())
+    return torch.stack(losses).cpu()
+
+
+def tune(baseline: Baseline, problems: Problems, num_steps: int) -> dict[str, Any]:
+    """The candidate with the least mean loss after ``num_steps`` on the given problems."""
+    if len(baseline.grid) == 1:
+        return baseline.grid[0]
+    final = run_candidates(baseline, baseline.grid, problems, num_steps)[-1].double().mean(-1)
+    return baseline.grid[int(final.nan_to_num(nan=torch.inf).argmin())]
+
+
+def baseline_curves(
+    task: Regression, problems: Problems, num_steps: int, seed: int, tuning_trajectories: int = 32
+) -> list[Curves]:
+    """Curves of all baselines, each tuned on trajectories of a stream of its own."""
+    device = problems.inputs.device
+    tuning = task.sample(seed, "tuning", range(tuning_trajectories)).to(device)
+    few = task.sample(seed, "tuning", range(min(8, tuning_trajectories))).to(device)
+    result = []
+    for baseline in BASELINES:
+        chosen = tune(baseline, tuning if baseline.batched else few, num_steps)
+        begin_s = time.perf_counter()
+        losses = run_candidates(baseline, [chosen], problems, num_steps)[:, 0]
+        seconds = (time.perf_counter() - begin_s) / (num_steps * len(problems))
+        settings = {"optimizer": baseline.optimizer.__name__, **chosen, "tuned_for_step": num_steps}
+        if len(baseline.grid) == 1:
+            settings.pop("tuned_for_step")
+        result.append(Curves(baseline.name, losses, seconds, hyperparameters=settings))
+    return result

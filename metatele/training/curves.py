@@ -1,0 +1,81 @@
+"""Loss curves: the loss of a method after every step, with spread over trajectories."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metatele.metaopt import MetaOptimizer
+from metatele.tasks import Problems
+from metatele.unroll import start, unroll
+
+_QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Losses of one method on held-out trajectories.
+
+    Attributes:
+        name: As in tables.
+        losses: ``[steps + 1, trajectories]``; row i is the loss after i steps.
+        seconds_per_step: Wall-clock for one step of one trajectory, of the batch as it ran.
+        checkpoint: Where the method came from, if it was trained.
+        hyperparameters: The method's settings.
+    """
+
+    name: str
+    losses: Tensor
+    seconds_per_step: float
+    checkpoint: str | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Entry of ``curves.json``; a value that is not finite becomes ``null``.
+
+        Example:
+            >>> Curves("GD", torch.tensor([[4.0, 8.0], [1.0, 3.0]]), 0.0).to_json()["loss"]["mean"]
+            [6.0, 2.0]
+        """
+        # A NaN loss is a lost trajectory: as infinity it sorts last and spoils the mean, as it should.
+        losses = self.losses.double().nan_to_num(nan=torch.inf, posinf=torch.inf)
+        rows = {"mean": losses.mean(1), "std": losses.std(1, correction=0)}
+        rows |= {name: losses.quantile(q, 1, interpolation="lower") for name, q in _QUANTILES.items()}
+        return {
+            "name": self.name,
+            "checkpoint": self.checkpoint,
+            "hyperparameters": self.hyperparameters,
+            "diverged": int((~torch.isfinite(losses[-1])).sum()),
+            "seconds_per_step": self.seconds_per_step,
+            "loss": {
+                key: [v if v == v and abs(v) != float("inf") else None for v in row.tolist()]
+                for key, row in rows.items()
+            },
+        }
+
+
+@torch.no_grad()
+def learned_curves(optimizer: MetaOptimizer, problems: Problems, num_steps: int) -> tuple[Tensor, float]:
+    """Losses ``[num_steps + 1, B]`` of a meta-optimizer, and seconds per trajectory-step."""
+    begin_s = time.perf_counter()
+    current = start(optimizer, problems)
+    losses = [current.loss]
+    for _ in range(num_steps):
+        current, window = unroll(optimizer, current, 1)
+        losses.append(window[0])
+    result = torch.stack(losses).cpu()
+    return result, (time.perf_counter() - begin_s) / (num_steps * len(problems))
+
+
+def worst_rise(mean: Tensor) -> float:
+    """Largest ratio of a curve to its running minimum; 1 for one that never rises.
+
+    Example:
+        >>> worst_rise(torch.tensor([8.0, 2.0, 3.0, 1.0]))
+        1.5
+    """
+    return float((mean / torch.cummin(mean, 0).values).max())

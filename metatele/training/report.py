@@ -1,0 +1,151 @@
+"""``curves.json`` and what is drawn from it: the table and the figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metatele.checkpoint import versions
+from metatele.config import TaskConfig, to_dict
+from metatele.files import write_atomically
+from metatele.training.curves import Curves
+
+FORMAT = 1
+_TABLE_STEPS = (0, 1, 5, 10, 20, 29, 99, 299, 999)
+# Okabe and Ito's palette, told apart with every common colour vision.
+_COLOURS = {
+    "LSTM(update,tele)": "#D55E00",
+    "LSTM(lr,tele)": "#CC79A7",
+    "LSTM(update)": "#0072B2",
+    "GD": "#000000",
+    "SGD": "#999999",
+    "Momentum": "#56B4E9",
+    "Adam": "#009E73",
+    "L-BFGS": "#F0E442",
+}
+_MARKERS = {"LSTM(update,tele)": "o", "LSTM(lr,tele)": "s", "LSTM(update)": "^"}
+
+
+def document(curves: list[Curves], task: TaskConfig, seed: int, device: str) -> dict[str, Any]:
+    """The content of ``curves.json``."""
+    return {
+        "format": FORMAT,
+        "task": to_dict(task),
+        "steps": curves[0].losses.shape[0] - 1,
+        "trajectories": curves[0].losses.shape[1],
+        "seed": seed,
+        "device": device,
+        "versions": {**versions(), "machine": platform.machine(), "threads": str(torch.get_num_threads())},
+        "methods": [c.to_json() for c in curves],
+    }
+
+
+def _steps(doc: dict[str, Any]) -> list[int]:
+    return sorted({s for s in _TABLE_STEPS if s <= doc["steps"]} | {doc["steps"]})
+
+
+def rows(doc: dict[str, Any]) -> list[list[str]]:
+    """Table of mean losses, one method a row, the first row the head."""
+    steps = _steps(doc)
+    table = [["method", *(f"step {s}" for s in steps), f"p10-p90 at {steps[-1]}", "diverged", "us per step"]]
+    for method in doc["methods"]:
+        loss = method["loss"]
+        spread = f"{_number(loss['p10'][steps[-1]])} to {_number(loss['p90'][steps[-1]])}"
+        table.append(
+            [
+                _label(method, doc),
+                *(_number(loss["mean"][s]) for s in steps),
+                spread,
+                str(method["diverged"]),
+                f"{1e6 * method['seconds_per_step']:.0f}",
+            ]
+        )
+    return table
+
+
+def _label(method: dict[str, Any], doc: dict[str, Any]) -> str:
+    """The name, with the folder where two methods of one name would be confused."""
+    same = [m for m in doc["methods"] if m["name"] == method["name"]]
+    return method["name"] if len(same) == 1 else f"{method['name']} {method['checkpoint']}"
+
+
+def _number(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "inf"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.2e}"
+
+
+def markdown(table: list[list[str]]) -> str:
+    """A table in Markdown, aligned."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+
+    def line(row: list[str]) -> str:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "| " + " | ".join(cells) + " |"
+
+    rule = "|" + "|".join(":" + "-" * (w + 1) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(table[0]), rule, *map(line, table[1:])]) + "\n"
+
+
+def write(doc: dict[str, Any], out: Path) -> str:
+    """Write ``curves.json``, ``table.csv``, ``table.md`` and ``loss.png``; returns the table."""
+    table = rows(doc)
+    text = markdown(table)
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(table)
+    write_atomically(out / "curves.json", (json.dumps(doc) + "\n").encode())
+    write_atomically(out / "table.csv", buffer.getvalue().encode())
+    write_atomically(out / "table.md", text.encode())
+    write_atomically(out / "loss.png", figure(doc))
+    return text
+
+
+def figure(doc: dict[str, Any]) -> bytes:
+    """PNG of the median loss against the step with its 10 % to 90 % band, teleporting methods marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, axes = plt.subplots(figsize=(7.2, 4.6), constrained_layout=True)
+    steps = range(doc["steps"] + 1)
+    for order, method in enumerate(doc["methods"]):
+        name, loss = method["name"], method["loss"]
+        learned = name in _MARKERS
+        teleports = name.endswith("tele)")
+        colour = _COLOURS.get(name, f"C{order}")
+        values = {k: [math.nan if v is None else v for v in loss[k]] for k in ("p10", "median", "p90")}
+        axes.fill_between(steps, values["p10"], values["p90"], color=colour, alpha=0.15, linewidth=0)
+        axes.plot(
+            steps,
+            values["median"],
+            color=colour,
+            linewidth=2.2 if teleports else 1.5,
+            linestyle="-" if learned else "--",
+            marker=_MARKERS.get(name),
+            markersize=5,
+            markevery=max(1, doc["steps"] // 15),
+            markerfacecolor=colour if teleports else "white",
+            label=_label(method, doc) + (" (teleports)" if teleports else ""),
+            zorder=3 if learned else 2,
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.set_xlim(0, doc["steps"])
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(fontsize=8, framealpha=0.9)
+    axes.set_title(f"median and 10-90 % of {doc['trajectories']} held-out trajectories", fontsize=10)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, dpi=150, format="png")
+    plt.close(fig)
+    return buffer.getvalue()

@@ -1,0 +1,225 @@
+"""A run folder: what meta-training writes, and how it goes on after a kill.
+
+``checkpoint/`` is the published checkpoint with the least validation score so far,
+``training_state.pt`` the resumable state, ``metrics.jsonl`` and TensorBoard events the log. The
+state is the one source of truth: whatever was logged after it is dropped when a run resumes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metatele import checkpoint
+from metatele.config import RunConfig, from_dict, to_dict
+from metatele.errors import CheckpointError, RunFolderError, SaveError
+from metatele.files import write_atomically
+from metatele.training.trainer import MetaTrainer
+
+STATE_NAME, METRICS_NAME, CHECKPOINT_NAME = "training_state.pt", "metrics.jsonl", "checkpoint"
+
+
+def train(
+    config: RunConfig, out: str | Path, *, device: torch.device | str = "cpu", resume: bool = False, quiet: bool = False
+) -> MetaTrainer:
+    """Meta-train into a folder; the whole of ``train_meta.py``.
+
+    Args:
+        config: What to train.
+        out: Folder, new or empty; with ``resume`` the folder of the run to go on with.
+        device: Where.
+        resume: Go on from the last complete state.
+        quiet: No progress on stderr or stdout.
+
+    Raises:
+        RunFolderError: The folder holds another run, or none to resume.
+        DivergedError: Too many non-finite updates in a row.
+        SaveError: Nothing could be written; earlier files are intact.
+    """
+    folder = Path(out)
+    trainer = _resumed(config, folder, device) if resume else _begun(config, folder, device)
+    with _Log(folder, trainer, quiet) as log:
+        c = config.training
+        if not resume:
+            _save(trainer, folder)
+        while not trainer.finished:
+            upcoming = trainer.update + 1
+            noted = upcoming % c.log_every == 0 or upcoming == c.updates
+            metrics = trainer.step(measure=noted)
+            log.advance()
+            if noted:
+                log.training(metrics)
+            if trainer.update % c.validation_every == 0 or trainer.finished:
+                _validate(trainer, folder, log)
+            if trainer.update % c.save_every == 0 or trainer.finished:
+                log.flush()
+                _save(trainer, folder)
+    return trainer
+
+
+def _begun(config: RunConfig, folder: Path, device: torch.device | str) -> MetaTrainer:
+    _check_new(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"could not create {folder}: {error.strerror or error}") from error
+    return MetaTrainer(config, device)
+
+
+def _check_new(folder: Path) -> None:
+    if folder.is_file():
+        raise RunFolderError(f"out must be a folder, and {folder} is a file")
+    if (folder / STATE_NAME).exists():
+        raise RunFolderError(f"{folder} holds another run; go on with it by --resume, or choose another --out")
+    # What is left of a run killed before its first state is not a run; anything else is not ours.
+    leftovers = {METRICS_NAME, f".{STATE_NAME}.tmp"}
+    foreign = (
+        [p.name for p in folder.iterdir() if p.name not in leftovers and "tfevents" not in p.name]
+        if folder.is_dir()
+        else []
+    )
+    if foreign:
+        raise RunFolderError(f"{folder} is not empty (it holds {sorted(foreign)[0]}); choose another --out")
+
+
+def _resumed(config: RunConfig, folder: Path, device: torch.device | str) -> MetaTrainer:
+    state = read_state(folder)
+    stored = from_dict(RunConfig, state["config"])
+    for part in ("seed", "task", "method", "training"):
+        ours, theirs = to_dict(getattr(config, part)), to_dict(getattr(stored, part))
+        if ours != theirs:
+            names = [k for k in ours if ours[k] != theirs[k]] if isinstance(ours, dict) else [part]
+            a, b = (ours[names[0]], theirs[names[0]]) if isinstance(ours, dict) else (ours, theirs)
+            raise RunFolderError(f"cannot resume {folder} with other settings: {names[0]} is {a} here and {b} there")
+    trainer = MetaTrainer(config, device)
+    trainer.load_state_dict(state)
+    return trainer
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The resumable state of a run folder, read without executing anything.
+
+    Raises:
+        RunFolderError: There is none.
+        CheckpointError: It is damaged or from a newer format.
+    """
+    path = folder / STATE_NAME
+    if not path.is_file():
+        raise RunFolderError(f"there is no run to resume in {folder}: {STATE_NAME} is missing")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise CheckpointError(f"{path} is damaged and cannot be read") from error
+    if not isinstance(state, dict) or state.get("format") != 1:
+        raise CheckpointError(f"{path} was not written by this version of metatele")
+    return state
+
+
+def _save(trainer: MetaTrainer, folder: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(trainer.state_dict(), buffer)
+    write_atomically(folder / STATE_NAME, buffer.getvalue())
+
+
+def _validate(trainer: MetaTrainer, folder: Path, log: _Log) -> None:
+    score, losses = trainer.validate()
+    log.validation(score, losses)
+    if score < trainer.best:
+        trainer.best = score
+        progress = {"update": trainer.update, "trajectories_started": trainer.started}
+        scores = {"validation_loss_at": {str(k): v for k, v in losses.items()}, "validation_score": score}
+        checkpoint.save(
+            folder / CHECKPOINT_NAME, trainer.evaluated, run=trainer.config, progress=progress, scores=scores
+        )
+
+
+class _Log:
+    """metrics.jsonl, TensorBoard, and one line or a bar for whoever watches."""
+
+    def __init__(self, folder: Path, trainer: MetaTrainer, quiet: bool) -> None:
+        self.folder, self.trainer, self.quiet = folder, trainer, quiet
+        self.last_losses: dict[int, float] = {}
+
+    def __enter__(self) -> _Log:
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        _keep_lines_up_to(self.folder / METRICS_NAME, self.trainer.update)
+        self.metrics = (self.folder / METRICS_NAME).open("a", encoding="utf-8")
+        self.board = SummaryWriter(
+            str(self.folder), purge_step=self.trainer.update + 1 if self.trainer.update else None
+        )
+        on_terminal = not self.quiet and sys.stderr.isatty()
+        self.lines = not self.quiet and not on_terminal
+        self.bar = tqdm(
+            total=self.trainer.config.training.updates,
+            initial=self.trainer.update,
+            desc=self.trainer.config.method.title,
+            unit="update",
+            disable=not on_terminal,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self.metrics.close()
+        self.board.close()
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def flush(self) -> None:
+        try:
+            self.metrics.flush()
+            os.fsync(self.metrics.fileno())
+            self.board.flush()
+        except OSError as error:
+            raise SaveError(f"could not write the log in {self.folder}: {error.strerror or error}") from error
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps({"update": self.trainer.update, **entry}) + "\n")
+
+    def training(self, metrics: dict[str, float]) -> None:
+        self._write(metrics)
+        for name, value in metrics.items():
+            self.board.add_scalar(f"train/{name}", value, self.trainer.update)
+        shown = f"meta-loss {metrics['meta_loss']:.4g}"
+        if self.last_losses:
+            shown += "".join(f"  L({s}) {loss:.4g}" for s, loss in self.last_losses.items() if s > 1)
+        self.bar.set_postfix_str(shown)
+        if self.lines:
+            total, speed = self.trainer.config.training.updates, metrics["ms_per_trajectory_step"]
+            skipped = f"  skipped {metrics['skipped']:.0f}" if metrics["skipped"] else ""
+            print(f"update {self.trainer.update}/{total}  {shown}  {speed:.3f} ms/step{skipped}", flush=True)
+
+    def validation(self, score: float, losses: dict[int, float]) -> None:
+        self.last_losses = losses
+        self._write({"validation_score": score, "validation_loss_at": losses})
+        self.board.add_scalar("validation/score", score, self.trainer.update)
+        for step, loss in losses.items():
+            self.board.add_scalar(f"validation/loss_at_{step}", loss, self.trainer.update)
+        for name, parameter in self.trainer.evaluated.named_parameters():
+            if "head" in name:
+                self.board.add_histogram(name, parameter, self.trainer.update)
+        gradient = self.trainer.trajectories.gradient.abs()
+        self.board.add_histogram("inner/log10_gradient", gradient.clamp_min(1e-12).log10(), self.trainer.update)
+
+
+def _keep_lines_up_to(path: Path, update: int) -> None:
+    """Drop what was logged after the state that a run resumes from."""
+    if path.exists():
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # a line cut short by a kill
+                continue
+            if entry["update"] <= update:
+                kept.append(line + "\n")
+        write_atomically(path, "".join(kept).encode())

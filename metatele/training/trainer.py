@@ -1,0 +1,238 @@
+"""Meta-training: one Adam step for each window of a batch of unrolled trajectories (Algorithm 1)."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metatele.config import RunConfig, to_dict
+from metatele.errors import CheckpointError, DivergedError
+from metatele.metaopt import MetaOptimizer, Stepped
+from metatele.tasks import Regression
+from metatele.training.curves import learned_curves
+from metatele.unroll import Trajectories, start, unroll, window_loss
+
+LOST_LOSS = 1e12  # a trajectory beyond this teaches nothing and begins anew
+_WARM_UP = 0.02  # fraction of the run over which a decaying rate first rises
+
+
+class MetaTrainer:
+    """The state of one meta-training run, and the two things it does: update and validate.
+
+    Args:
+        config: What to train and how.
+        device: Where.
+
+    Attributes:
+        optimizer: The meta-optimizer being trained.
+        update: Meta-updates done.
+        skipped: Updates skipped because a loss or gradient was not finite.
+        best: Least validation score so far.
+
+    Example:
+        >>> from metatele.config import preset
+        >>> config = preset("paper", trajectories=4, batch=2, horizon=4, unroll=2, hidden=8,
+        ...     widths=(3, 4, 2), samples=3)
+        >>> trainer = MetaTrainer(config)
+        >>> metrics = trainer.step()
+        >>> trainer.update, trainer.config.training.updates
+        (1, 4)
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device | str = "cpu") -> None:
+        self.config, self.device = config, torch.device(device)
+        self.task = Regression(config.task)
+        self.optimizer = MetaOptimizer(config.method, config.task, config.seed).to(self.device)
+        self.optimizer.set_precision(config.training.precision)
+        groups = self.optimizer.parameter_groups(config.training.local_lr, config.training.teleport_lr)
+        self.adam = torch.optim.Adam(groups, fused=True)
+        self._rates = [float(group["lr"]) for group in self.adam.param_groups]
+        self.averaged: MetaOptimizer | None = None
+        if config.training.average:
+            self.averaged = copy.deepcopy(self.optimizer).requires_grad_(False)
+        self.update = self.skipped = self.skipped_in_row = self.started = 0
+        self.best = math.inf
+        self.trajectories = self._fresh(config.training.batch)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all updates are done."""
+        return self.update >= self.config.training.updates
+
+    @property
+    def evaluated(self) -> MetaOptimizer:
+        """The weights that are validated and published: the averaged ones, if there are any."""
+        return self.optimizer if self.averaged is None else self.averaged
+
+    def _fresh(self, count: int) -> Trajectories:
+        indices = range(self.started, self.started + count)
+        self.started += count
+        return start(self.optimizer, self.task.sample(self.config.seed, "train", indices).to(self.device))
+
+    def _due(self) -> list[int]:
+        """Trajectories whose horizon ends with the window just done.
+
+        The window lengths repeat with the update number, so a trajectory that starts with any of
+        them still sees each once, and their sum is the horizon.
+        """
+        c = self.config.training
+        windows = len(c.windows)
+        offsets = (i * windows // c.batch if c.staggered else 0 for i in range(c.batch))
+        return [i for i, offset in enumerate(offsets) if (self.update + 1) % windows == offset]
+
+    def _set_rates(self) -> None:
+        c = self.config.training
+        factor = 1.0
+        if c.decay == "cosine":
+            done = self.update / c.updates
+            factor = 0.5 * (1 + math.cos(math.pi * done)) * min(1.0, (done + 1 / c.updates) / _WARM_UP)
+        for group, rate in zip(self.adam.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+
+    def step(self, measure: bool = False) -> dict[str, float]:
+        """One meta-update: unroll a window, differentiate, and step Adam.
+
+        A loss or gradient that is not finite skips Adam's step; trajectories that are lost start anew.
+
+        Args:
+            measure: Also measure the group element's norm, the drift and the learned rate.
+
+        Returns:
+            Numbers to log.
+
+        Raises:
+            DivergedError: ``max_skipped`` updates in a row were skipped.
+        """
+        c = self.config.training
+        begin_s = time.perf_counter()
+        steps = c.windows[self.update % len(c.windows)]
+        self._set_rates()
+        self.adam.zero_grad(set_to_none=True)
+        last: list[tuple[Trajectories, Stepped]] = []
+        with self.optimizer.window():
+            end, losses = unroll(
+                self.optimizer,
+                self.trajectories.detach(),
+                steps,
+                (lambda k, where, done: last.append((where, done)) if k == steps - 1 else None) if measure else None,
+            )
+            objective = window_loss(losses, c.objective)
+            objective.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.optimizer.parameters(), c.clip or math.inf)
+        end = end.detach()
+        healthy = bool(torch.isfinite(objective)) and bool(torch.isfinite(norm))
+        if healthy:
+            self.adam.step()
+            self.skipped_in_row = 0
+            self._average()
+        else:
+            self.skipped += 1
+            self.skipped_in_row += 1
+        lost = (~(end.loss < LOST_LOSS) | ~torch.isfinite(end.gradient).all(-1)).tolist()
+        restart = sorted({*self._due(), *(i for i, gone in enumerate(lost) if gone)})
+        self.trajectories = end.restarted(restart, self._fresh(len(restart))) if restart else end
+        self.update += 1
+        if self.skipped_in_row >= c.max_skipped:
+            raise DivergedError(
+                f"{self.skipped_in_row} updates in a row had a loss or gradient that is not finite (at update "
+                f"{self.update}); the last good checkpoint is intact: lower the learning rates or set clip"
+            )
+        metrics = {
+            "meta_loss": float(objective.detach()),
+            "meta_gradient_norm": float(norm),
+            "skipped": float(self.skipped),
+            "lost_trajectories": float(sum(lost)),
+            "ms_per_trajectory_step": 1e3 * (time.perf_counter() - begin_s) / (steps * c.batch),
+        }
+        if measure:
+            metrics |= self._measure(*last[0])
+        return metrics
+
+    @torch.no_grad()
+    def _measure(self, where: Trajectories, done: Stepped) -> dict[str, float]:
+        """Median over the batch of what the last step of a window did."""
+        update = done.local - where.weights
+        measured = {"update_norm": update.norm(dim=-1)}
+        if self.config.method.method == "lr-tele":
+            measured["learning_rate"] = update.norm(dim=-1) / where.gradient.norm(dim=-1)
+        if done.algebra is not None:
+            before = where.problems.loss_and_gradient(done.local)[0]
+            after = where.problems.loss_and_gradient(done.weights)[0]
+            measured["algebra_norm"] = done.algebra.norm(dim=-1)
+            measured["drift"] = (after - before).abs() / before
+        return {name: float(values.median()) for name, values in measured.items()}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.averaged is None:
+            return
+        decay = min(self.config.training.average, (self.update + 1) / (self.update + 11))
+        targets: list[Tensor] = list(self.averaged.parameters())
+        torch._foreach_lerp_(targets, list(self.optimizer.parameters()), 1 - decay)
+
+    def validate(self) -> tuple[float, dict[int, float]]:
+        """Score and mean held-out losses at a few steps, on validation trajectories.
+
+        The score is the mean over ``validation_score_at`` of the logarithm of the mean loss.
+        """
+        c = self.config.training
+        problems = self.task.sample(self.config.seed, "validation", range(c.validation_trajectories))
+        losses, _ = learned_curves(self.evaluated, problems.to(self.device), c.validation_steps)
+        mean = losses.double().mean(1).nan_to_num(nan=math.inf)
+        shown = sorted({s for s in (1, 10, 29, 99, 299) if s <= c.validation_steps} | {*c.validation_score_at})
+        score = sum(math.log(max(float(mean[s]), 1e-300)) for s in c.validation_score_at) / len(c.validation_score_at)
+        return score, {s: float(mean[s]) for s in shown}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on to the same bits: tensors and plain values only."""
+        t = self.trajectories
+        return {
+            "format": 1,
+            "config": to_dict(self.config),
+            "optimizer": self.optimizer.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "adam": self.adam.state_dict(),
+            "counters": [self.update, self.skipped, self.skipped_in_row, self.started],
+            "best": self.best,
+            "trajectories": {
+                "inputs": t.problems.inputs,
+                "targets": t.problems.targets,
+                "initial": t.problems.initial,
+                "prepared": t.prepared,
+                "weights": t.weights,
+                "loss": t.loss,
+                "gradient": t.gradient,
+                "states": t.states.tensors(),
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: The state does not belong to this configuration.
+        """
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.averaged is not None:
+                self.averaged.load_state_dict(state["averaged"])
+            self.adam.load_state_dict(state["adam"])
+            self.update, self.skipped, self.skipped_in_row, self.started = state["counters"]
+            self.best = state["best"]
+            saved = {k: self._restored(v) for k, v in state["trajectories"].items() if k != "states"}
+            tensors = iter(state["trajectories"]["states"])
+            states = self.trajectories.states.map(lambda _: self._restored(next(tensors)))
+        except (KeyError, ValueError, RuntimeError, StopIteration) as error:
+            raise CheckpointError(f"the training state does not fit its configuration: {error}") from error
+        problems = type(self.trajectories.problems)(
+            self.task.mlp, saved.pop("inputs"), saved.pop("targets"), saved.pop("initial")
+        )
+        self.trajectories = Trajectories(problems, states=states, **saved)
+
+    def _restored(self, tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor.to(self.device)
