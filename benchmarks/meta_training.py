@@ -132,9 +132,8 @@ def main() -> None:
                     "naive_over_ours": naive / ms,
                 }
             )
-            print(
-                f"{precision:>9} {batch:>5} {ms:>8.4f} {naive / ms:>10.1f} {products:>9.4f} {rate:>8.0f} {products / ms:>6.2f}"
-            )
+            share = f"{products / ms:>6.2f}"
+            print(f"{precision:>9} {batch:>5} {ms:>8.4f} {naive / ms:>10.1f} {products:>9.4f} {rate:>8.0f} {share}")
     again = naive_ms(args.repeats)
     print(f"naive, measured again at the end: {again:.2f} ms")
     result = {

@@ -38,7 +38,7 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
         self._capture.attach(self)
         first = read_sequential(other.model)[0][0]
         path = next(name for name, module in other.model.named_modules() if module is first)
-        dict(fmodel.named_modules())[path].register_forward_pre_hook(self._capture)
+        dict(fmodel.named_modules())[path].register_forward_hook(self._capture)
 
     def _update(self, grouped_grads: Any, **_: Any) -> None:
         slots = sorted(

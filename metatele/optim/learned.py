@@ -18,8 +18,8 @@ from metatele.optim.modules import InputCapture, describe, read_sequential
 class LearnedOptimizer(torch.optim.Optimizer):
     r"""Steps ``w ← g_t·(w + lr·f_t)`` with f and g from a checkpoint.
 
-    The layer inputs a teleport needs are taken from the forward passes, in training mode with
-    gradients enabled, since the last ``zero_grad`` or ``step``.
+    The layer inputs a teleport needs are those of the forward passes whose gradients were taken
+    since the last ``zero_grad`` or ``step``; nothing is asked of the training loop.
 
     The network's parameters form one flat vector, so the optimizer is joint over all of them: a
     parameter without gradient (or in no group, or with ``lr`` 0) enters as zero gradient and does
@@ -69,7 +69,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self.meta = self.meta.to(device)
         self._capture = InputCapture()
         self._capture.attach(self)
-        linears[0].register_forward_pre_hook(self._capture)
+        linears[0].register_forward_hook(self._capture)
         super().__init__(model.parameters() if params is None else params, {"lr": lr})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -130,8 +130,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             inputs = self._capture.columns(dtype)
             if inputs is None:
                 raise MetateleError(
-                    "a teleport needs the layer inputs, and the model made no forward pass in training mode "
-                    "with gradients since the last step or zero_grad"
+                    "a teleport needs the layer inputs, and no gradient was taken through a forward pass "
+                    "of the model since the last step or zero_grad"
                 )
             inputs = inputs.unsqueeze(0)
         done = self.meta.step(weights[None], gradient[None], states, inputs, local_scale=scale)

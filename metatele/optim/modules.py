@@ -42,7 +42,8 @@ def activation_of(module: nn.Module) -> Activation | None:
 
 def _flat_modules(model: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module]]:
     modules: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_children():
+    for name, module in model._modules.items():  # named_children would skip a module used twice
+        assert module is not None
         path = f"{prefix}{name}"
         modules += _flat_modules(module, path + ".") if isinstance(module, nn.Sequential) else [(path, module)]
     return modules
@@ -104,9 +105,11 @@ def describe(mlp: MLP) -> str:
 
 
 class InputCapture:
-    """A forward hook that keeps the inputs a layer saw while gradients were recorded.
+    """A forward hook that keeps the inputs of the passes whose gradients were taken.
 
-    It lives as long as its owner: a copy of the model carries a capture that does nothing.
+    A pass counts when a gradient flows back through the layer's output, so evaluations, metrics and
+    abandoned passes are never mixed in. The capture lives as long as its owner: a copy of the model
+    carries one that does nothing.
     """
 
     def __init__(self) -> None:
@@ -117,12 +120,18 @@ class InputCapture:
         """Keep inputs for as long as ``owner`` lives."""
         self._owner = weakref.ref(owner)
 
-    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Hook for ``register_forward_pre_hook``."""
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        """Hook for ``register_forward_hook``."""
         if self._owner is None or self._owner() is None:
             self.batches = []
-        elif torch.is_grad_enabled() and module.training:
-            self.batches.append(arguments[0].detach())
+        elif output.requires_grad:
+            batch = arguments[0].detach()
+
+            def count(_: Tensor) -> None:
+                if all(kept is not batch for kept in self.batches):  # one pass, several backward passes
+                    self.batches.append(batch)
+
+            output.register_hook(count)
 
     def clear(self) -> None:
         """Forget what was kept."""

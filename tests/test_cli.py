@@ -1,0 +1,125 @@
+"""The programs: help at once, one clear line for every mistake, the promised files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import small_optimizer
+
+import metatele
+from metatele.cli import evaluate, train
+from metatele.cli.common import device_named
+from metatele.config import MethodConfig, TaskConfig, TrainingConfig
+from metatele.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(name, *arguments):
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def one_line(done, code, words):
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["train_meta.py", "eval_meta.py"])
+def test_help_does_not_wait_for_torch(name):
+    begin = os.times().children_user
+    done = script(name, "--help")
+    assert done.returncode == 0
+    assert os.times().children_user - begin < 1.0
+    loaded = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / name), "--help"], capture_output=True, text=True, check=False
+    )
+    assert "torch" not in loaded.stderr
+
+
+def test_every_setting_is_a_flag():
+    help_text = train.parser().format_help()
+    import dataclasses
+
+    for cls in (MethodConfig, TrainingConfig, TaskConfig):
+        for f in dataclasses.fields(cls):
+            assert "--" + f.name.replace("_", "-") in help_text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quick", "--method", "teleport", "--out", "x"], "invalid choice: 'teleport'"),
+        (["fast", "--out", "x"], "invalid choice: 'fast'"),
+        (["quick"], "--out"),
+        (["quick", "--out", "x", "--batch", "0"], "batch must be positive, got 0"),
+        (["quick", "--out", "x", "--hidden", "-3"], "hidden must be positive, got -3"),
+        (["quick", "--out", "x", "--unroll", "500"], "unroll must be at most the horizon"),
+        (["quick", "--out", "x", "--widths", "3,x"], "whole numbers separated by commas"),
+        (["quick", "--out", "x", "--bias", "maybe"], "expected true or false"),
+        (["quick", "--out", "x", "--seed", "-1"], "expected at least 0"),
+        (["quick", "--out", "x", "--turbo", "1"], "unrecognized arguments: --turbo"),
+        (["quick", "--out", "x", "--activation", "relu"], "the exact action needs an invertible activation"),
+        (["quick", "--out", "x", "--device", "cuda:63"], "device cuda:63 is not there"),
+        (["quick", "--out", "x", "--device", "quantum"], "device must be auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words, tmp_path):
+    done = script("train_meta.py", *[str(tmp_path / "x") if a == "x" else a for a in arguments])
+    one_line(done, 1 if "exact action" in words else 2, words)
+    assert not (tmp_path / "x" / "training_state.pt").exists()
+
+
+def test_folders_that_cannot_be_used_are_one_line(tmp_path):
+    (tmp_path / "f").write_text("x")
+    one_line(script("train_meta.py", "quick", "--out", tmp_path / "f"), 1, "is a file")
+    one_line(script("train_meta.py", "quick", "--out", tmp_path / "f" / "g"), 1, "could not create")
+    one_line(script("train_meta.py", "quick", "--resume", "--out", tmp_path / "none"), 1, "no run to resume")
+    one_line(script("eval_meta.py", tmp_path / "none", "--out", tmp_path / "o"), 1, "does not exist")
+    one_line(script("eval_meta.py", tmp_path, "--steps", "0", "--out", tmp_path / "o"), 2, "at least 1")
+    metatele.save(tmp_path / "c", small_optimizer(dtype=torch.float32))
+    one_line(script("eval_meta.py", tmp_path / "c", "--out", tmp_path / "f"), 1, "is a file")
+    (tmp_path / "c" / "model.safetensors").write_bytes(b"torn")
+    one_line(script("eval_meta.py", tmp_path / "c", "--out", tmp_path / "o"), 1, "damaged")
+    assert not (tmp_path / "o").exists()
+
+
+def test_train_then_evaluate(tmp_path, capsys):
+    small = "--hidden 8 --widths 4,5,3 --samples 4 --trajectories 16 --batch 4 --horizon 6 --unroll 2"
+    checks = "--validation-steps 6 --validation-score-at 6 --log-every 4"
+    train.main(["quick", "--out", str(tmp_path / "run"), *small.split(), *checks.split()])
+    printed = capsys.readouterr().out
+    assert "update 12/12" in printed
+    assert f"best checkpoint in {tmp_path}/run/checkpoint" in printed
+    arguments = ["--trajectories", "3", "--steps", "4", "--out", str(tmp_path / "out")]
+    evaluate.main([str(tmp_path / "run"), str(tmp_path / "run"), *arguments])
+    printed = capsys.readouterr().out
+    assert f"figure: {tmp_path}/out/loss.png" in printed
+    assert printed.count("LSTM(update,tele)") == 2
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"curves.json", "table.csv", "table.md", "loss.png"}
+    assert json.loads((tmp_path / "out" / "curves.json").read_text())["steps"] == 4
+
+
+def test_devices_by_name():
+    assert device_named("cpu") == torch.device("cpu")
+    assert device_named("auto").type in ("cpu", "cuda")
+    with pytest.raises(ConfigError, match="device"):
+        device_named("mps")
+
+
+def test_importing_the_package_is_light():
+    code = "import metatele, sys; print(sorted(m for m in ('torch', 'matplotlib', 'higher', 'tensorboard') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+    code = "import metatele, sys; metatele.LearnedOptimizer; print([m for m in ('matplotlib', 'higher', 'tensorboard') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = metatele.nonsense

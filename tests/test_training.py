@@ -1,0 +1,256 @@
+"""Meta-training: bookkeeping, non-finite values, and the same bits after a kill."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cases import METHODS, small_run
+
+import metatele
+from metatele.config import preset
+from metatele.errors import CheckpointError, ConfigError, DivergedError, RunFolderError
+from metatele.training.run import METRICS_NAME, STATE_NAME, read_state, train
+from metatele.training.trainer import MetaTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def same(a, b):
+    """Equal to the last bit, in nested containers."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.mark.parametrize("staggered", [False, True])
+@pytest.mark.parametrize("horizon", [6, 7])
+def test_every_trajectory_runs_its_whole_horizon(staggered, horizon):
+    config = small_run(horizon=horizon, unroll=3, staggered=staggered, batch=4, trajectories=40)
+    trainer, ages, lives = MetaTrainer(config), [0] * 4, [[] for _ in range(4)]
+    while not trainer.finished:
+        steps = config.training.windows[trainer.update % len(config.training.windows)]
+        before = trainer.trajectories.problems.inputs.clone()
+        trainer.step()
+        for i in range(4):
+            ages[i] += steps
+            if not torch.equal(before[i], trainer.trajectories.problems.inputs[i]):
+                lives[i].append(ages[i])
+                ages[i] = 0
+    for life in lives:  # all but the first of a staggered trajectory are whole
+        assert len(life) > 5
+        assert set(life[1:]) == {horizon}
+        assert staggered or life[0] == horizon
+    if staggered:
+        assert len({life[0] for life in lives}) > 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_lowers_the_held_out_loss(method):
+    config = small_run(method=method, trajectories=400, batch=8, hidden=16, local_lr=1e-2, teleport_lr=1e-3)
+    trainer = MetaTrainer(config)
+    before, _ = trainer.validate()
+    while not trainer.finished:
+        trainer.step()
+    after, losses = trainer.validate()
+    assert after < before - 0.5
+    assert math.isfinite(losses[6])
+
+
+def test_streams_never_meet():
+    trainer = MetaTrainer(small_run())
+    draws = {
+        stream: trainer.task.sample(0, stream, range(200)).inputs
+        for stream in ("train", "validation", "evaluation", "tuning")
+    }
+    values = torch.cat([d.flatten() for d in draws.values()]).double()
+    assert values.unique().numel() > 0.999 * values.numel()
+
+
+def test_an_infinite_loss_skips_the_update_and_restarts_only_its_trajectory():
+    trainer = MetaTrainer(small_run(staggered=False))
+    trainer.trajectories.weights[1] = float("nan")
+    parameters = [p.clone() for p in trainer.optimizer.parameters()]
+    kept = trainer.trajectories.problems.inputs.clone()
+    metrics = trainer.step()
+    assert metrics["skipped"] == trainer.skipped == 1
+    assert metrics["lost_trajectories"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(parameters, trainer.optimizer.parameters(), strict=True))
+    changed = (trainer.trajectories.problems.inputs != kept).flatten(1).any(1).tolist()
+    assert changed == [False, True, False, False]
+    assert trainer.step()["skipped"] == 1
+    assert trainer.skipped_in_row == 0
+
+
+def test_a_gradient_that_is_not_finite_skips_the_update():
+    trainer = MetaTrainer(small_run())
+    weight = trainer.optimizer.local.lstm.head_weight
+    with torch.no_grad():
+        trainer.trajectories.gradient[0, 0] = float("inf")
+    before = weight.clone()
+    trainer.step()
+    assert trainer.skipped == 1
+    assert torch.equal(weight, before)
+
+
+def test_too_many_skips_in_a_row_stop_the_run_and_leave_the_checkpoint(tmp_path):
+    config = small_run(max_skipped=3)
+    train(config, tmp_path / "run", quiet=True)
+    good = metatele.load(tmp_path / "run")
+    trainer = MetaTrainer(config)
+    with torch.no_grad():
+        trainer.optimizer.local.lstm.head_bias.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="3 updates in a row"):
+        for _ in range(10):
+            trainer.step()
+    assert trainer.update == 3
+    assert same(dict(metatele.load(tmp_path / "run").optimizer.state_dict()), dict(good.optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path, method, average):
+    config = small_run(method=method, average=average)
+    whole = train(config, tmp_path / "whole", quiet=True)
+    trainer = MetaTrainer(config)
+    for _ in range(5):
+        trainer.step()
+    other = MetaTrainer(config)
+    torch.save(trainer.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    while not other.finished:
+        other.step()
+    ours, theirs = other.state_dict(), whole.state_dict()
+    ours.pop("best")
+    theirs.pop("best")
+    assert same(ours, theirs)
+
+
+def run_script(out, *flags, **options):
+    command = [
+        *(sys.executable, str(ROOT / "train_meta.py"), "quick", "--out", str(out), "--threads", "1"),
+        *("--hidden", "64", "--batch", "4", "--horizon", "6", "--unroll", "2", "--trajectories", "400"),
+        *("--widths", "4,5,3", "--samples", "4", "--validation-trajectories", "4", "--validation-steps", "6"),
+        *("--validation-score-at", "6", "--validation-every", "7", "--save-every", "5", "--log-every", "10"),
+        *flags,
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(process):
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
+def outcome(folder):
+    """What must not depend on kills: the state, the checkpoint's bytes, and the log but for times."""
+    lines = [json.loads(line) for line in (folder / METRICS_NAME).read_text().splitlines()]
+    for line in lines:
+        line.pop("ms_per_trajectory_step", None)
+    return read_state(folder), (folder / "checkpoint" / "model.safetensors").read_bytes(), lines
+
+
+def test_killed_processes_resume_to_the_same_bits(tmp_path):
+    finish(run_script(tmp_path / "whole"))
+    kills = 0
+    for attempt in range(40):
+        begun = (tmp_path / "killed" / STATE_NAME).exists()
+        process = run_script(tmp_path / "killed", *(["--resume"] if begun else []))
+        deadline = time.monotonic() + 2.0 + 0.37 * attempt
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        if process.poll() is not None:
+            finish(process)
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    assert kills >= 1
+    for ours, theirs in zip(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"), strict=True):
+        assert same(ours, theirs)
+
+
+def test_a_finished_run_resumes_to_nothing(tmp_path):
+    train(small_run(), tmp_path, quiet=True)
+    before = outcome(tmp_path)
+    train(small_run(), tmp_path, resume=True, quiet=True)
+    assert all(same(a, b) for a, b in zip(before, outcome(tmp_path), strict=True))
+
+
+def test_folders_that_hold_something_are_left_alone(tmp_path):
+    train(small_run(), tmp_path / "run", quiet=True)
+    with pytest.raises(RunFolderError, match="another run"):
+        train(small_run(), tmp_path / "run", quiet=True)
+    with pytest.raises(RunFolderError, match="other settings: seed is 5 here and 0 there"):
+        train(small_run(seed=5), tmp_path / "run", resume=True, quiet=True)
+    with pytest.raises(RunFolderError, match="other settings: hidden"):
+        train(small_run(hidden=7), tmp_path / "run", resume=True, quiet=True)
+    with pytest.raises(RunFolderError, match="no run to resume"):
+        train(small_run(), tmp_path / "none", resume=True, quiet=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(RunFolderError, match=r"not empty \(it holds thesis.txt\)"):
+        train(small_run(), tmp_path / "mine", quiet=True)
+    with pytest.raises(RunFolderError, match="is a file"):
+        train(small_run(), tmp_path / "mine" / "thesis.txt", quiet=True)
+
+
+def test_damaged_states_are_one_error(tmp_path):
+    train(small_run(), tmp_path, quiet=True)
+    content = (tmp_path / STATE_NAME).read_bytes()
+    for damage in (content[: len(content) // 2], b"", b"not a state"):
+        (tmp_path / STATE_NAME).write_bytes(damage)
+        with pytest.raises(CheckpointError, match="damaged"):
+            train(small_run(), tmp_path, resume=True, quiet=True)
+    torch.save({"format": 2}, tmp_path / STATE_NAME)
+    with pytest.raises(CheckpointError, match="not written by this version"):
+        train(small_run(), tmp_path, resume=True, quiet=True)
+
+
+def test_log_holds_what_is_promised(tmp_path):
+    train(small_run(), tmp_path, quiet=True)
+    lines = [json.loads(line) for line in (tmp_path / METRICS_NAME).read_text().splitlines()]
+    logged = [line for line in lines if "meta_loss" in line]
+    assert [line["update"] for line in logged] == [2, 4, 6, 8, 10, 12]
+    for name in ("meta_gradient_norm", "skipped", "algebra_norm", "drift", "ms_per_trajectory_step", "update_norm"):
+        assert all(math.isfinite(line[name]) for line in logged)
+    assert any("validation_loss_at" in line for line in lines)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path)).Reload().Tags()
+    assert {"train/meta_loss", "train/drift", "train/algebra_norm", "validation/loss_at_6"} <= set(events["scalars"])
+    assert "inner/log10_gradient" in events["histograms"]
+
+
+def test_drift_of_the_exact_action_is_rounding():
+    trainer = MetaTrainer(small_run(norm="fixed", radius=0.1))
+    metrics = trainer.step(measure=True)
+    assert metrics["algebra_norm"] == pytest.approx(0.1, rel=1e-5)
+    assert metrics["drift"] < 1e-4
+
+
+def test_presets_are_what_the_paper_says():
+    for method, trajectories, steps in (("update-tele", 700, 100), ("update", 600, 100), ("lr-tele", 30, 300)):
+        config = preset("paper", method)
+        assert config.training.trajectories >= trajectories
+        assert config.training.horizon == steps
+        assert config.training.unroll == 10
+        assert config.method.preprocessing == "raw"
+        assert config.method.radius == 0.01
+        assert config.training.objective == "sum"
+        assert not config.method.gradient_rates
+    assert preset("paper", "lr-tele").method.hidden == 20
+    with pytest.raises(ConfigError, match="unroll must be at most the horizon"):
+        preset("paper", unroll=200)
