@@ -92,6 +92,7 @@ class MethodConfig:
     action: str = _setting("exact", "how the group acts", ("exact", "approximate", "rescaling"))
     parametrisation: str = _setting("exp", "from T to g", ("exp", "cayley", "first-order", "direct"))
     radius: float = _setting(0.01, "Frobenius norm of T (at most 0.5)")
+    radius_decay: float = _setting(0.0, "steps after which the radius has halved, as 1/(1 + t/steps); 0: constant")
     norm: str = _setting("fixed", "T always of norm radius, or bounded by it", ("fixed", "bounded"))
 
     teleport_head: float = _setting(1.0, "factor on the initial weights of the teleport's head")
@@ -101,6 +102,7 @@ class MethodConfig:
         _check_types(self)
         _require_positive(self, "hidden", "layers", "update_scale", "rate_low", "rate_high", "radius", "teleport_head")
         _require(self.rate_low < self.rate_high, "rate_low", f"below rate_high ({self.rate_high})", self.rate_low)
+        _require(self.radius_decay >= 0, "radius_decay", "zero or positive", self.radius_decay)
         _require(self.radius <= 0.5, "radius", "at most 0.5", self.radius)
 
     @property

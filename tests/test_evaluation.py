@@ -29,9 +29,7 @@ def plain_loop(baseline, candidate, problems, i, steps):
         loss.backward()
         return loss
 
-    losses = []
-    for _ in range(steps):
-        losses.append(float(optimizer.step(closure).detach()))
+    losses = [float(optimizer.step(closure).detach()) for _ in range(steps)]
     return [*losses, float(closure().detach())]
 
 

@@ -166,8 +166,8 @@ def test_zero_lr_changes_nothing_but_builds_state(lr):
     assert len(optimizer.state) == 1
     for group in optimizer.param_groups:
         group["lr"] = 1.0
-    model_, optimizer_, closure_, _ = make()
-    assert run(optimizer, closure, 3) == run(optimizer_, closure_, 3)
+    _, twin, twin_closure, _ = make()
+    assert run(optimizer, closure, 3) == run(twin, twin_closure, 3)
 
 
 def test_lr_multiplies_the_local_update_and_may_be_a_tensor():
@@ -268,7 +268,7 @@ def test_a_copy_of_the_model_alone_keeps_no_data():
 
 def test_evaluation_passes_do_not_disturb_the_teleport():
     references = run(*make()[1:3], 3)
-    model, optimizer, closure, (x, _) = make()
+    model, optimizer, closure, _ = make()
     losses = []
     for _ in range(3):
         losses.append(float(closure().detach()))
@@ -341,7 +341,7 @@ def closing_higher():
 def test_meta_gradients_inside_higher_are_ours(variant, bias):
     import higher
 
-    import metatele.optim.higher_bridge  # noqa: F401
+    import metatele.optim.higher_bridge
     from metatele.config import TaskConfig
 
     task = TaskConfig(widths=TASK.widths, samples=TASK.samples, bias=bias)

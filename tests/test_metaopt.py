@@ -146,6 +146,15 @@ def test_wrong_shapes_are_named():
         lstm()(torch.zeros(2, 6, dtype=torch.float64), lstm().initial_state(2))
 
 
+@pytest.mark.parametrize("method", ["update", "update-tele"])
+def test_states_are_mapped_in_the_order_they_are_listed(method):
+    states = small_optimizer(method).initial_states(2)
+    listed, mapped = iter(states.tensors()), []
+    states.map(lambda t: mapped.append(t is next(listed)) or t)
+    assert all(mapped)
+    assert len(mapped) == len(states.tensors())
+
+
 def test_copies_and_pickles_compute_the_same():
     optimizer, problems = small_optimizer(), small_problems()
     for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):

@@ -110,10 +110,10 @@ def test_too_many_skips_in_a_row_stop_the_run_and_leave_the_checkpoint(tmp_path)
     trainer = MetaTrainer(config)
     with torch.no_grad():
         trainer.optimizer.local.lstm.head_bias.fill_(float("nan"))
+    for _ in range(2):
+        trainer.step()
     with pytest.raises(DivergedError, match="3 updates in a row"):
-        for _ in range(10):
-            trainer.step()
-    assert trainer.update == 3
+        trainer.step()
     assert same(dict(metatele.load(tmp_path / "run").optimizer.state_dict()), dict(good.optimizer.state_dict()))
 
 

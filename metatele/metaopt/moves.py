@@ -118,7 +118,9 @@ class LearnedTeleport(nn.Module):
     """``g = exp(T)`` with T from an LSTM, swept over all hidden layers.
 
     The norm of each layer's T is fixed at ``radius`` (the paper's reference), or bounded by it:
-    ``T = radius · M / √(1 + ‖M‖²)`` for the head's output M.
+    ``T = radius · M / √(1 + ‖M‖²)`` for the head's output M. With ``radius_decay`` τ the radius after
+    t steps is ``radius / (1 + t/τ)``: large where teleports pay most, and the whole way in the group
+    grows only with the logarithm of the number of steps.
     """
 
     def __init__(self, config: MethodConfig, mlp: MLP, generator: torch.Generator) -> None:
@@ -133,6 +135,7 @@ class LearnedTeleport(nn.Module):
         with torch.no_grad():
             self.lstm.head_weight.mul_(config.teleport_head)
             self.lstm.head_bias.mul_(config.teleport_head)
+        self.radius_decay = config.radius_decay
         self.radius, self.norm, self.parametrisation = config.radius, config.norm, config.parametrisation
 
     def prepare(self, inputs: Tensor) -> Tensor | None:
@@ -140,11 +143,18 @@ class LearnedTeleport(nn.Module):
         return self.action.prepare(inputs, self.mlp.bias)
 
     def forward(
-        self, weights: Tensor, inputs: Tensor, prepared: Tensor | None, features: Tensor, state: LSTMState
+        self,
+        weights: Tensor,
+        inputs: Tensor,
+        prepared: Tensor | None,
+        features: Tensor,
+        state: LSTMState,
+        age: Tensor,
     ) -> Teleported:
-        """Teleport flat weights ``[B, P]`` on data ``[B, d, n]``."""
+        """Teleport flat weights ``[B, P]`` on data ``[B, d, n]``, ``age [B]`` steps after the start."""
         output, state = self.lstm(features, state)
-        parts = [self.scaled(part) for part in output.split(self.sizes, -1)]
+        shrink = 1 / (1 + age.unsqueeze(-1) / self.radius_decay) if self.radius_decay else 1.0
+        parts = [shrink * self.scaled(part) for part in output.split(self.sizes, -1)]
         elements = [
             self.element(self.action.algebra(part, k)) for part, k in zip(parts, self.mlp.hidden_widths, strict=True)
         ]

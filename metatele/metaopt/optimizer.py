@@ -20,23 +20,32 @@ from metatele.tasks import Regression
 
 
 class MoveStates(NamedTuple):
-    """Memories of the two moves; ``teleport`` is ``None`` where there is none."""
+    """What a trajectory remembers of its steps.
+
+    Attributes:
+        local: Memory of the local move.
+        teleport: Memory of the teleport move; ``None`` where there is none.
+        age: Steps done, ``[B]``, as floating numbers.
+    """
 
     local: LSTMState
     teleport: LSTMState | None
+    age: Tensor
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""
-        states = [s for s in self if s is not None]
-        return [t for s in states for t in (*s.hidden, *s.cell)]
+        states = [s for s in (self.local, self.teleport) if s is not None]
+        return [*(t for s in states for t in (*s.hidden, *s.cell)), self.age]
 
     def map(self, function) -> MoveStates:  # type: ignore[no-untyped-def]
-        """The same structure with a function applied to every tensor."""
+        """The same structure with a function applied to every tensor, in the order of :meth:`tensors`."""
 
         def apply(state: LSTMState) -> LSTMState:
             return LSTMState(tuple(map(function, state.hidden)), tuple(map(function, state.cell)))
 
-        return MoveStates(apply(self.local), None if self.teleport is None else apply(self.teleport))
+        local = apply(self.local)
+        teleport = None if self.teleport is None else apply(self.teleport)
+        return MoveStates(local, teleport, function(self.age))
 
 
 class Stepped(NamedTuple):
@@ -88,7 +97,8 @@ class MetaOptimizer(nn.Module):
     def initial_states(self, batch: int) -> MoveStates:
         """Zero memories."""
         teleport = None if self.teleport is None else self.teleport.lstm.initial_state(batch)
-        return MoveStates(self.local.lstm.initial_state(batch), teleport)
+        local = self.local.lstm.initial_state(batch)
+        return MoveStates(local, teleport, local.cell[0].new_zeros(batch))
 
     def prepare(self, inputs: Tensor) -> Tensor | None:
         """What the teleport needs of data ``[B, d, n]`` that do not change; see :meth:`step`."""
@@ -124,9 +134,9 @@ class MetaOptimizer(nn.Module):
         update, local_state = self.local(gradient, features, states.local)
         local = weights + local_scale * update
         if self.teleport is None or states.teleport is None or inputs is None:
-            return Stepped(local, MoveStates(local_state, states.teleport), local, None)
-        moved = self.teleport(local, inputs, prepared, features, states.teleport)
-        return Stepped(moved.weights, MoveStates(local_state, moved.state), local, moved.algebra)
+            return Stepped(local, MoveStates(local_state, states.teleport, states.age + 1), local, None)
+        moved = self.teleport(local, inputs, prepared, features, states.teleport, states.age)
+        return Stepped(moved.weights, MoveStates(local_state, moved.state, states.age + 1), local, moved.algebra)
 
     def set_precision(self, precision: str) -> None:
         """Precision of the LSTMs' matrix products, ``"float32"`` or ``"bf16"``."""

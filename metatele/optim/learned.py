@@ -185,12 +185,12 @@ def read_states(stored: dict[str, Any], meta: MetaOptimizer) -> MoveStates:
 
     local = read("local", states.local)
     assert local is not None
-    return MoveStates(local, read("teleport", states.teleport))
+    return MoveStates(local, read("teleport", states.teleport), stored["age"])
 
 
 def write_states(states: MoveStates) -> dict[str, Tensor]:
     """The inverse of :func:`read_states`: plain floating tensors by name."""
-    stored: dict[str, Tensor] = {}
+    stored = {"age": states.age}
     for name, state in (("local", states.local), ("teleport", states.teleport)):
         if state is not None:
             stored |= {f"{name}_hidden_{i}": t for i, t in enumerate(state.hidden)}

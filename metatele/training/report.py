@@ -7,6 +7,7 @@ import io
 import json
 import math
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ _COLOURS = {
     "Adam": "#009E73",
     "L-BFGS": "#F0E442",
 }
+_STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # 97.5 % quantiles
 _MARKERS = {"LSTM(update,tele)": "o", "LSTM(lr,tele)": "s", "LSTM(update)": "^"}
 
 
@@ -54,20 +56,33 @@ def _steps(doc: dict[str, Any]) -> list[int]:
 def rows(doc: dict[str, Any]) -> list[list[str]]:
     """Table of mean losses, one method a row, the first row the head."""
     steps = _steps(doc)
+    several = any(len(m.get("seed_means", [])) > 1 for m in doc["methods"])
     table = [["method", *(f"step {s}" for s in steps), f"p10-p90 at {steps[-1]}", "diverged", "us per step"]]
+    if several:
+        table[0].append("rise")
     for method in doc["methods"]:
         loss = method["loss"]
         spread = f"{_number(loss['p10'][steps[-1]])} to {_number(loss['p90'][steps[-1]])}"
         table.append(
             [
                 _label(method, doc),
-                *(_number(loss["mean"][s]) for s in steps),
+                *(_number(loss["mean"][s]) + _interval(method, s) for s in steps),
                 spread,
                 str(method["diverged"]),
                 f"{1e6 * method['seconds_per_step']:.0f}",
             ]
         )
+        if several:
+            table[-1].append(f"{method['worst_rise']:.2f}" if "worst_rise" in method else "")
     return table
+
+
+def _interval(method: dict[str, Any], step: int) -> str:
+    """Half-width of the 95 % interval of the mean over meta-training seeds, by Student's t."""
+    values = [means[step] for means in method.get("seed_means", [])]
+    if len(values) not in _STUDENT_T:
+        return ""
+    return f" ±{_number(_STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values)))}"
 
 
 def _label(method: dict[str, Any], doc: dict[str, Any]) -> str:

@@ -1,0 +1,28 @@
+"""Runs an experiment by name; each module here has a ``main`` that takes the command line's rest."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from metatele.cli.common import run_program
+from metatele.errors import ConfigError
+
+EXPERIMENTS = {"fig6": "held-out loss of the three meta-optimizers beside tuned standard optimizers"}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Dispatch on the first argument."""
+    listed = "\n".join(f"  {name:8} {what}" for name, what in EXPERIMENTS.items())
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: python -m metatele.experiments NAME [flags]; NAME --help for its flags\n\n{listed}")
+        return
+    if arguments[0] not in EXPERIMENTS:
+        raise ConfigError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {arguments[0]!r}")
+    importlib.import_module(f"metatele.experiments.{arguments[0]}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "metatele.experiments"
+    run_program(main, "metatele.experiments")
