@@ -82,6 +82,7 @@ class MethodConfig:
 
     method: str = _setting("update-tele", "which moves are learned", tuple(METHODS))
     hidden: int = _setting(300, "size of the LSTM cells")
+    teleport_hidden: int = _setting(0, "size of the teleport move's cells; 0: the same as hidden")
     layers: int = _setting(2, "LSTM cells in a row")
     preprocessing: str = _setting("raw", "what the LSTM sees of a gradient", ("raw", "asinh", "log-sign"))
     update_scale: float = _setting(1.0, "factor on the learned update")
@@ -93,7 +94,9 @@ class MethodConfig:
     parametrisation: str = _setting("exp", "from T to g", ("exp", "cayley", "first-order", "direct"))
     radius: float = _setting(0.01, "Frobenius norm of T (at most 0.5)")
     radius_decay: float = _setting(0.0, "steps after which the radius has halved, as 1/(1 + t/steps); 0: constant")
-    norm: str = _setting("fixed", "T always of norm radius, or bounded by it", ("fixed", "bounded"))
+    norm: str = _setting(
+        "fixed", "of T: always radius, bounded by it, or learned up to it", ("fixed", "bounded", "learned")
+    )
 
     teleport_head: float = _setting(1.0, "factor on the initial weights of the teleport's head")
 
@@ -102,6 +105,7 @@ class MethodConfig:
         _check_types(self)
         _require_positive(self, "hidden", "layers", "update_scale", "rate_low", "rate_high", "radius", "teleport_head")
         _require(self.rate_low < self.rate_high, "rate_low", f"below rate_high ({self.rate_high})", self.rate_low)
+        _require(self.teleport_hidden >= 0, "teleport_hidden", "zero or positive", self.teleport_hidden)
         _require(self.radius_decay >= 0, "radius_decay", "zero or positive", self.radius_decay)
         _require(self.radius <= 0.5, "radius", "at most 0.5", self.radius)
 
@@ -119,6 +123,7 @@ class TrainingConfig:
     batch: int = _setting(16, "trajectories unrolled at the same time")
     horizon: int = _setting(100, "steps of one trajectory")
     unroll: int = _setting(10, "steps between two meta-updates")
+    shorter: tuple[int, ...] = _setting((), "horizons that some trajectories of a batch have instead, in turn")
     staggered: bool = _setting(False, "start the trajectories of a batch at different ages")
     objective: str = _setting("sum", "loss of a window: sum, or mean of the logarithm", ("sum", "mean-log"))
     local_lr: float = _setting(1e-3, "Adam's rate for the local move's LSTM")
@@ -127,6 +132,7 @@ class TrainingConfig:
     clip: float = _setting(0.0, "largest norm of a meta-gradient; 0: no clipping")
     average: float = _setting(0.0, "decay of the averaged weights that are evaluated and saved; 0: none")
     precision: str = _setting("float32", "of the LSTM's matrix products", ("float32", "bf16"))
+    lost_loss: float = _setting(1e8, "a trajectory at this loss stops, and a new one takes its place")
     max_skipped: int = _setting(20, "non-finite updates in a row before the run stops")
     validation_trajectories: int = _setting(16, "held-out trajectories that choose the checkpoint")
     validation_steps: int = _setting(100, "their length")
@@ -140,10 +146,17 @@ class TrainingConfig:
         _check_types(self)
         _require_positive(
             self,
-            *("trajectories", "batch", "horizon", "unroll", "local_lr", "teleport_lr", "max_skipped"),
+            *("trajectories", "batch", "horizon", "unroll", "local_lr", "teleport_lr", "lost_loss", "max_skipped"),
             *("validation_trajectories", "validation_steps", "validation_every", "save_every", "log_every"),
         )
         _require(self.unroll <= self.horizon, "unroll", f"at most the horizon ({self.horizon})", self.unroll)
+        _require(
+            all(isinstance(h, int) and 0 < h <= self.horizon for h in self.shorter)
+            and (not self.shorter or all(h % self.unroll == 0 for h in (self.horizon, *self.shorter))),
+            "shorter",
+            f"horizons up to {self.horizon}, all multiples of unroll ({self.unroll}) as the horizon then is",
+            self.shorter,
+        )
         _require(self.clip >= 0, "clip", "zero or positive", self.clip)
         _require(0 <= self.average < 1, "average", "in [0, 1)", self.average)
         _require(
@@ -220,11 +233,55 @@ def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
     return cls(**built)
 
 
-# What each preset changes, for all methods ("") and for one. The reasons stand in README, "Presets".
+# What each preset changes, for all methods ("") and for one. README, "Presets", has the reasons.
+_ADAPTED: dict[str, Any] = {
+    "preprocessing": "asinh",
+    "objective": "mean-log",
+    "gradient_rates": True,
+    "rate_output": "log",
+    "rate_low": 1e-6,
+    "rate_high": 1e-2,
+    "radius": 0.02,
+    "clip": 1.0,
+    "staggered": True,
+    "decay": "cosine",
+    "teleport_lr": 1e-3,
+}
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "quick": {"": {}, "update-tele": {}, "update": {}, "lr-tele": {}},
-    "paper": {"": {}, "update-tele": {}, "update": {}, "lr-tele": {}},
-    "best": {"": {}, "update-tele": {}, "update": {}, "lr-tele": {}},
+    "quick": {
+        "": {**_ADAPTED, "batch": 32, "trajectories": 960},
+        "update-tele": {},
+        "update": {},
+        "lr-tele": {"hidden": 20, "local_lr": 3e-3},
+    },
+    # The defaults of the classes above are the paper's; its numbers of trajectories, times four.
+    "paper": {
+        "": {},
+        "update-tele": {"trajectories": 4 * 700},
+        "update": {"trajectories": 4 * 600},
+        "lr-tele": {
+            "trajectories": 4 * 30,
+            "batch": 4,
+            "horizon": 300,
+            "hidden": 20,
+            "local_lr": 1e-4,
+            "validation_steps": 300,
+            "validation_score_at": (29, 299),
+        },
+    },
+    "best": {
+        "": {
+            **_ADAPTED,
+            "batch": 64,
+            "horizon": 300,
+            "precision": "bf16",
+            "validation_steps": 300,
+            "validation_score_at": (29, 99, 299),
+        },
+        "update-tele": {"trajectories": 4000},
+        "update": {"trajectories": 4000},
+        "lr-tele": {"trajectories": 2000, "batch": 32, "hidden": 20, "local_lr": 3e-3, "rate_low": 1e-5},
+    },
 }
 PRESETS = tuple(_PRESETS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -81,7 +82,11 @@ Observer = Callable[[int, Trajectories, Stepped], None]
 
 
 def unroll(
-    optimizer: MetaOptimizer, trajectories: Trajectories, num_steps: int, observe: Observer | None = None
+    optimizer: MetaOptimizer,
+    trajectories: Trajectories,
+    num_steps: int,
+    observe: Observer | None = None,
+    lost_loss: float = math.inf,
 ) -> tuple[Trajectories, Tensor]:
     r"""Advance every trajectory by ``num_steps``, differentiably in the meta-parameters.
 
@@ -95,6 +100,9 @@ def unroll(
         trajectories: Where to begin; call :meth:`Trajectories.detach` to cut history there.
         num_steps: Length of the window.
         observe: Called after each step with its number in the window, where it began and what it did.
+        lost_loss: A trajectory whose loss reaches this, or is not a number, stops where it was and
+            reports this loss, as a constant, from then on; so one that explodes neither spoils the
+            meta-gradient of the others nor drowns it. Infinity switches this off.
 
     Returns:
         The trajectories after the window, and the losses ``[num_steps, B]`` after each step.
@@ -117,10 +125,16 @@ def unroll(
         )
         if observe is not None:
             observe(step, current, done)
-        value, gradient = current.problems.loss_and_gradient(done.weights)
-        loss = attach_gradient(done.weights, value, gradient)
+        weights = done.weights
+        value, gradient = current.problems.loss_and_gradient(weights)
+        if math.isfinite(lost_loss):
+            alive = (value < lost_loss) & torch.isfinite(gradient).all(-1) & (current.loss.detach() < lost_loss)
+            weights = torch.where(alive[:, None], weights, current.weights.detach())
+            value = torch.where(alive, value, lost_loss)
+            gradient = torch.where(alive[:, None], gradient, 0.0)
+        loss = attach_gradient(weights, value, gradient)
         losses.append(loss)
-        current = replace(current, weights=done.weights, loss=loss, gradient=gradient, states=done.states)
+        current = replace(current, weights=weights, loss=loss, gradient=gradient, states=done.states)
     return current, torch.stack(losses)
 
 

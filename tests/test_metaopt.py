@@ -113,7 +113,7 @@ def test_norm_of_T_is_fixed_or_bounded_and_zero_is_safe(norm):
 
 @pytest.mark.parametrize("output", ["clamp", "log"])
 def test_learned_rate_stays_between_its_ends(output):
-    rate = Rate(MethodConfig(rate_output=output, rate_low=1e-4, rate_high=1e-2))(torch.tensor([-50.0, 0.001, 50.0]))
+    rate = Rate(output, 1e-4, 1e-2)(torch.tensor([-50.0, 0.001, 50.0]))
     torch.testing.assert_close(rate[[0, 2]], torch.tensor([1e-4, 1e-2]))
     assert 1e-4 < float(rate[1]) < 1e-2
 

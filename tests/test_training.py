@@ -55,6 +55,20 @@ def test_every_trajectory_runs_its_whole_horizon(staggered, horizon):
         assert len({life[0] for life in lives}) > 1
 
 
+def test_horizons_of_a_batch_may_differ():
+    trainer = MetaTrainer(small_run(horizon=6, shorter=(2, 4), unroll=2, batch=6, trajectories=60, staggered=False))
+    restarts = [0] * 6
+    for _ in range(12):
+        before = trainer.trajectories.problems.inputs.clone()
+        trainer.step()
+        for i in range(6):
+            restarts[i] += not torch.equal(before[i], trainer.trajectories.problems.inputs[i])
+    assert restarts == [4, 12, 6, 4, 12, 6]
+    for shorter in ((3,), (8,), (0,)):
+        with pytest.raises(ConfigError, match="shorter must be horizons"):
+            small_run(horizon=6, unroll=2, shorter=shorter)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_training_lowers_the_held_out_loss(method):
     config = small_run(method=method, trajectories=400, batch=8, hidden=16, local_lr=1e-2, teleport_lr=1e-3)
@@ -77,9 +91,10 @@ def test_streams_never_meet():
     assert values.unique().numel() > 0.999 * values.numel()
 
 
-def test_an_infinite_loss_skips_the_update_and_restarts_only_its_trajectory():
+@pytest.mark.parametrize("poison", ["weights", "gradient"])
+def test_a_trajectory_that_is_not_finite_skips_the_update_and_is_replaced(poison):
     trainer = MetaTrainer(small_run(staggered=False))
-    trainer.trajectories.weights[1] = float("nan")
+    getattr(trainer.trajectories, poison)[1, 0] = float("nan")
     parameters = [p.clone() for p in trainer.optimizer.parameters()]
     kept = trainer.trajectories.problems.inputs.clone()
     metrics = trainer.step()
@@ -92,15 +107,17 @@ def test_an_infinite_loss_skips_the_update_and_restarts_only_its_trajectory():
     assert trainer.skipped_in_row == 0
 
 
-def test_a_gradient_that_is_not_finite_skips_the_update():
-    trainer = MetaTrainer(small_run())
-    weight = trainer.optimizer.local.lstm.head_weight
-    with torch.no_grad():
-        trainer.trajectories.gradient[0, 0] = float("inf")
-    before = weight.clone()
-    trainer.step()
-    assert trainer.skipped == 1
-    assert torch.equal(weight, before)
+def test_an_exploding_trajectory_is_replaced_and_the_update_is_made_without_it():
+    config = small_run(staggered=False, lost_loss=1e4)
+    trainer = MetaTrainer(config)
+    trainer.trajectories.weights[1] *= 1e3
+    kept = trainer.trajectories.problems.inputs.clone()
+    metrics = trainer.step()
+    assert metrics["skipped"] == 0
+    assert metrics["lost_trajectories"] == 1
+    assert math.isfinite(metrics["meta_gradient_norm"])
+    changed = (trainer.trajectories.problems.inputs != kept).flatten(1).any(1).tolist()
+    assert changed == [False, True, False, False]
 
 
 def test_too_many_skips_in_a_row_stop_the_run_and_leave_the_checkpoint(tmp_path):

@@ -124,6 +124,23 @@ def test_a_restart_touches_only_its_trajectories():
         assert torch.equal(new[[0, 1, 3]], old[[0, 1, 3]])
 
 
+def test_a_lost_trajectory_stops_and_leaves_the_others_as_they_were():
+    optimizer, problems = small_optimizer(), small_problems(3)
+    begin = start(optimizer, problems)
+    wild = begin.weights.clone()
+    wild[1] *= 1e3
+    mixed = begin.__class__(**{**begin.__dict__, "weights": wild})
+    end, losses = unroll(optimizer, mixed, 4, lost_loss=1e4)
+    _, alone = unroll(optimizer, begin, 4)
+    assert losses[:, 1].tolist() == [1e4] * 4
+    torch.testing.assert_close(losses[:, [0, 2]], alone[:, [0, 2]], rtol=1e-12, atol=0)
+    assert torch.equal(end.weights[1].detach(), wild[1])
+    ours = torch.autograd.grad(losses.sum(), list(optimizer.parameters()))
+    expected = torch.autograd.grad(alone[:, [0, 2]].sum(), list(optimizer.parameters()))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 def live_tensors():
     gc.collect()
     return sum(1 for o in gc.get_objects() if issubclass(type(o), torch.Tensor))

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     p.add_argument("--trajectories", type=whole_number(1), default=64, metavar="N", help="held-out (default 64)")
     p.add_argument("--steps", type=whole_number(1), default=300, metavar="N", help="of each (default 300)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    p.add_argument("--publish", metavar="FOLDER", help="copy each method's best run by validation score there")
     p.add_argument("--redraw", action="store_true", help="table and figure again from the stored curves.json")
     args = p.parse_args(arguments)
     suffix = "" if args.preset == "paper" else f"-{args.preset}"
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str]) -> None:
             raise RunFolderError(f"there is no readable curves.json in {out}") from error
     else:
         doc = run(args.preset, runs, args.seeds, args.trajectories, args.steps, args.device)
+        if args.publish:
+            publish(runs, args.seeds, doc, Path(args.publish))
     print(write(doc, out), end="")
     print(f"figure: {out / 'loss.png'}")
 
@@ -86,6 +89,28 @@ def run(preset_name: str, runs: Path, seeds: int, trajectories: int, steps: int,
     doc["preset"], doc["seeds"] = preset_name, seeds
     doc["seconds"] = time.perf_counter() - begin_s
     return doc
+
+
+def publish(runs: Path, seeds: int, doc: dict[str, Any], out: Path) -> None:
+    """Checkpoints for the repository: of each method the seed with the best validation score.
+
+    Their ``scores`` gain the held-out losses of this evaluation, which had no part in the choice.
+    """
+    from metatele import checkpoint
+
+    for entry, method in zip(doc["methods"], METHODS, strict=False):
+        loaded = [checkpoint.load(runs / f"{method}-{seed}") for seed in range(seeds)]
+        seed = min(range(seeds), key=lambda i: loaded[i].scores["validation_score"])
+        means = entry["seed_means"][seed]
+        shown = [s for s in (1, 10, 20, 29, 99, 299) if s < len(means)]
+        held_out = {"trajectories": doc["trajectories"], "loss_at": {str(s): means[s] for s in shown}}
+        checkpoint.save(
+            out / method,
+            loaded[seed].optimizer,
+            progress={**loaded[seed].training, "seconds": entry["training_seconds"][seed]},
+            scores={**loaded[seed].scores, "held_out": held_out},
+        )
+        print(f"published {method}, seed {seed}, in {out / method}")
 
 
 def _train(preset_name: str, method: str, seed: int, folder: Path, device: Any) -> None:

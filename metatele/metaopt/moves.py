@@ -22,9 +22,9 @@ from metatele.symmetry import PARAMETRISATIONS, Exact, GroupElement, action, exp
 _SINGULAR = 1e-12  # diagonal ratio of a QR factor; inputs are factorised in double precision
 
 
-def _lstm(config: MethodConfig, mlp: MLP, outputs: int, generator: torch.Generator) -> StackedLSTM:
+def _lstm(config: MethodConfig, mlp: MLP, hidden: int, outputs: int, generator: torch.Generator) -> StackedLSTM:
     channels = preprocessing(config.preprocessing)[1]
-    return StackedLSTM(mlp.num_parameters * channels, config.hidden, outputs, config.layers, generator)
+    return StackedLSTM(mlp.num_parameters * channels, hidden, outputs, config.layers, generator)
 
 
 class LocalMove(nn.Module, ABC):
@@ -44,12 +44,12 @@ class Rate:
     ``s = sigmoid(output)``, whose derivative never vanishes.
 
     Example:
-        >>> Rate(MethodConfig(rate_output="log", rate_low=1e-4, rate_high=1e-2))(torch.zeros(1))
+        >>> Rate("log", low=1e-4, high=1e-2)(torch.zeros(1))
         tensor([0.0010])
     """
 
-    def __init__(self, config: MethodConfig) -> None:
-        self.low, self.high, self.output = config.rate_low, config.rate_high, config.rate_output
+    def __init__(self, output: str, low: float, high: float) -> None:
+        self.output, self.low, self.high = output, low, high
 
     def __call__(self, output: Tensor) -> Tensor:
         """The rate, of the output's shape."""
@@ -73,8 +73,9 @@ class LearnedUpdate(LocalMove):
         self.sizes = [math.prod(shape) for shape in mlp.shapes]
         self.gradient_rates = config.gradient_rates
         extra = 1 + len(self.sizes) if config.gradient_rates else 0
-        self.lstm = _lstm(config, mlp, mlp.num_parameters + extra, generator)
-        self.scale, self.rate = config.update_scale, Rate(config)
+        self.lstm = _lstm(config, mlp, config.hidden, mlp.num_parameters + extra, generator)
+        self.scale = config.update_scale
+        self.rate = Rate(config.rate_output, config.rate_low, config.rate_high)
 
     def forward(self, gradient: Tensor, features: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
         """See :class:`LocalMove`."""
@@ -91,8 +92,8 @@ class LearnedRate(LocalMove):
 
     def __init__(self, config: MethodConfig, mlp: MLP, generator: torch.Generator) -> None:
         super().__init__()
-        self.lstm = _lstm(config, mlp, 1, generator)
-        self.rate = Rate(config)
+        self.lstm = _lstm(config, mlp, config.hidden, 1, generator)
+        self.rate = Rate(config.rate_output, config.rate_low, config.rate_high)
 
     def forward(self, gradient: Tensor, features: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
         """See :class:`LocalMove`."""
@@ -118,7 +119,8 @@ class LearnedTeleport(nn.Module):
     """``g = exp(T)`` with T from an LSTM, swept over all hidden layers.
 
     The norm of each layer's T is fixed at ``radius`` (the paper's reference), or bounded by it:
-    ``T = radius · M / √(1 + ‖M‖²)`` for the head's output M. With ``radius_decay`` τ the radius after
+    ``T = radius · M / √(1 + ‖M‖²)`` for the head's output M, or learned: ``T = ρ M / ‖M‖`` with a
+    :class:`Rate` ρ between a thousandth of the radius and the radius. With ``radius_decay`` τ the radius after
     t steps is ``radius / (1 + t/τ)``: large where teleports pay most, and the whole way in the group
     grows only with the logarithm of the number of steps.
     """
@@ -131,12 +133,14 @@ class LearnedTeleport(nn.Module):
             self.action = Exact(rank_tolerance=_SINGULAR)
         self.action.check(mlp.activation)
         self.sizes = [self.action.algebra_size(k) for k in mlp.hidden_widths]
-        self.lstm = _lstm(config, mlp, sum(self.sizes), generator)
+        self.radius, self.norm, self.parametrisation = config.radius, config.norm, config.parametrisation
+        self.radius_decay = config.radius_decay
+        self.rate = Rate("log", config.radius / 1000, config.radius)
+        norms = len(self.sizes) if self.norm == "learned" else 0
+        self.lstm = _lstm(config, mlp, config.teleport_hidden or config.hidden, sum(self.sizes) + norms, generator)
         with torch.no_grad():
             self.lstm.head_weight.mul_(config.teleport_head)
             self.lstm.head_bias.mul_(config.teleport_head)
-        self.radius_decay = config.radius_decay
-        self.radius, self.norm, self.parametrisation = config.radius, config.norm, config.parametrisation
 
     def prepare(self, inputs: Tensor) -> Tensor | None:
         """What depends on the data alone, computed once for each trajectory."""
@@ -154,7 +158,11 @@ class LearnedTeleport(nn.Module):
         """Teleport flat weights ``[B, P]`` on data ``[B, d, n]``, ``age [B]`` steps after the start."""
         output, state = self.lstm(features, state)
         shrink = 1 / (1 + age.unsqueeze(-1) / self.radius_decay) if self.radius_decay else 1.0
-        parts = [shrink * self.scaled(part) for part in output.split(self.sizes, -1)]
+        size = sum(self.sizes)
+        coordinates, norms = output[..., :size].split(self.sizes, -1), output[..., size:].split(1, -1)
+        parts = [shrink * self.scaled(part) for part in coordinates]
+        if self.norm == "learned":
+            parts = [part * (self.rate(norm) / self.radius) for part, norm in zip(parts, norms, strict=True)]
         elements = [
             self.element(self.action.algebra(part, k)) for part, k in zip(parts, self.mlp.hidden_widths, strict=True)
         ]

@@ -17,7 +17,6 @@ from metatele.tasks import Regression
 from metatele.training.curves import learned_curves
 from metatele.unroll import Trajectories, start, unroll, window_loss
 
-LOST_LOSS = 1e12  # a trajectory beyond this teaches nothing and begins anew
 _WARM_UP = 0.02  # fraction of the run over which a decaying rate first rises
 
 
@@ -81,9 +80,14 @@ class MetaTrainer:
         them still sees each once, and their sum is the horizon.
         """
         c = self.config.training
-        windows = len(c.windows)
-        offsets = (i * windows // c.batch if c.staggered else 0 for i in range(c.batch))
-        return [i for i, offset in enumerate(offsets) if (self.update + 1) % windows == offset]
+        horizons = (c.horizon, *c.shorter)
+        due = []
+        for i in range(c.batch):
+            windows = math.ceil(horizons[i % len(horizons)] / c.unroll)
+            offset = i * windows // c.batch if c.staggered else 0
+            if (self.update + 1) % windows == offset:
+                due.append(i)
+        return due
 
     def _set_rates(self) -> None:
         c = self.config.training
@@ -120,6 +124,7 @@ class MetaTrainer:
                 self.trajectories.detach(),
                 steps,
                 (lambda k, where, done: last.append((where, done)) if k == steps - 1 else None) if measure else None,
+                c.lost_loss,
             )
             objective = window_loss(losses, c.objective)
             objective.backward()
@@ -133,7 +138,7 @@ class MetaTrainer:
         else:
             self.skipped += 1
             self.skipped_in_row += 1
-        lost = (~(end.loss < LOST_LOSS) | ~torch.isfinite(end.gradient).all(-1)).tolist()
+        lost = (~(end.loss < c.lost_loss)).tolist()
         restart = sorted({*self._due(), *(i for i, gone in enumerate(lost) if gone)})
         self.trajectories = end.restarted(restart, self._fresh(len(restart))) if restart else end
         self.update += 1
