@@ -239,17 +239,18 @@ _ADAPTED: dict[str, Any] = {
     "objective": "mean-log",
     "gradient_rates": True,
     "rate_output": "log",
-    "rate_low": 1e-6,
-    "rate_high": 1e-2,
-    "radius": 0.02,
-    "clip": 1.0,
+    "rate_low": 1e-9,
+    "rate_high": 1.0,
+    "radius": 0.1,
+    "norm": "learned",
+    "clip": 0.3,
     "staggered": True,
     "decay": "cosine",
     "teleport_lr": 1e-3,
 }
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {
-        "": {**_ADAPTED, "batch": 32, "trajectories": 960},
+        "": {**_ADAPTED, "batch": 32, "trajectories": 640},
         "update-tele": {},
         "update": {},
         "lr-tele": {"hidden": 20, "local_lr": 3e-3},
@@ -272,15 +273,19 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "best": {
         "": {
             **_ADAPTED,
-            "batch": 64,
+            "batch": 32,
+            "trajectories": 1920,
             "horizon": 300,
+            "shorter": (100, 100),
+            "validation_every": 200,
+            "save_every": 200,
             "precision": "bf16",
             "validation_steps": 300,
             "validation_score_at": (29, 99, 299),
         },
-        "update-tele": {"trajectories": 4000},
-        "update": {"trajectories": 4000},
-        "lr-tele": {"trajectories": 2000, "batch": 32, "hidden": 20, "local_lr": 3e-3, "rate_low": 1e-5},
+        "update-tele": {"norm": "fixed", "radius": 0.05, "radius_decay": 30.0},
+        "update": {},
+        "lr-tele": {"hidden": 20, "local_lr": 3e-3},
     },
 }
 PRESETS = tuple(_PRESETS)

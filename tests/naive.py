@@ -87,13 +87,17 @@ class NaiveLearner:
             f = torch.sigmoid(output[n]) * f - torch.cat([eta[0].expand(k * d), eta[1].expand(o * k)]) * gradient
         return f
 
-    def group(self, output: Tensor) -> tuple[Tensor, Tensor]:
+    def group(self, output: Tensor, t: int) -> tuple[Tensor, Tensor]:
         k = self.sizes[1]
-        T = output.view(k, k)
+        T = output[: k * k].view(k, k)
         if self.config.norm == "fixed":
             T = self.config.radius * T / T.norm()
+        elif self.config.norm == "learned":
+            T = self.config.radius * 1000 ** (torch.sigmoid(output[k * k]) - 1) * T / T.norm()
         else:
             T = self.config.radius * T / (1 + T.square().sum()).sqrt()
+        if self.config.radius_decay:
+            T = T / (1 + t / self.config.radius_decay)
         if self.config.parametrisation == "first-order":
             eye = torch.eye(k, dtype=T.dtype)
             return eye + T, eye - T
@@ -104,7 +108,7 @@ class NaiveLearner:
         h1 = self.local.initial_state()
         h2 = None if self.teleport is None else self.teleport.initial_state()
         losses = []
-        for _ in range(num_steps):
+        for t in range(num_steps):
             w_ = w.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.loss(w_, X, Y), w_)
             seen = torch.asinh(gradient) if self.config.preprocessing == "asinh" else gradient
@@ -113,7 +117,7 @@ class NaiveLearner:
             if self.teleport is not None:
                 assert h2 is not None
                 output, h2 = self.teleport(seen[None], h2)
-                g, g_inverse = self.group(output[0])
+                g, g_inverse = self.group(output[0], t)
                 W1, W2 = self.split(w)
                 Z = F.leaky_relu(g @ F.leaky_relu(W1 @ X, 0.1), 10.0)
                 W1 = W1 + (Z - W1 @ X) @ torch.linalg.pinv(X)

@@ -111,6 +111,18 @@ def test_norm_of_T_is_fixed_or_bounded_and_zero_is_safe(norm):
     assert bool(torch.isfinite(M.grad).all())
 
 
+def test_norm_of_T_can_be_learned_and_shrinks_with_age():
+    optimizer = small_optimizer(norm="learned", radius=0.2, radius_decay=5.0)
+    problems, states = small_problems(), small_optimizer().initial_states(3)
+    _, gradient = problems.loss_and_gradient(problems.initial)
+    states = states._replace(age=torch.tensor([0.0, 5.0, 45.0], dtype=torch.float64))
+    done = optimizer.step(problems.initial, 0 * gradient, states, problems.inputs)
+    norms = done.algebra.detach().norm(dim=-1)
+    torch.testing.assert_close(norms[0] / norms[1:], torch.tensor([2.0, 10.0], dtype=torch.float64))
+    assert 2e-4 < float(norms[0]) < 0.2
+    assert torch.equal(done.states.age, states.age + 1)
+
+
 @pytest.mark.parametrize("output", ["clamp", "log"])
 def test_learned_rate_stays_between_its_ends(output):
     rate = Rate(output, 1e-4, 1e-2)(torch.tensor([-50.0, 0.001, 50.0]))

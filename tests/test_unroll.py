@@ -15,6 +15,7 @@ from metatele.unroll import start, unroll, window_loss
 VARIANTS = [
     {"method": "update-tele"},
     {"method": "update-tele", "norm": "bounded", "gradient_rates": True, "rate_output": "log"},
+    {"method": "update-tele", "norm": "learned", "radius_decay": 3.0},
     {"method": "update"},
     {"method": "update", "gradient_rates": True, "rate_output": "log"},
     {"method": "lr-tele", "rate_output": "log"},

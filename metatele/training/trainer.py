@@ -187,7 +187,9 @@ class MetaTrainer:
         """
         c = self.config.training
         problems = self.task.sample(self.config.seed, "validation", range(c.validation_trajectories))
+        self.evaluated.set_precision("float32")  # as a loaded checkpoint computes
         losses, _ = learned_curves(self.evaluated, problems.to(self.device), c.validation_steps)
+        self.evaluated.set_precision(c.precision)
         mean = losses.double().mean(1).nan_to_num(nan=math.inf)
         shown = sorted({s for s in (1, 10, 29, 99, 299) if s <= c.validation_steps} | {*c.validation_score_at})
         score = sum(math.log(max(float(mean[s]), 1e-300)) for s in c.validation_score_at) / len(c.validation_score_at)
