@@ -17,7 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-import metatele
+from metatele._version import __version__
 from metatele.config import MethodConfig, RunConfig, TaskConfig, from_dict, to_dict
 from metatele.errors import CheckpointError, MetateleError
 from metatele.files import existing_folder, replace_folder
@@ -48,7 +48,7 @@ class Checkpoint:
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    return {"metatele": metatele.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"metatele": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _digest(config: dict[str, Any]) -> str:

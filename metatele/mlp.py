@@ -7,7 +7,6 @@ network that advances at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -190,12 +189,3 @@ def attach_gradient(point: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         gradient: ``[..., P]``, treated as a constant.
     """
     return _AttachGradient.apply(point, value, gradient)
-
-
-def stack_weights(all_weights: Sequence[Weights]) -> Weights:
-    """Weights of several networks of one shape as one batch (new leading dimension)."""
-    matrices = tuple(torch.stack(group) for group in zip(*(w.matrices for w in all_weights), strict=True))
-    biases = tuple(
-        None if group[0] is None else torch.stack(group) for group in zip(*(w.biases for w in all_weights), strict=True)
-    )
-    return Weights(matrices, biases)

@@ -6,7 +6,7 @@ from torch import nn
 
 from metatele.activations import LeakyReLU, Tanh
 from metatele.errors import ConfigError, ShapeMismatchError
-from metatele.mlp import MLP, attach_gradient, stack_weights
+from metatele.mlp import MLP, attach_gradient
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -36,13 +36,6 @@ def test_flatten_undoes_unflatten(bias):
     mlp = MLP((3, 4, 2), Tanh(), bias)
     flat = torch.randn(5, mlp.num_parameters)
     assert torch.equal(mlp.flatten(mlp.unflatten(flat)), flat)
-
-
-def test_stacked_weights_compute_what_each_network_computes():
-    mlp = MLP((3, 4, 2), Tanh(), True)
-    flats, x = torch.randn(2, mlp.num_parameters), torch.randn(3, 5)
-    stacked = stack_weights([mlp.unflatten(flat) for flat in flats])
-    torch.testing.assert_close(mlp.forward(stacked, x)[1], mlp.forward(mlp.unflatten(flats[1]), x))
 
 
 def test_attached_gradient_is_the_derivative():

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from metatele.errors import ConfigError, MetateleError
+from metatele.errors import ConfigError, MetateleError, NotExactError
 
 USAGE_ERROR = 2  # exit code for a wrong flag or value
 FAILURE = 1  # exit code for what went wrong later
@@ -107,7 +107,7 @@ def run_program(main: Callable[[Sequence[str]], None], program: str) -> NoReturn
     """Call ``main`` with the command line; user errors become one line and an exit code."""
     try:
         main(sys.argv[1:])
-    except ConfigError as error:
+    except (ConfigError, NotExactError) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None
     except MetateleError as error:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from metatele.config import MethodConfig, TaskConfig
@@ -157,8 +156,3 @@ class MetaOptimizer(nn.Module):
         if self.teleport is not None:
             groups.append({"params": list(self.teleport.parameters()), "lr": teleport_lr})
         return groups
-
-
-def parameters_are_finite(module: nn.Module) -> bool:
-    """Whether every parameter is finite."""
-    return all(bool(torch.isfinite(p).all()) for p in module.parameters())

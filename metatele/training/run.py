@@ -65,11 +65,12 @@ def train(
 
 def _begun(config: RunConfig, folder: Path, device: torch.device | str) -> MetaTrainer:
     _check_new(folder)
+    trainer = MetaTrainer(config, device)  # first, so that settings it refuses leave no folder behind
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"could not create {folder}: {error.strerror or error}") from error
-    return MetaTrainer(config, device)
+    return trainer
 
 
 def _check_new(folder: Path) -> None:
