@@ -5,8 +5,8 @@ python train_meta.py quick --out runs/quick --resume      # after a kill
 python train_meta.py --help                               # every setting
 """
 
-from metatele.cli.common import run_program
 from metatele.cli.train import main
+from metatele.command_line import run_program
 
 if __name__ == "__main__":
     run_program(main, "train_meta.py")

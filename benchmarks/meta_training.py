@@ -118,8 +118,8 @@ def main() -> None:
             # Interleave the two arms, so that a slow minute of the machine hits both.
             ours, alone = [], []
             for _ in range(3):
-                ours.append(trainer_ms(batch, precision, args.device, args.repeats // 3))
-                alone.append(products_ms(batch, precision, args.device, args.repeats // 3))
+                ours.append(trainer_ms(batch, precision, args.device, max(1, args.repeats // 3)))
+                alone.append(products_ms(batch, precision, args.device, max(1, args.repeats // 3)))
             ms, (products, rate) = statistics.median(ours), sorted(alone)[1]
             rows.append(
                 {

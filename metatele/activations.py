@@ -65,9 +65,10 @@ class Activation(ABC):
                 f"a value lies outside the range ({low:g}, {high:g}) of {self.describe()}, "
                 "so it has no preimage; use a smaller group element"
             )
-        return self._inverse(a)
+        return self.unchecked_inverse(a)
 
-    def _inverse(self, a: Tensor) -> Tensor:
+    def unchecked_inverse(self, a: Tensor) -> Tensor:
+        """:meth:`inverse` without its checks: not a number, or infinite, outside the range."""
         raise NotImplementedError
 
     def _why_not_invertible(self) -> str:
@@ -94,7 +95,8 @@ class Identity(Activation):
         zero = torch.zeros_like(z)
         return torch.ones_like(z), zero, zero
 
-    def _inverse(self, a: Tensor) -> Tensor:
+    def unchecked_inverse(self, a: Tensor) -> Tensor:
+        """See the base class."""
         return a
 
 
@@ -128,12 +130,13 @@ class LeakyReLU(Activation):
         zero = torch.zeros_like(z)
         return self.derivative(z), zero, zero
 
-    def _inverse(self, a: Tensor) -> Tensor:
+    def unchecked_inverse(self, a: Tensor) -> Tensor:
+        """See the base class."""
         return F.leaky_relu(a, 1.0 / self.slope)
 
     def describe(self) -> str:
         """Name and slope."""
-        return f"{self.name}:{self.slope:g}"
+        return f"{self.name}:{self.slope!r}"
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,8 @@ class Tanh(Activation):
         d = 1 - t * t
         return d, -2 * t * d, d * (6 * t * t - 2)
 
-    def _inverse(self, a: Tensor) -> Tensor:
+    def unchecked_inverse(self, a: Tensor) -> Tensor:
+        """See the base class."""
         return torch.atanh(a)
 
 
@@ -196,7 +200,8 @@ class Sigmoid(Activation):
         d = s * (1 - s)
         return d, d * (1 - 2 * s), d * (1 - 6 * d)
 
-    def _inverse(self, a: Tensor) -> Tensor:
+    def unchecked_inverse(self, a: Tensor) -> Tensor:
+        """See the base class."""
         return torch.logit(a)
 
 
@@ -217,7 +222,8 @@ class Softplus(Activation):
         d = s * (1 - s)
         return s, d, d * (1 - 2 * s)
 
-    def _inverse(self, a: Tensor) -> Tensor:
+    def unchecked_inverse(self, a: Tensor) -> Tensor:
+        """See the base class."""
         # log(e^a - 1) = a + log(1 - e^-a) neither overflows for large a nor cancels for small a.
         return a + torch.log(-torch.expm1(-a))
 

@@ -37,8 +37,12 @@ def replace_folder(path: Path, contents: dict[str, bytes]) -> None:
     :func:`existing_folder` finds it.
 
     Raises:
-        SaveError: Out of space, or not writable; the folder keeps its earlier content.
+        SaveError: Out of space, not writable, or the folder holds files of another kind; it keeps its
+            earlier content.
     """
+    path = path.absolute()
+    if path.is_file() or (path.is_dir() and any(p.name not in contents for p in path.iterdir())):
+        raise SaveError(f"{path} is not replaced: it holds something other than {' and '.join(contents)}")
     fresh, previous = path.with_name(f".{path.name}.tmp"), path.with_name(f"{path.name}.previous")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
@@ -60,5 +64,6 @@ def replace_folder(path: Path, contents: dict[str, bytes]) -> None:
 
 def existing_folder(path: Path) -> Path:
     """``path``, or the complete earlier version an interrupted replacement left beside it."""
+    path = path.absolute()
     previous = path.with_name(f"{path.name}.previous")
     return previous if not path.exists() and previous.is_dir() else path

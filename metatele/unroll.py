@@ -101,8 +101,9 @@ def unroll(
         num_steps: Length of the window.
         observe: Called after each step with its number in the window, where it began and what it did.
         lost_loss: A trajectory whose loss reaches this, or is not a number, stops where it was and
-            reports this loss, as a constant, from then on; so one that explodes neither spoils the
-            meta-gradient of the others nor drowns it. Infinity switches this off.
+            reports this loss, as a constant, from then on; so one that explodes does not drown the
+            meta-gradient of the others. (One whose very weights are not finite still spoils it, and
+            the trainer skips that update.) Infinity switches this off.
 
     Returns:
         The trajectories after the window, and the losses ``[num_steps, B]`` after each step.

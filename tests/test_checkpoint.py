@@ -125,7 +125,7 @@ def test_future_foreign_and_unfitting_checkpoints_are_one_error(saved):
         ({"method": {**original["method"], "hidden": 7}}, "usable"),
         ({"method": {**original["method"], "method": "rotate"}}, "must be one of"),
         ({"method": {**original["method"], "new": 1}}, "no field 'new'"),
-        ({"task": {"widths": [4]}}, "needs the field|widths"),
+        ({"task": {"widths": [4]}}, "widths must be at least two"),
         ({"method": 3}, "mapping"),
     ):
         rewrite(folder, {**original, **changes})
@@ -177,6 +177,28 @@ print("intact")
     assert done.stdout.count("SAVE ERROR: could not write") == 2
     assert done.stdout.endswith("intact\n")
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 2000
+
+
+def test_folders_with_other_files_are_never_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    for path in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):
+        with pytest.raises(SaveError, match="something other"):
+            metatele.save(path, small_optimizer())
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_checkpoint_saved_before_a_setting_existed_still_loads(saved):
+    config = json.loads((saved[1] / "config.json").read_text())
+    config["method"].pop("teleport_head")
+    rewrite(saved[1], {"method": config["method"]})
+    assert metatele.load(saved[1]).method == saved[0].config
+
+
+def test_the_current_folder_is_a_path_like_any_other(saved, monkeypatch):
+    monkeypatch.chdir(saved[1])
+    assert metatele.load(".").method == saved[0].config
+    metatele.save(".", saved[0])
 
 
 def test_an_interrupted_replacement_leaves_the_earlier_folder_readable(saved):

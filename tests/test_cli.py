@@ -12,7 +12,7 @@ from cases import small_optimizer
 
 import metatele
 from metatele.cli import evaluate, train
-from metatele.cli.common import device_named
+from metatele.command_line import device_named
 from metatele.config import MethodConfig, TaskConfig, TrainingConfig
 from metatele.errors import ConfigError
 
@@ -67,6 +67,7 @@ def test_every_setting_is_a_flag():
         (["quick", "--out", "x", "--turbo", "1"], "unrecognized arguments: --turbo"),
         (["quick", "--out", "x", "--activation", "relu"], "the exact action needs an invertible activation"),
         (["quick", "--out", "x", "--device", "cuda:63"], "device cuda:63 is not there"),
+        (["quick", "--out", "x", "--widths", "4,3"], "a teleport needs a hidden layer"),
         (["quick", "--out", "x", "--device", "quantum"], "device must be auto, cpu, cuda or cuda:N"),
     ],
 )
@@ -84,7 +85,7 @@ def test_folders_that_cannot_be_used_are_one_line(tmp_path):
     one_line(script("eval_meta.py", tmp_path / "none", "--out", tmp_path / "o"), 1, "does not exist")
     one_line(script("eval_meta.py", tmp_path, "--steps", "0", "--out", tmp_path / "o"), 2, "at least 1")
     metatele.save(tmp_path / "c", small_optimizer(dtype=torch.float32))
-    one_line(script("eval_meta.py", tmp_path / "c", "--out", tmp_path / "f"), 1, "is a file")
+    one_line(script("eval_meta.py", tmp_path / "c", "--out", tmp_path / "f"), 1, "it is a file")
     (tmp_path / "c" / "model.safetensors").write_bytes(b"torn")
     one_line(script("eval_meta.py", tmp_path / "c", "--out", tmp_path / "o"), 1, "damaged")
     assert not (tmp_path / "o").exists()

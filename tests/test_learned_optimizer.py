@@ -163,7 +163,9 @@ def test_zero_lr_changes_nothing_but_builds_state(lr):
     closure()
     optimizer.step()
     assert torch.equal(flat(model), before)
-    assert len(optimizer.state) == 1
+    assert len(optimizer.state) == 2
+    memories = [t.data_ptr() for state in optimizer.state.values() for t in state.values()]
+    assert len(set(memories)) == len(memories)
     for group in optimizer.param_groups:
         group["lr"] = 1.0
     _, twin, twin_closure, _ = make()
@@ -260,10 +262,70 @@ def test_a_copy_of_the_model_alone_keeps_no_data():
     (mine,) = model[0]._forward_hooks.values()
     closure()
     assert len(mine.batches) == 1
-    del optimizer, closure
+    twin_model, twin = pickle.loads(pickle.dumps((model, optimizer)))
+    del optimizer, closure, twin
     gc.collect()
-    model(x).sum().backward()
-    assert mine.batches == []
+    assert not model[0]._forward_hooks
+    assert not twin_model[0]._forward_hooks
+
+
+def test_distributed_checkpoints_of_the_state_go_on_to_the_same_bits():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, optimizer, closure, _ = make()
+    run(optimizer, closure, 3)
+    saved, weights = copy.deepcopy(get_optimizer_state_dict(model, optimizer)), copy.deepcopy(model.state_dict())
+    expected = run(optimizer, closure, 3)
+    other, fresh, other_closure, _ = make()
+    other.load_state_dict(weights)
+    set_optimizer_state_dict(other, fresh, saved)
+    assert run(fresh, other_closure, 3) == expected
+
+
+def test_state_of_another_optimizer_is_refused():
+    _, optimizer, closure, _ = make()
+    run(optimizer, closure, 1)
+    _, other, _, _ = make("update")
+    with pytest.raises(ShapeMismatchError, match="does not belong to this checkpoint"):
+        other.load_state_dict(optimizer.state_dict())
+    model, optimizer, _, _ = make()
+    adam = torch.optim.Adam(model.parameters())
+    model(torch.ones(4)).sum().backward()
+    adam.step()
+    with pytest.raises(ShapeMismatchError, match="exp_avg"):
+        optimizer.load_state_dict(adam.state_dict())
+
+
+def test_a_teleport_that_drifts_is_rolled_back_and_counted():
+    model, optimizer, _, (x, y) = make(meta={"parametrisation": "first-order", "radius": 0.5}, max_drift=1e-3)
+    twin_model, twin, twin_closure, _ = make(meta={"parametrisation": "first-order", "radius": 0.5}, max_drift=1.0)
+    begin = flat(model)
+    (0.5 * (model(x) - y).square().sum()).backward()
+    optimizer.step()
+    run(twin, twin_closure, 1)
+    group = optimizer.param_groups[0]
+    assert group["rolled_back"] == 1
+    assert group["drift"] > 1e-3
+    assert twin.param_groups[0]["rolled_back"] == 0
+    assert not torch.equal(flat(model), flat(twin_model))
+    assert not torch.equal(flat(model), begin)
+    _, exact, exact_closure, _ = make(meta={"radius": 0.5})
+    run(exact, exact_closure, 5)
+    assert exact.param_groups[0]["rolled_back"] == 0
+    assert exact.param_groups[0]["drift"] < 1e-3
+    with pytest.raises(ValueError, match="max_drift"):
+        make(max_drift=0)
+
+
+def test_a_skipped_step_and_the_model_s_own_zero_grad_leave_no_old_batch():
+    references = run(*make()[1:3], 1)
+    model, optimizer, _, (x, y) = make()
+    model(torch.randn(4, 4)).sum().backward()  # as when GradScaler finds an overflow and does not step
+    model.zero_grad()
+    loss = 0.5 * (model(x) - y).square().sum()
+    loss.backward()
+    optimizer.step()
+    assert [float(loss.detach())] == references
 
 
 def test_evaluation_passes_do_not_disturb_the_teleport():
@@ -332,6 +394,27 @@ def test_nested_models_are_read():
 # --- the bridge to higher
 
 
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_modules_that_compute_something_else_are_refused():
+    def layers(kind=nn.Linear):
+        return kind(4, 4), nn.Tanh(), nn.Linear(4, 4)
+
+    orthogonal = nn.Sequential(*layers())
+    nn.utils.parametrizations.orthogonal(orthogonal[0])
+    for model in (Residual(*layers()), nn.Sequential(*layers(Doubled)), orthogonal, nn.Sequential(Residual(*layers()))):
+        with pytest.raises(UnsupportedModelError):
+            read_sequential(model)
+
+
 def closing_higher():
     gc.collect()  # higher leaves each copy of the model in a reference cycle
 
@@ -356,9 +439,11 @@ def test_meta_gradients_inside_higher_are_ours(variant, bias):
     x, y = problems.inputs[0].T, problems.targets[0].T
     total = torch.zeros((), dtype=torch.float64)
     with higher.innerloop_ctx(model, optimizer) as (fmodel, diffopt):
-        for _ in range(steps):
+        for step in range(steps):
             diffopt.step(0.5 * (fmodel(x) - y).square().sum())
             total = total + 0.5 * (fmodel(x) - y).square().sum()
+            if step == 1:  # a meta-gradient in between, on other data, is not teleported on
+                torch.autograd.grad(fmodel(x[:3]).sum() + total, list(meta.parameters()), retain_graph=True)
         end = torch.cat([p.flatten() for p in fmodel.parameters()]).detach()
         theirs = torch.autograd.grad(total, list(meta.parameters()))
     ours_end, losses = unroll(meta, start(meta, problems), steps)

@@ -15,7 +15,7 @@ from cases import METHODS, small_run
 
 import metatele
 from metatele.config import preset
-from metatele.errors import CheckpointError, ConfigError, DivergedError, RunFolderError
+from metatele.errors import CheckpointError, ConfigError, DivergedError, NotExactError, RunFolderError, SaveError
 from metatele.training.run import METRICS_NAME, STATE_NAME, read_state, train
 from metatele.training.trainer import MetaTrainer
 
@@ -205,6 +205,45 @@ def test_a_finished_run_resumes_to_nothing(tmp_path):
     assert all(same(a, b) for a, b in zip(before, outcome(tmp_path), strict=True))
 
 
+def test_every_flipped_bit_of_a_state_is_noticed(tmp_path):
+    train(small_run(), tmp_path, quiet=True)
+    content, rng = (tmp_path / STATE_NAME).read_bytes(), torch.Generator().manual_seed(0)
+    for _ in range(60):
+        position, bit = (int(torch.randint(n, (), generator=rng)) for n in (len(content), 8))
+        changed = bytearray(content)
+        changed[position] ^= 1 << bit
+        (tmp_path / STATE_NAME).write_bytes(changed)
+        with pytest.raises(CheckpointError, match="damaged"):
+            read_state(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{}, {"action": "rescaling"}, {"action": "approximate"}, {"activation": "tanh"}])
+@pytest.mark.parametrize("poison", ["weights", "gradient"])
+def test_a_lost_network_never_stops_the_others(settings, poison):
+    trainer = MetaTrainer(small_run(widths=(5, 5, 5, 3), samples=4, low=-0.2, high=0.2, staggered=False, **settings))
+    getattr(trainer.trajectories, poison)[1, 0] = float("nan")
+    assert trainer.step()["lost_trajectories"] == 1
+    while not trainer.finished:
+        metrics = trainer.step()
+    assert metrics["skipped"] == 1
+    assert math.isfinite(metrics["meta_loss"])
+
+
+def test_settings_that_cannot_train_are_refused_at_once():
+    with pytest.raises(ConfigError, match="lost_loss must be above the losses that trajectories begin with"):
+        MetaTrainer(small_run(lost_loss=1.0))
+    with pytest.raises(NotExactError, match=r"n <= 2 for widths \(4, 2, 3, 3\)"):
+        MetaTrainer(small_run(widths=(4, 2, 3, 3)))
+    with pytest.raises(ConfigError, match="needs a hidden layer"):
+        MetaTrainer(small_run(widths=(4, 3)))
+
+
+def test_a_log_that_cannot_be_written_is_one_error(tmp_path):
+    (tmp_path / "run" / METRICS_NAME).mkdir(parents=True)
+    with pytest.raises(SaveError, match="could not write"):
+        train(small_run(), tmp_path / "run", quiet=True)
+
+
 def test_folders_that_hold_something_are_left_alone(tmp_path):
     train(small_run(), tmp_path / "run", quiet=True)
     with pytest.raises(RunFolderError, match="another run"):
@@ -231,7 +270,7 @@ def test_damaged_states_are_one_error(tmp_path):
         with pytest.raises(CheckpointError, match="damaged"):
             train(small_run(), tmp_path, resume=True, quiet=True)
     torch.save({"format": 2}, tmp_path / STATE_NAME)
-    with pytest.raises(CheckpointError, match="not written by this version"):
+    with pytest.raises(CheckpointError, match="damaged"):
         train(small_run(), tmp_path, resume=True, quiet=True)
 
 

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from metatele.cli.common import OneLineParser, device_named, whole_number
-from metatele.errors import RunFolderError
+from metatele.command_line import OneLineParser, device_named, make_folder, whole_number
+from metatele.errors import MetateleError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,13 +31,17 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, evaluate, print the table and where the figure lies."""
     args = parser().parse_args(arguments)
     out = Path(args.out)
-    if out.is_file():
-        raise RunFolderError(f"out must be a folder, and {out} is a file")
+    device = device_named(args.device)
+    made = make_folder(out)
 
     from metatele.training.evaluation import evaluate
     from metatele.training.report import document, write
 
-    device = device_named(args.device)
-    curves, task = evaluate(args.checkpoints, args.trajectories, args.steps, args.seed, device)
+    try:
+        curves, task = evaluate(args.checkpoints, args.trajectories, args.steps, args.seed, device)
+    except MetateleError:
+        if made:
+            out.rmdir()
+        raise
     print(write(document(curves, task, args.seed, str(device)), out), end="")
     print(f"figure: {out / 'loss.png'}")

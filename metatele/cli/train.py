@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from collections.abc import Sequence
 
-from metatele.cli.common import OneLineParser, add_config_flags, device_named, whole_number
+from metatele.command_line import OneLineParser, add_config_flags, device_named, whole_number
 from metatele.config import PRESETS, MethodConfig, TaskConfig, TrainingConfig, preset
+from metatele.errors import ConfigError
 
 _EPILOG = """examples:
   python train_meta.py quick --out runs/quick
@@ -19,7 +22,8 @@ def parser() -> argparse.ArgumentParser:
     """Flags: where and how to run, then every field of the configuration."""
     p = OneLineParser(
         prog="train_meta.py",
-        description="Meta-train an LSTM optimizer that may teleport; presets first, any setting as a flag.",
+        description="Meta-train an LSTM optimizer that may teleport; presets first, any setting as a flag. "
+        "(paper: X) is the value of the preset paper; README and metatele/config.py say what the others change.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -40,6 +44,8 @@ def main(arguments: Sequence[str]) -> None:
     values = vars(parser().parse_args(arguments))
     out, device, threads = values.pop("out"), values.pop("device"), values.pop("threads")
     resume, quiet = values.pop("resume"), values.pop("quiet")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("several processes are not supported yet: start train_meta.py without torchrun")
     config = preset(values.pop("preset"), values.pop("method", "update-tele"), **values)
 
     import torch
@@ -51,4 +57,6 @@ def main(arguments: Sequence[str]) -> None:
     trainer = train(config, out, device=device_named(device), resume=resume, quiet=quiet)
     if not quiet:
         skipped = f", {trainer.skipped} skipped" if trainer.skipped else ""
-        print(f"{trainer.update} updates{skipped}; best checkpoint in {out}/{CHECKPOINT_NAME}")
+        found = math.isfinite(trainer.best)
+        where = f"best checkpoint in {out}/{CHECKPOINT_NAME}" if found else "no checkpoint: every validation diverged"
+        print(f"{trainer.update} updates{skipped}; {where}")

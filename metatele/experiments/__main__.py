@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from metatele.cli.common import run_program
+from metatele.command_line import run_program
 from metatele.errors import ConfigError
 
 EXPERIMENTS = {"fig6": "held-out loss of the three meta-optimizers beside tuned standard optimizers"}

@@ -8,14 +8,17 @@ code, when measured, has it above LSTM(update) from step 1 on and diverging by s
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metatele.cli.common import OneLineParser, device_named, whole_number
+from metatele.command_line import OneLineParser, device_named, make_folder, whole_number
 from metatele.config import METHODS, PRESETS, preset, to_dict
 from metatele.errors import RunFolderError
+
+_SELECTION = 128
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,14 +38,17 @@ def main(arguments: Sequence[str]) -> None:
     out = Path(args.out or f"results/fig6{suffix}")
     runs = Path(args.runs or f"runs/fig6-{args.preset}")
 
-    from metatele.training.report import write
+    from metatele.training.report import FORMAT, write
 
     if args.redraw:
         try:
             doc = json.loads((out / "curves.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            doc = doc if doc["format"] == FORMAT else {}
+            doc["methods"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"there is no readable curves.json in {out}") from error
     else:
+        make_folder(out)
         doc = run(args.preset, runs, args.seeds, args.trajectories, args.steps, args.device)
         if args.publish:
             publish(runs, args.seeds, doc, Path(args.publish))
@@ -79,8 +85,9 @@ def run(preset_name: str, runs: Path, seeds: int, trajectories: int, steps: int,
             f"preset {preset_name}, seeds 0 to {seeds - 1}",
             to_dict(preset(preset_name, method).method),
         ).to_json()
-        pooled["seed_means"] = [loss.mean(1).nan_to_num(nan=torch.inf, posinf=1e300).tolist() for loss in losses]
-        pooled["worst_rise"] = max(worst_rise(loss.mean(1).nan_to_num(nan=torch.inf)) for loss in losses)
+        pooled["seed_means"] = [[v if math.isfinite(v) else None for v in loss.mean(1).tolist()] for loss in losses]
+        rise = max(worst_rise(loss.mean(1).nan_to_num(nan=torch.inf)) for loss in losses)
+        pooled["worst_rise"] = rise if math.isfinite(rise) else None
         pooled["training_seconds"] = [json.loads((f / "seconds.json").read_text()) for f in folders]
         entries.append(pooled)
     baselines = baseline_curves(Regression(task), problems, steps, seed=1)
@@ -94,13 +101,21 @@ def run(preset_name: str, runs: Path, seeds: int, trajectories: int, steps: int,
 def publish(runs: Path, seeds: int, doc: dict[str, Any], out: Path) -> None:
     """Checkpoints for the repository: of each method the seed with the best validation score.
 
-    Their ``scores`` gain the held-out losses of this evaluation, which had no part in the choice.
+    The choice is made on ``_SELECTION`` trajectories of the validation stream, more than a run looks
+    at, so that rare divergences count. ``scores`` gains the held-out losses of this evaluation, which
+    had no part in the choice.
     """
     from metatele import checkpoint
+    from metatele.tasks import Regression
+    from metatele.training.curves import held_out_score, learned_curves
 
     for entry, method in zip(doc["methods"], METHODS, strict=False):
         loaded = [checkpoint.load(runs / f"{method}-{seed}") for seed in range(seeds)]
-        seed = min(range(seeds), key=lambda i: loaded[i].scores["validation_score"])
+        training = preset(doc["preset"], method).training
+        problems = Regression(loaded[0].task).sample(0, "validation", range(_SELECTION))
+        curves = [learned_curves(c.optimizer, problems, training.validation_steps)[0] for c in loaded]
+        scores = [held_out_score(c.double().mean(1), training.validation_score_at) for c in curves]
+        seed = scores.index(min(scores))
         means = entry["seed_means"][seed]
         shown = [s for s in (1, 10, 20, 29, 99, 299) if s < len(means)]
         held_out = {"trajectories": doc["trajectories"], "loss_at": {str(s): means[s] for s in shown}}
@@ -108,20 +123,26 @@ def publish(runs: Path, seeds: int, doc: dict[str, Any], out: Path) -> None:
             out / method,
             loaded[seed].optimizer,
             progress={**loaded[seed].training, "seconds": entry["training_seconds"][seed]},
-            scores={**loaded[seed].scores, "held_out": held_out},
+            scores={**loaded[seed].scores, "selection_score": scores[seed], "held_out": held_out},
         )
         print(f"published {method}, seed {seed}, in {out / method}")
 
 
 def _train(preset_name: str, method: str, seed: int, folder: Path, device: Any) -> None:
+    from metatele import checkpoint
+    from metatele.files import write_atomically
     from metatele.training.run import STATE_NAME, train
 
+    config = preset(preset_name, method, seed=seed)
     if (folder / "seconds.json").exists():
+        stored = checkpoint.read_config(folder)["training"]
+        if any(stored[part] != value for part, value in to_dict(config).items()):
+            raise RunFolderError(f"{folder} holds a run with other settings; choose another --runs")
         return
     print(f"training {method}, seed {seed}, into {folder}", flush=True)
     begin_s = time.perf_counter()
     resume = (folder / STATE_NAME).exists()
-    train(preset(preset_name, method, seed=seed), folder, device=device, resume=resume, quiet=True)
+    train(config, folder, device=device, resume=resume, quiet=True)
     # A resumed run's time is not known any more; it is left out rather than guessed.
     seconds = None if resume else time.perf_counter() - begin_s
-    (folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+    write_atomically(folder / "seconds.json", json.dumps(seconds).encode())

@@ -6,6 +6,7 @@ carries out the teleport g. :class:`~metatele.metaopt.optimizer.MetaOptimizer` c
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metatele.config import MethodConfig
+from metatele.errors import ConfigError
 from metatele.metaopt.lstm import LSTMState, StackedLSTM
 from metatele.metaopt.preprocessing import preprocessing
 from metatele.mlp import MLP
@@ -127,10 +129,11 @@ class LearnedTeleport(nn.Module):
 
     def __init__(self, config: MethodConfig, mlp: MLP, generator: torch.Generator) -> None:
         super().__init__()
-        self.mlp, self.action = mlp, action(config.action)
-        if isinstance(self.action, Exact):
-            # Random problems may be ill conditioned: only a truly singular one is refused.
-            self.action = Exact(rank_tolerance=_SINGULAR)
+        if not mlp.hidden_widths:
+            raise ConfigError(f"a teleport needs a hidden layer, got widths {mlp.widths}")
+        self.mlp = mlp
+        # In a batch, one network that cannot be moved must not stop the others.
+        self.action = dataclasses.replace(action(config.action), strict=False)  # type: ignore[type-var]
         self.action.check(mlp.activation)
         self.sizes = [self.action.algebra_size(k) for k in mlp.hidden_widths]
         self.radius, self.norm, self.parametrisation = config.radius, config.norm, config.parametrisation
@@ -143,7 +146,14 @@ class LearnedTeleport(nn.Module):
             self.lstm.head_bias.mul_(config.teleport_head)
 
     def prepare(self, inputs: Tensor) -> Tensor | None:
-        """What depends on the data alone, computed once for each trajectory."""
+        """What depends on the data alone, computed once for each trajectory.
+
+        Raises:
+            NotExactError: More samples than the exact action takes.
+            SingularInputError: Truly singular data; random data are merely ill conditioned.
+        """
+        if isinstance(self.action, Exact):
+            return Exact(rank_tolerance=_SINGULAR).prepare(inputs, self.mlp.bias)
         return self.action.prepare(inputs, self.mlp.bias)
 
     def forward(
@@ -156,6 +166,8 @@ class LearnedTeleport(nn.Module):
         age: Tensor,
     ) -> Teleported:
         """Teleport flat weights ``[B, P]`` on data ``[B, d, n]``, ``age [B]`` steps after the start."""
+        if prepared is None:
+            prepared = self.prepare(inputs)
         output, state = self.lstm(features, state)
         shrink = 1 / (1 + age.unsqueeze(-1) / self.radius_decay) if self.radius_decay else 1.0
         size = sum(self.sizes)

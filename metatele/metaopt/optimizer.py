@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from metatele.config import MethodConfig, TaskConfig
-from metatele.errors import ShapeMismatchError
+from metatele.errors import NotExactError, ShapeMismatchError
 from metatele.metaopt.lstm import LSTMState, StackedLSTM
 from metatele.metaopt.moves import LearnedRate, LearnedTeleport, LearnedUpdate, LocalMove
 from metatele.metaopt.preprocessing import preprocessing
@@ -87,6 +87,12 @@ class MetaOptimizer(nn.Module):
         self.teleport: LearnedTeleport | None = None
         if config.method != "update":
             self.teleport = LearnedTeleport(config, self.mlp, generator(seed, "initialisation", 1))
+            narrowest = min(task.widths[:-2]) + task.bias
+            if config.action == "exact" and task.samples > narrowest:
+                raise NotExactError(
+                    f"the exact action needs at most as many samples as inputs of every hidden layer (n <= {narrowest} "
+                    f"for widths {task.widths}), got {task.samples} samples; use the approximate action"
+                )
 
     @property
     def lstms(self) -> list[StackedLSTM]:

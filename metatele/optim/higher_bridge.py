@@ -24,8 +24,8 @@ from metatele.optim.modules import InputCapture, read_sequential
 class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
     """``LearnedOptimizer`` with a history: the new parameters depend on the meta-parameters.
 
-    As in the package's own unroll, the gradient is a constant input. Every parameter of the model
-    must receive a gradient.
+    As in the package's own unroll, the gradient is a constant input and no teleport is rolled back.
+    Every parameter of the model must receive a gradient.
     """
 
     def __init__(self, other: LearnedOptimizer, reference_params: Any, fmodel: Any = None, **settings: Any) -> None:
@@ -40,6 +40,11 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
         path = next(name for name, module in other.model.named_modules() if module is first)
         dict(fmodel.named_modules())[path].register_forward_hook(self._capture)
 
+    def step(self, loss: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+        """As higher's; only the passes that this loss came from are teleported on."""
+        self._capture.clear()  # a backward pass of the meta-loss went through earlier steps
+        return super().step(loss, *arguments, **settings)
+
     def _update(self, grouped_grads: Any, **_: Any) -> None:
         slots = sorted(
             (index, g, i) for g, indices in enumerate(self._group_to_param_list) for i, index in enumerate(indices)
@@ -49,8 +54,11 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
         if any(gradient is None for gradient in gradients):
             raise MetateleError("every parameter of the model must receive a gradient")
         dtype = next(self._meta.parameters()).dtype
-        inputs = self._capture.columns(dtype)
-        self._capture.clear()
+        inputs = None
+        if self._meta.teleport is not None and all(float(group["lr"]) != 0 for group in self.param_groups):
+            inputs = self._capture.columns(dtype)
+            if inputs is None:
+                raise MetateleError("a teleport needs the layer inputs, and the loss did not come from the model")
         scale = torch.cat(
             [
                 torch.as_tensor(self.param_groups[g]["lr"], dtype=dtype).expand(p.numel())
@@ -58,8 +66,8 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
             ]
         )
         done = self._meta.step(
-            torch.cat([p.flatten() for p in parameters])[None],
-            torch.cat([gradient.detach().flatten() for gradient in gradients])[None],
+            torch.cat([p.flatten() for p in parameters])[None].to(dtype),
+            torch.cat([gradient.detach().flatten() for gradient in gradients])[None].to(dtype),
             self._states,
             None if inputs is None else inputs[None],
             local_scale=scale.to(parameters[0].device),
@@ -68,7 +76,7 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
         for (_, g, i), part, p in zip(
             slots, done.weights[0].split([p.numel() for p in parameters]), parameters, strict=True
         ):
-            self.param_groups[g]["params"][i] = part.view_as(p)
+            self.param_groups[g]["params"][i] = part.view_as(p).to(p.dtype)
 
 
 higher.register_optim(LearnedOptimizer, DifferentiableLearnedOptimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from metatele import checkpoint as checkpoints
 from metatele.errors import MetateleError, ShapeMismatchError
-from metatele.metaopt import LSTMState, MetaOptimizer, MoveStates
+from metatele.metaopt import LSTMState, MetaOptimizer, MoveStates, Stepped
 from metatele.optim.modules import InputCapture, describe, read_sequential
+from metatele.symmetry import drift
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -24,13 +26,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
     The network's parameters form one flat vector, so the optimizer is joint over all of them: a
     parameter without gradient (or in no group, or with ``lr`` 0) enters as zero gradient and does
     not move, and a step with such a parameter does not teleport. With no gradient at all, or with
-    every ``lr`` 0, a step changes nothing. The arithmetic is float32 whatever the parameters are.
+    every ``lr`` 0, a step changes nothing. The arithmetic is float32 whatever the parameters are, so
+    parameters of another dtype are rounded through it.
+
+    A teleport that changes the network's output on its batch by more than ``max_drift``, or to
+    something not finite, is not made: the local move alone is kept, and ``rolled_back`` in the first
+    parameter group counts it. ``drift`` there is that of the last teleport.
 
     Args:
         model: ``nn.Sequential`` of ``Linear`` and activations with the checkpoint's shapes.
-        checkpoint: A checkpoint folder, a run folder, or a :class:`MetaOptimizer`.
+        checkpoint: A checkpoint folder, a run folder, what :func:`metatele.load` returns, or a
+            :class:`MetaOptimizer` (used as it is, and moved to the model's device).
         lr: Factor on the local update, a number or a 0-d tensor; 1 is what was trained.
         params: The parameters to optimize, as for any torch optimizer; all of the model's by default.
+        max_drift: Largest accepted relative change of the output by a teleport.
 
     Raises:
         ShapeMismatchError: The model does not have the checkpoint's shape.
@@ -51,26 +60,30 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        checkpoint: str | Path | MetaOptimizer,
+        checkpoint: str | Path | checkpoints.Checkpoint | MetaOptimizer,
         lr: float | Tensor = 1.0,
         params: Iterable[Any] | None = None,
+        max_drift: float = 0.01,
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must be a number or a 0-d tensor, got shape {tuple(lr.shape)}")
         if not float(lr) >= 0:
             raise ValueError(f"lr must be zero or positive, got {lr}")
-        self.meta = checkpoint if isinstance(checkpoint, MetaOptimizer) else checkpoints.load(checkpoint).optimizer
+        if not max_drift > 0:
+            raise ValueError(f"max_drift must be positive, got {max_drift}")
+        if isinstance(checkpoint, str | Path):
+            checkpoint = checkpoints.load(checkpoint)
+        self.meta = checkpoint.optimizer if isinstance(checkpoint, checkpoints.Checkpoint) else checkpoint
         self.model = model
         linears, mlp = read_sequential(model)
         if mlp != self.meta.mlp:
             raise ShapeMismatchError(f"the model is {describe(mlp)}, the checkpoint is for {describe(self.meta.mlp)}")
-        device = linears[0].weight.device
-        if next(self.meta.parameters()).device != device:
-            self.meta = self.meta.to(device)
         self._capture = InputCapture()
+        defaults = {"lr": lr, "max_drift": max_drift, "drift": 0.0, "rolled_back": 0}
+        super().__init__(model.parameters() if params is None else params, defaults)
         self._capture.attach(self)
-        linears[0].register_forward_hook(self._capture)
-        super().__init__(model.parameters() if params is None else params, {"lr": lr})
+        handle = linears[0].register_forward_hook(self._capture)
+        weakref.finalize(self, handle.remove)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model that were left out so far."""
@@ -111,6 +124,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if not any(moving):
             self._write_states(home, states, advance=0)
             return
+        if next(self.meta.parameters()).device != parameters[0].device:
+            self.meta.to(parameters[0].device)  # the model was moved after the optimizer was made
+        states = states.map(lambda t: t.to(parameters[0].device))
         dtype = next(self.meta.parameters()).dtype
         weights = torch.cat([p.flatten() for p in parameters]).to(dtype)
         gradient = torch.cat(
@@ -135,22 +151,47 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 )
             inputs = inputs.unsqueeze(0)
         done = self.meta.step(weights[None], gradient[None], states, inputs, local_scale=scale)
-        new = done.weights[0]
+        new = done.weights[0] if inputs is None else self._accepted(done, inputs)
         for p, part, m in zip(parameters, new.split([p.numel() for p in parameters]), moving, strict=True):
             if m:
                 p.copy_(part.view_as(p))
         self._write_states(home, done.states, advance=1)
 
+    def _accepted(self, done: Stepped, inputs: Tensor) -> Tensor:
+        """The teleported weights, or those before the teleport if it drifted too far."""
+        mlp, group = self.meta.mlp, self.param_groups[0]
+        group["drift"] = float(drift(mlp, mlp.unflatten(done.local), mlp.unflatten(done.weights), inputs))
+        finite = bool(torch.isfinite(done.weights).all())
+        if finite and group["drift"] <= group["max_drift"]:
+            return done.weights[0]
+        group["rolled_back"] += 1
+        return done.local[0]
+
     def _read_states(self, home: Tensor) -> MoveStates:
         return read_states(self.state.get(home, {}), self.meta)
 
     def _write_states(self, home: Tensor, states: MoveStates, advance: int) -> None:
-        stored = self.state[home]
-        step = stored.get("step", torch.zeros((), dtype=torch.float32))
-        stored.update(write_states(states), step=step + advance)
+        # Every parameter has an entry, which tools that save state parameter by parameter ask for; the
+        # memories are joint and lie with the first one.
+        for group in self.param_groups:
+            for p in group["params"]:
+                step = self.state[p].get("step", torch.zeros((), dtype=torch.float32))
+                self.state[p]["step"] = step + advance
+        self.state[home].update(write_states(states))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimizer's; the memories keep their float32 whatever the parameters are."""
+        """As any optimizer's; the memories keep their float32 whatever the parameters are.
+
+        Raises:
+            ShapeMismatchError: The state is another optimizer's.
+        """
+        expected = {name: tuple(t.shape) for name, t in write_states(self.meta.initial_states(1)).items()}
+        for stored in state_dict["state"].values():
+            found = {name: tuple(value.shape) for name, value in stored.items() if name != "step"}
+            if found and found != expected:
+                raise ShapeMismatchError(
+                    f"the state does not belong to this checkpoint: expected {expected}, got {found}"
+                )
         super().load_state_dict(state_dict)
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for key, p in zip(saved["params"], group["params"], strict=True):
@@ -167,6 +208,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_capture" in state:
             self._capture.attach(self)
+            for hook, found in list(self._first_linear()._forward_hooks.items()):
+                if found is self._capture:
+                    weakref.finalize(self, self._first_linear()._forward_hooks.pop, hook, None)
+
+    def _first_linear(self) -> nn.Linear:
+        return read_sequential(self.model)[0][0]
 
 
 def read_states(stored: dict[str, Any], meta: MetaOptimizer) -> MoveStates:
@@ -190,9 +237,10 @@ def read_states(stored: dict[str, Any], meta: MetaOptimizer) -> MoveStates:
 
 def write_states(states: MoveStates) -> dict[str, Tensor]:
     """The inverse of :func:`read_states`: plain floating tensors by name."""
-    stored = {"age": states.age}
+    stored = {"age": states.age.clone()}
     for name, state in (("local", states.local), ("teleport", states.teleport)):
         if state is not None:
-            stored |= {f"{name}_hidden_{i}": t for i, t in enumerate(state.hidden)}
-            stored |= {f"{name}_cell_{i}": t for i, t in enumerate(state.cell)}
+            # Clones: zero memories are one tensor, and some tools load state in place.
+            stored |= {f"{name}_hidden_{i}": t.clone() for i, t in enumerate(state.hidden)}
+            stored |= {f"{name}_cell_{i}": t.clone() for i, t in enumerate(state.cell)}
     return stored

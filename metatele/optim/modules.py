@@ -24,9 +24,9 @@ from metatele.mlp import MLP
 
 def activation_of(module: nn.Module) -> Activation | None:
     """The activation a module computes, or ``None`` if it is none of ours."""
-    if isinstance(module, nn.LeakyReLU):
+    if type(module) is nn.LeakyReLU:
         return LeakyReLU(float(module.negative_slope))
-    if isinstance(module, nn.Softplus):
+    if type(module) is nn.Softplus:
         return Softplus() if module.beta == 1 and module.threshold >= 20 else None
     for kind, ours in (
         (nn.Identity, Identity),
@@ -35,17 +35,21 @@ def activation_of(module: nn.Module) -> Activation | None:
         (nn.Sigmoid, Sigmoid),
         (nn.SiLU, SiLU),
     ):
-        if isinstance(module, kind):
+        if type(module) is kind:  # a subclass may compute anything
             return ours()
     return None
 
 
-def _flat_modules(model: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module]]:
+def _is_plain_sequential(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _flat_modules(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     modules: list[tuple[str, nn.Module]] = []
     for name, module in model._modules.items():  # named_children would skip a module used twice
         assert module is not None
         path = f"{prefix}{name}"
-        modules += _flat_modules(module, path + ".") if isinstance(module, nn.Sequential) else [(path, module)]
+        modules += _flat_modules(module, path + ".") if _is_plain_sequential(module) else [(path, module)]
     return modules
 
 
@@ -63,7 +67,7 @@ def read_sequential(model: nn.Module) -> tuple[list[nn.Linear], MLP]:
         >>> read_sequential(model)[1].widths
         (3, 4, 2)
     """
-    if not isinstance(model, nn.Sequential):
+    if not _is_plain_sequential(model):
         raise UnsupportedModelError(
             f"model must be an nn.Sequential of Linear and activations, got {type(model).__name__}"
         )
@@ -71,7 +75,7 @@ def read_sequential(model: nn.Module) -> tuple[list[nn.Linear], MLP]:
     between: list[Activation] = []
     for path, module in _flat_modules(model):
         found = activation_of(module)
-        if isinstance(module, nn.Linear):
+        if type(module) is nn.Linear:  # not a subclass, which parametrised layers are
             if linears and len(between) < len(linears):
                 raise UnsupportedModelError(f"layer {path!r} follows another Linear without an activation")
             linears.append(module)
@@ -125,6 +129,8 @@ class InputCapture:
         if self._owner is None or self._owner() is None:
             self.batches = []
         elif output.requires_grad:
+            if not any(p.is_leaf and p.grad is not None for p in module.parameters()):
+                self.batches = []  # gradients were cleared since: by the model's zero_grad, say
             batch = arguments[0].detach()
 
             def count(_: Tensor) -> None:

@@ -62,11 +62,14 @@ class Action(ABC):
 
     Attributes:
         name: Key in :func:`action`.
+        strict: Raise where the action is undefined for any network of the batch; otherwise that
+            network's weights come out as non-finite numbers, and the others are not disturbed.
         exact: Whether the loss is kept to rounding on the given inputs.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool]
+    strict: bool
 
     def algebra_size(self, k: int) -> int:
         """Dimension of the Lie algebra for ``k`` hidden units."""
@@ -132,9 +135,11 @@ class Exact(Action):
     Args:
         rank_tolerance: Inputs whose QR factor has a diagonal ratio at or below this are refused as
             rank deficient; ``None`` takes ``eps · max(d, n)`` of their dtype, and 0 refuses none.
+        strict: See :class:`Action`.
     """
 
     rank_tolerance: float | None = None
+    strict: bool = True
     name: ClassVar[str] = "exact"
     exact: ClassVar[bool] = True
 
@@ -154,7 +159,8 @@ class Exact(Action):
                 f"the exact action needs at most as many samples as inputs (n <= {d}), got {n} samples; "
                 "use the approximate action or a smaller batch"
             )
-        return pseudo_inverse(_with_ones(inputs) if bias else inputs, rank_tolerance=self.rank_tolerance)
+        tolerance = self.rank_tolerance if self.strict else 0.0
+        return pseudo_inverse(_with_ones(inputs) if bias else inputs, rank_tolerance=tolerance)
 
     def move(
         self, pair: Pair, inputs: Tensor, g: GroupElement, activation: Activation, prepared: Tensor | None = None
@@ -164,7 +170,8 @@ class Exact(Action):
         V, U, bias = pair
         inverse = self.prepare(inputs, bias is not None) if prepared is None else prepared
         Z = affine(V, bias, inputs)
-        step = (activation.inverse(g.matrix @ activation(Z)) - Z) @ inverse
+        preimage = activation.inverse if self.strict else activation.unchecked_inverse
+        step = (preimage(g.matrix @ activation(Z)) - Z) @ inverse
         if bias is None:
             return Pair(V + step, U @ g.inverse)
         return Pair(V + step[..., :-1], U @ g.inverse, bias + step[..., -1])
@@ -179,9 +186,11 @@ class Approximate(Action):
     Args:
         damping: Relative Tikhonov damping of the fit, ``λ/‖f(Z')‖²_F``; ``None`` takes
             ``eps^{3/4}`` of the dtype (6e-6 in float32, 2e-12 in float64).
+        strict: See :class:`Action`; nothing is undefined here.
     """
 
     damping: float | None = None
+    strict: bool = True
     name: ClassVar[str] = "approximate"
     exact: ClassVar[bool] = False
 
@@ -212,8 +221,12 @@ class Rescaling(Action):
 
     Its algebra is the k logarithms of the scales. Only the diagonal of ``g`` is read, and the
     outgoing weights are divided by it, so every parametrisation is exact.
+
+    Args:
+        strict: See :class:`Action`.
     """
 
+    strict: bool = True
     name: ClassVar[str] = "rescaling"
     exact: ClassVar[bool] = True
 
@@ -239,7 +252,7 @@ class Rescaling(Action):
         """See the module's table; raises ``NotExactError`` for a scale that is not positive."""
         self.check(activation)
         scale = g.matrix.diagonal(dim1=-2, dim2=-1)
-        if not bool((scale > 0).all()):
+        if self.strict and not bool((scale > 0).all()):
             raise NotExactError("rescaling needs a positive diagonal; use exp of the logarithms of the scales")
         V, U, bias = pair
         return Pair(

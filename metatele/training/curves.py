@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +71,17 @@ def learned_curves(optimizer: MetaOptimizer, problems: Problems, num_steps: int)
         losses.append(window[0])
     result = torch.stack(losses).cpu()
     return result, (time.perf_counter() - begin_s) / (num_steps * len(problems))
+
+
+def held_out_score(mean: Tensor, steps: Sequence[int]) -> float:
+    """Mean over some steps of the logarithm of the mean loss; infinite if it is not finite there.
+
+    Example:
+        >>> held_out_score(torch.tensor([9.0, 1.0, 1.0]), (1, 2))
+        0.0
+    """
+    values = [max(float(mean[s]), 1e-300) for s in steps]
+    return sum(math.log(v) if math.isfinite(v) else math.inf for v in values) / len(values)
 
 
 def worst_rise(mean: Tensor) -> float:

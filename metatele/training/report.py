@@ -19,8 +19,9 @@ from metatele.files import write_atomically
 from metatele.training.curves import Curves
 
 FORMAT = 1
+_FIRST_STEPS = 30  # as far as the paper's Figure 6 goes
 _TABLE_STEPS = (0, 1, 5, 10, 20, 29, 99, 299, 999)
-# Okabe and Ito's palette, told apart with every common colour vision.
+# Okabe and Ito's palette, told apart with every common colour vision; brown in place of its yellow.
 _COLOURS = {
     "LSTM(update,tele)": "#D55E00",
     "LSTM(lr,tele)": "#CC79A7",
@@ -29,9 +30,10 @@ _COLOURS = {
     "SGD": "#999999",
     "Momentum": "#56B4E9",
     "Adam": "#009E73",
-    "L-BFGS": "#F0E442",
+    "L-BFGS": "#A6761D",
 }
-_STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # 97.5 % quantiles
+# 97.5 % quantiles of Student's t by sample size; from 11 on the one for 10 is a safe upper bound.
+_STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 _MARKERS = {"LSTM(update,tele)": "o", "LSTM(lr,tele)": "s", "LSTM(update)": "^"}
 
 
@@ -73,16 +75,20 @@ def rows(doc: dict[str, Any]) -> list[list[str]]:
             ]
         )
         if several:
-            table[-1].append(f"{method['worst_rise']:.2f}" if "worst_rise" in method else "")
+            table[-1].append(_number(method["worst_rise"]) if "worst_rise" in method else "")
     return table
 
 
 def _interval(method: dict[str, Any], step: int) -> str:
     """Half-width of the 95 % interval of the mean over meta-training seeds, by Student's t."""
     values = [means[step] for means in method.get("seed_means", [])]
-    if len(values) not in _STUDENT_T:
+    if len(values) < 2 or None in values:
         return ""
-    return f" ±{_number(_STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values)))}"
+    return f" ±{_number(_student_t(len(values)) * statistics.stdev(values) / math.sqrt(len(values)))}"
+
+
+def _student_t(size: int) -> float:
+    return _STUDENT_T[min(size, 10)]
 
 
 def _label(method: dict[str, Any], doc: dict[str, Any]) -> str:
@@ -117,7 +123,7 @@ def write(doc: dict[str, Any], out: Path) -> str:
     text = markdown(table)
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(table)
-    write_atomically(out / "curves.json", (json.dumps(doc) + "\n").encode())
+    write_atomically(out / "curves.json", (json.dumps(doc, allow_nan=False) + "\n").encode())
     write_atomically(out / "table.csv", buffer.getvalue().encode())
     write_atomically(out / "table.md", text.encode())
     write_atomically(out / "loss.png", figure(doc))
@@ -125,42 +131,55 @@ def write(doc: dict[str, Any], out: Path) -> str:
 
 
 def figure(doc: dict[str, Any]) -> bytes:
-    """PNG of the median loss against the step with its 10 % to 90 % band, teleporting methods marked."""
+    """PNG of the median loss against the step with its 10 % to 90 % band, teleporting methods marked.
+
+    A long run gets a second panel with the paper's 30 steps.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    fig, axes = plt.subplots(figsize=(7.2, 4.6), constrained_layout=True)
-    steps = range(doc["steps"] + 1)
-    for order, method in enumerate(doc["methods"]):
-        name, loss = method["name"], method["loss"]
-        learned = name in _MARKERS
-        teleports = name.endswith("tele)")
-        colour = _COLOURS.get(name, f"C{order}")
-        values = {k: [math.nan if v is None else v for v in loss[k]] for k in ("p10", "median", "p90")}
-        axes.fill_between(steps, values["p10"], values["p90"], color=colour, alpha=0.15, linewidth=0)
-        axes.plot(
-            steps,
-            values["median"],
-            color=colour,
-            linewidth=2.2 if teleports else 1.5,
-            linestyle="-" if learned else "--",
-            marker=_MARKERS.get(name),
-            markersize=5,
-            markevery=max(1, doc["steps"] // 15),
-            markerfacecolor=colour if teleports else "white",
-            label=_label(method, doc) + (" (teleports)" if teleports else ""),
-            zorder=3 if learned else 2,
-        )
-    axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.set_xlim(0, doc["steps"])
-    axes.grid(True, which="major", alpha=0.3)
-    axes.legend(fontsize=8, framealpha=0.9)
-    axes.set_title(f"median and 10-90 % of {doc['trajectories']} held-out trajectories", fontsize=10)
+    ends = [_FIRST_STEPS, doc["steps"]] if doc["steps"] > 2 * _FIRST_STEPS else [doc["steps"]]
+    fig, panels = plt.subplots(1, len(ends), figsize=(1.2 + 4.9 * len(ends), 4.9), squeeze=False, sharey=True)
+    for axes, end in zip(panels[0], ends, strict=True):
+        for order, method in enumerate(doc["methods"]):
+            _draw(axes, method, _label(method, doc), end, f"C{order}")
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_xlim(0, end)
+        axes.grid(True, which="major", alpha=0.3)
+    panels[0, 0].set_ylabel("loss")
+    seeds = f", {doc['seeds']} meta-training seeds" if doc.get("seeds", 1) > 1 else ""
+    fig.suptitle(f"median and 10-90 % of {doc['trajectories']} held-out trajectories{seeds}", fontsize=10)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=4 if len(ends) > 1 else 2, fontsize=8)
+    fig.set_layout_engine("constrained")
     buffer = io.BytesIO()
-    fig.savefig(buffer, dpi=150, format="png")
+    fig.savefig(buffer, dpi=120, format="png")
     plt.close(fig)
     return buffer.getvalue()
+
+
+def _draw(axes: Any, method: dict[str, Any], label: str, end: int, other_colour: str) -> None:
+    name = method["name"]
+    learned, teleports = name in _MARKERS, name.endswith("tele)")
+    colour = _COLOURS.get(name, other_colour)
+    steps = range(end + 1)
+    low, middle, high = (
+        [math.nan if v is None else v for v in method["loss"][key][: end + 1]] for key in ("p10", "median", "p90")
+    )
+    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(
+        steps,
+        middle,
+        color=colour,
+        linewidth=2.2 if teleports else 1.5,
+        linestyle="-" if learned else "--",
+        marker=_MARKERS.get(name),
+        markersize=5,
+        markevery=max(1, end // 15),
+        markerfacecolor=colour if teleports else "white",
+        label=label + (" (teleports)" if teleports else ""),
+        zorder=3 if learned else 2,
+    )

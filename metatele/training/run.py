@@ -7,10 +7,14 @@ state is the one source of truth: whatever was logged after it is dropped when a
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from metatele.errors import CheckpointError, RunFolderError, SaveError
 from metatele.files import write_atomically
 from metatele.training.trainer import MetaTrainer
 
+_SEAL = b"\nmetatele sha256 "  # the file ends with its own checksum; torch.load does not check any
 STATE_NAME, METRICS_NAME, CHECKPOINT_NAME = "training_state.pt", "metrics.jsonl", "checkpoint"
 
 
@@ -113,10 +118,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_NAME
     if not path.is_file():
         raise RunFolderError(f"there is no run to resume in {folder}: {STATE_NAME} is missing")
+    content, _, digest = path.read_bytes().rpartition(_SEAL)
+    if hashlib.sha256(content).hexdigest().encode() != digest:
+        raise CheckpointError(f"{path} is damaged: its checksum does not match")
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"{path} is damaged and cannot be read") from error
+        state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises many kinds for a file it cannot read
+        raise CheckpointError(f"{path} cannot be read by this version of torch") from error
     if not isinstance(state, dict) or state.get("format") != 1:
         raise CheckpointError(f"{path} was not written by this version of metatele")
     return state
@@ -125,7 +133,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 def _save(trainer: MetaTrainer, folder: Path) -> None:
     buffer = io.BytesIO()
     torch.save(trainer.state_dict(), buffer)
-    write_atomically(folder / STATE_NAME, buffer.getvalue())
+    content = buffer.getvalue()
+    write_atomically(folder / STATE_NAME, content + _SEAL + hashlib.sha256(content).hexdigest().encode())
 
 
 def _validate(trainer: MetaTrainer, folder: Path, log: _Log) -> None:
@@ -151,11 +160,11 @@ class _Log:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        _keep_lines_up_to(self.folder / METRICS_NAME, self.trainer.update)
-        self.metrics = (self.folder / METRICS_NAME).open("a", encoding="utf-8")
-        self.board = SummaryWriter(
-            str(self.folder), purge_step=self.trainer.update + 1 if self.trainer.update else None
-        )
+        update = self.trainer.update
+        with self._saving():
+            _keep_lines_up_to(self.folder / METRICS_NAME, update)
+            self.metrics = (self.folder / METRICS_NAME).open("a", encoding="utf-8")
+            self.board = SummaryWriter(str(self.folder), purge_step=update + 1 if update else None)
         on_terminal = not self.quiet and sys.stderr.isatty()
         self.lines = not self.quiet and not on_terminal
         self.bar = tqdm(
@@ -169,47 +178,72 @@ class _Log:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        self.metrics.close()
-        self.board.close()
+        for log in (self.metrics, self.board):
+            with suppress(OSError):  # what could not be written has been reported by then
+                log.close()
 
     def advance(self) -> None:
         self.bar.update()
 
     def flush(self) -> None:
-        try:
+        with self._saving():
             self.metrics.flush()
             os.fsync(self.metrics.fileno())
             self.board.flush()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise SaveError(f"could not write the log in {self.folder}: {error.strerror or error}") from error
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps({"update": self.trainer.update, **entry}) + "\n")
+        line = json.dumps(_finite_or_none({"update": self.trainer.update, **entry}), allow_nan=False)
+        with self._saving():
+            self.metrics.write(line + "\n")
+
+    def _scalars(self, scalars: dict[str, float]) -> None:
+        with self._saving():
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, self.trainer.update)
 
     def training(self, metrics: dict[str, float]) -> None:
         self._write(metrics)
-        for name, value in metrics.items():
-            self.board.add_scalar(f"train/{name}", value, self.trainer.update)
+        self._scalars({f"train/{name}": value for name, value in metrics.items()})
         shown = f"meta-loss {metrics['meta_loss']:.4g}"
         if self.last_losses:
             shown += "".join(f"  L({s}) {loss:.4g}" for s, loss in self.last_losses.items() if s > 1)
         self.bar.set_postfix_str(shown)
         if self.lines:
             total, speed = self.trainer.config.training.updates, metrics["ms_per_trajectory_step"]
-            skipped = f"  skipped {metrics['skipped']:.0f}" if metrics["skipped"] else ""
-            print(f"update {self.trainer.update}/{total}  {shown}  {speed:.3f} ms/step{skipped}", flush=True)
+            troubles = "".join(
+                f"  {name} {metrics[key]:.0f}"
+                for name, key in (("skipped", "skipped"), ("lost", "lost_trajectories"))
+                if metrics[key]
+            )
+            print(f"update {self.trainer.update}/{total}  {shown}  {speed:.3f} ms/step{troubles}", flush=True)
 
     def validation(self, score: float, losses: dict[int, float]) -> None:
         self.last_losses = losses
         self._write({"validation_score": score, "validation_loss_at": losses})
-        self.board.add_scalar("validation/score", score, self.trainer.update)
-        for step, loss in losses.items():
-            self.board.add_scalar(f"validation/loss_at_{step}", loss, self.trainer.update)
+        self._scalars({"validation/score": score, **{f"validation/loss_at_{s}": loss for s, loss in losses.items()}})
+        with self._saving():
+            self._histograms()
+
+    def _histograms(self) -> None:
         for name, parameter in self.trainer.evaluated.named_parameters():
             if "head" in name:
                 self.board.add_histogram(name, parameter, self.trainer.update)
         gradient = self.trainer.trajectories.gradient.abs()
         self.board.add_histogram("inner/log10_gradient", gradient.clamp_min(1e-12).log10(), self.trainer.update)
+
+
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no infinity: what is not finite becomes ``null``."""
+    if isinstance(value, dict):
+        return {k: _finite_or_none(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_lines_up_to(path: Path, update: int) -> None:

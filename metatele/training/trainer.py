@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from metatele.config import RunConfig, to_dict
-from metatele.errors import CheckpointError, DivergedError
+from metatele.errors import CheckpointError, ConfigError, DivergedError
 from metatele.metaopt import MetaOptimizer, Stepped
 from metatele.tasks import Regression
-from metatele.training.curves import learned_curves
+from metatele.training.curves import held_out_score, learned_curves
 from metatele.unroll import Trajectories, start, unroll, window_loss
 
 _WARM_UP = 0.02  # fraction of the run over which a decaying rate first rises
@@ -57,6 +57,12 @@ class MetaTrainer:
         self.update = self.skipped = self.skipped_in_row = self.started = 0
         self.best = math.inf
         self.trajectories = self._fresh(config.training.batch)
+        worst = float(self.trajectories.loss.max())
+        if not worst < config.training.lost_loss:
+            raise ConfigError(
+                f"lost_loss must be above the losses that trajectories begin with ({worst:.3g}), "
+                f"got {config.training.lost_loss:g}"
+            )
 
     @property
     def finished(self) -> bool:
@@ -101,7 +107,8 @@ class MetaTrainer:
     def step(self, measure: bool = False) -> dict[str, float]:
         """One meta-update: unroll a window, differentiate, and step Adam.
 
-        A loss or gradient that is not finite skips Adam's step; trajectories that are lost start anew.
+        A loss or gradient that is not finite, or a gradient that is zero, skips Adam's step;
+        trajectories that are lost start anew.
 
         Args:
             measure: Also measure the group element's norm, the drift and the learned rate.
@@ -130,7 +137,10 @@ class MetaTrainer:
             objective.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.optimizer.parameters(), c.clip or math.inf)
         end = end.detach()
+        lost = (~(end.loss < c.lost_loss)).tolist()
         healthy = bool(torch.isfinite(objective)) and bool(torch.isfinite(norm))
+        # No gradient at all: every trajectory was lost at once, and there is nothing to learn from.
+        healthy = healthy and float(norm) > 0
         if healthy:
             self.adam.step()
             self.skipped_in_row = 0
@@ -138,14 +148,13 @@ class MetaTrainer:
         else:
             self.skipped += 1
             self.skipped_in_row += 1
-        lost = (~(end.loss < c.lost_loss)).tolist()
         restart = sorted({*self._due(), *(i for i, gone in enumerate(lost) if gone)})
         self.trajectories = end.restarted(restart, self._fresh(len(restart))) if restart else end
         self.update += 1
         if self.skipped_in_row >= c.max_skipped:
             raise DivergedError(
-                f"{self.skipped_in_row} updates in a row had a loss or gradient that is not finite (at update "
-                f"{self.update}); the last good checkpoint is intact: lower the learning rates or set clip"
+                f"{self.skipped_in_row} updates in a row had a loss or gradient that is not finite, or no gradient "
+                f"(at update {self.update}); earlier files are intact: lower the learning rates or set clip"
             )
         metrics = {
             "meta_loss": float(objective.detach()),
@@ -192,7 +201,7 @@ class MetaTrainer:
         self.evaluated.set_precision(c.precision)
         mean = losses.double().mean(1).nan_to_num(nan=math.inf)
         shown = sorted({s for s in (1, 10, 29, 99, 299) if s <= c.validation_steps} | {*c.validation_score_at})
-        score = sum(math.log(max(float(mean[s]), 1e-300)) for s in c.validation_score_at) / len(c.validation_score_at)
+        score = held_out_score(mean, c.validation_score_at)
         return score, {s: float(mean[s]) for s in shown}
 
     def state_dict(self) -> dict[str, Any]:

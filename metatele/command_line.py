@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from metatele.errors import ConfigError, MetateleError, NotExactError
+from metatele.errors import ConfigError, MetateleError, NotExactError, RunFolderError
 
 USAGE_ERROR = 2  # exit code for a wrong flag or value
 FAILURE = 1  # exit code for what went wrong later
@@ -37,10 +39,12 @@ def _boolean(text: str) -> bool:
 
 
 def _integers(text: str) -> tuple[int, ...]:
+    if text == "none":
+        return ()
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, or none, got {text!r}") from None
 
 
 _CONVERTERS: dict[Any, Callable[[str], Any]] = {bool: _boolean, int: int, float: float, str: str}
@@ -56,6 +60,7 @@ def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any]) -> No
             convert = _CONVERTERS.get(kind, _integers)
             choices = f.metadata.get("choices") or None
             default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            default = "none" if default == "" else default
             group.add_argument(
                 flag(f.name),
                 dest=f.name,
@@ -63,7 +68,7 @@ def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any]) -> No
                 choices=choices,
                 default=argparse.SUPPRESS,
                 metavar=None if choices else {bool: "BOOL", int: "N", float: "X", str: "TEXT"}.get(kind, "N,N,..."),
-                help=f"{f.metadata['help']} (default {default})",
+                help=f"{f.metadata['help']} (paper: {default})",
             )
 
 
@@ -101,6 +106,22 @@ def device_named(name: str) -> Any:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     return device
+
+
+def make_folder(path: Path) -> bool:
+    """Make a folder for results before hours are spent on them; whether it is new.
+
+    Raises:
+        RunFolderError: It cannot be made, or written to.
+    """
+    if path.is_dir() and os.access(path, os.W_OK):
+        return False
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        reason = "it is a file" if path.is_file() else error.strerror or error
+        raise RunFolderError(f"the folder {path} cannot be written: {reason}") from error
+    return True
 
 
 def run_program(main: Callable[[Sequence[str]], None], program: str) -> NoReturn:
