@@ -35,15 +35,19 @@ from metatele.training.trainer import MetaTrainer  # noqa: E402
 UNROLL = 10
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median wall-clock of ``run`` after one warm-up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+def seconds(*runs: Callable[[], object], repeats: int) -> list[float]:
+    """Median wall-clock of each of several runs, taken in turns after a warm-up.
+
+    Turns, so that a slow minute of the machine hits all of them alike.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    for repeat in range(repeats + 2):
+        for run, kept in zip(runs, times, strict=True):
+            begin = time.perf_counter()
+            run()
+            if repeat >= 2:
+                kept.append(time.perf_counter() - begin)
+    return [statistics.median(kept) for kept in times]
 
 
 def naive_ms(repeats: int) -> float:
@@ -59,18 +63,17 @@ def naive_ms(repeats: int) -> float:
         torch.stack(losses).sum().backward()
         adam.step()
 
-    return 1e3 * seconds(window, repeats) / UNROLL
+    return 1e3 * seconds(window, repeats=repeats)[0] / UNROLL
 
 
-def trainer_ms(batch: int, precision: str, device: str, repeats: int) -> float:
+def training_window(batch: int, precision: str, device: str) -> Callable[[], object]:
     """The package's own training step."""
     config = preset("paper", batch=batch, precision=precision, unroll=UNROLL, horizon=100, trajectories=10**9, clip=1.0)
-    trainer = MetaTrainer(config, device)
-    return 1e3 * seconds(trainer.step, repeats) / (UNROLL * batch)
+    return MetaTrainer(config, device).step
 
 
-def products_ms(batch: int, precision: str, device: str, repeats: int) -> tuple[float, float]:
-    """The window's matrix products alone, as ms per trajectory-step, and their rate in GFLOP/s."""
+def products_window(batch: int, precision: str, device: str) -> tuple[Callable[[], object], int]:
+    """The window's matrix products alone, and their number of floating-point operations."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     config = preset("paper")
     optimizer = MetaOptimizer(config.method, config.task)
@@ -95,8 +98,7 @@ def products_ms(batch: int, precision: str, device: str, repeats: int) -> tuple[
         if device != "cpu":
             torch.cuda.synchronize()
 
-    spent = seconds(window, repeats)
-    return 1e3 * spent / (UNROLL * batch), flops / spent / 1e9
+    return window, flops
 
 
 def main() -> None:
@@ -115,12 +117,10 @@ def main() -> None:
     rows = []
     for precision in ("float32", "bf16"):
         for batch in args.batches:
-            # Interleave the two arms, so that a slow minute of the machine hits both.
-            ours, alone = [], []
-            for _ in range(3):
-                ours.append(trainer_ms(batch, precision, args.device, max(1, args.repeats // 3)))
-                alone.append(products_ms(batch, precision, args.device, max(1, args.repeats // 3)))
-            ms, (products, rate) = statistics.median(ours), sorted(alone)[1]
+            alone, flops = products_window(batch, precision, args.device)
+            spent, needed = seconds(training_window(batch, precision, args.device), alone, repeats=args.repeats)
+            ms, products = (1e3 * t / (UNROLL * batch) for t in (spent, needed))
+            rate = flops / needed / 1e9
             rows.append(
                 {
                     "precision": precision,

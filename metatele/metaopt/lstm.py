@@ -39,6 +39,7 @@ class _Tape:
         self.rounded: Tensor | None = None
         self.inputs: list[Tensor] = []
         self.output_gradients: list[Tensor] = []
+        self.bias_gradient: Tensor | None = None
 
 
 class _Affine(torch.autograd.Function):
@@ -75,6 +76,8 @@ class _Affine(torch.autograd.Function):
         if ctx.tape is not None:
             ctx.tape.inputs.append(joined)
             ctx.tape.output_gradients.append(low)
+            step = grad.sum(0)
+            ctx.tape.bias_gradient = step if ctx.tape.bias_gradient is None else ctx.tape.bias_gradient + step
         else:
             weight_grad = (low.t() @ joined).to(grad.dtype) if needs_weight else None
             bias_grad = grad.sum(0) if needs_bias else None
@@ -222,10 +225,10 @@ class StackedLSTM(nn.Module):
             yield
             for weight, bias in pairs:
                 tape = self._tapes[weight]
-                if tape.inputs:
+                if tape.bias_gradient is not None:
                     grad = torch.cat(tape.output_gradients)
                     _accumulate(weight, (grad.t() @ torch.cat(tape.inputs)).to(weight.dtype))
-                    _accumulate(bias, grad.sum(0, dtype=bias.dtype))
+                    _accumulate(bias, tape.bias_gradient)
         finally:
             self._tapes = None
 
