@@ -72,8 +72,8 @@ def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any]) -> No
             )
 
 
-def whole_number(minimum: int) -> Callable[[str], int]:
-    """Argument type: an integer of at least ``minimum``."""
+def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """Argument type: an integer of at least ``minimum`` and at most ``maximum``."""
 
     def convert(text: str) -> int:
         try:
@@ -82,6 +82,8 @@ def whole_number(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
         if value < minimum:
             raise argparse.ArgumentTypeError(f"expected at least {minimum}, got {value}")
+        if maximum is not None and value > maximum:
+            raise argparse.ArgumentTypeError(f"expected at most {maximum}, got {value}")
         return value
 
     return convert

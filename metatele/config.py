@@ -73,6 +73,7 @@ class TaskConfig:
             self.widths,
         )
         _require_positive(self, "samples")
+        _require(math.isfinite(self.low) and math.isfinite(self.high), "low and high", "finite", (self.low, self.high))
         _require(self.low < self.high, "low", f"below high ({self.high})", self.low)
 
 

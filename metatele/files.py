@@ -42,7 +42,8 @@ def replace_folder(path: Path, contents: dict[str, bytes]) -> None:
     """
     path = path.absolute()
     if path.is_file() or (path.is_dir() and any(p.name not in contents for p in path.iterdir())):
-        raise SaveError(f"{path} is not replaced: it holds something other than {' and '.join(contents)}")
+        names = " and ".join(contents)
+        raise SaveError(f"{path} is not replaced, as it holds something other than {names}: move that away")
     fresh, previous = path.with_name(f".{path.name}.tmp"), path.with_name(f"{path.name}.previous")
     shutil.rmtree(fresh, ignore_errors=True)
     try:

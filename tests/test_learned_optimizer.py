@@ -11,7 +11,7 @@ from cases import METHODS, TASK, small_optimizer, small_problems
 from torch import nn
 
 import metatele
-from metatele.errors import MetateleError, NotExactError, ShapeMismatchError, UnsupportedModelError
+from metatele.errors import MetateleError, NotExactError, ShapeMismatchError, SingularInputError, UnsupportedModelError
 from metatele.optim.modules import read_sequential
 from metatele.unroll import start, unroll
 
@@ -181,7 +181,7 @@ def test_lr_multiplies_the_local_update_and_may_be_a_tensor():
         ends.append(flat(model) - begin)
     assert torch.equal(ends[0], ends[1])
     torch.testing.assert_close(2 * ends[0], ends[2], rtol=1e-4, atol=1e-6)
-    for bad in (-1.0, float("nan"), torch.ones(2)):
+    for bad in (-1.0, float("nan"), float("inf"), torch.ones(2)):
         with pytest.raises(ValueError, match="lr must be"):
             make(lr=bad)
 
@@ -372,6 +372,17 @@ def test_what_cannot_be_done_is_one_clear_error():
     ):
         with pytest.raises(UnsupportedModelError, match=words):
             metatele.LearnedOptimizer(model, meta)
+    with pytest.raises(TypeError, match="must be a path, a Checkpoint or a MetaOptimizer, got int"):
+        metatele.LearnedOptimizer(make()[0], 5)
+    model, optimizer, _, (x, _) = make()
+    model(x * float("nan")).sum().backward()
+    with pytest.raises(SingularInputError, match="not all finite"):
+        optimizer.step()
+    model, optimizer, closure, _ = make()
+    closure()
+    model[0].weight = nn.Parameter(torch.ones(5, 4))
+    with pytest.raises(MetateleError, match="was replaced"):
+        run(optimizer, closure, 1)
     model, optimizer, closure, _ = make()
     closure()
     optimizer._capture.clear()

@@ -239,9 +239,30 @@ def test_settings_that_cannot_train_are_refused_at_once():
 
 
 def test_a_log_that_cannot_be_written_is_one_error(tmp_path):
-    (tmp_path / "run" / METRICS_NAME).mkdir(parents=True)
+    train(small_run(), tmp_path, quiet=True)
+    (tmp_path / METRICS_NAME).unlink()
+    (tmp_path / METRICS_NAME).mkdir()
     with pytest.raises(SaveError, match="could not write"):
-        train(small_run(), tmp_path / "run", quiet=True)
+        train(small_run(), tmp_path, resume=True, quiet=True)
+
+
+def test_a_damaged_log_does_not_stop_a_resume_and_a_foreign_one_is_not_touched(tmp_path):
+    train(small_run(), tmp_path / "run", quiet=True)
+    log = tmp_path / "run" / METRICS_NAME
+    before = log.read_bytes()
+    log.write_bytes(before + b'\xff\xfe\n3\n{"loss": 1}\n{"update": ')
+    train(small_run(), tmp_path / "run", resume=True, quiet=True)
+    assert log.read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / METRICS_NAME).write_bytes(before)
+    with pytest.raises(RunFolderError, match="not empty"):
+        train(small_run(), tmp_path / "mine", quiet=True)
+    assert (tmp_path / "mine" / METRICS_NAME).read_bytes() == before
+
+
+def test_a_run_of_which_nothing_is_finite_stops_with_a_message(tmp_path):
+    with pytest.raises(DivergedError, match="updates in a row"):
+        train(small_run(local_lr=1e38, clip=0.0, trajectories=400, max_skipped=5), tmp_path, quiet=True)
 
 
 def test_folders_that_hold_something_are_left_alone(tmp_path):

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from metatele.command_line import OneLineParser, add_config_flags, device_named, whole_number
 from metatele.config import PRESETS, MethodConfig, TaskConfig, TrainingConfig, preset
@@ -32,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="FOLDER", help="run folder, new or empty")
     p.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of everything random (default 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    p.add_argument("--threads", type=whole_number(1), metavar="N", help="CPU threads (default: torch's)")
+    p.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="CPU threads (default: torch's)")
     p.add_argument("--resume", action="store_true", help="go on from the last saved state of the folder")
     p.add_argument("--quiet", action="store_true", help="no progress")
     add_config_flags(p, MethodConfig, TrainingConfig, TaskConfig)
@@ -57,6 +58,10 @@ def main(arguments: Sequence[str]) -> None:
     trainer = train(config, out, device=device_named(device), resume=resume, quiet=quiet)
     if not quiet:
         skipped = f", {trainer.skipped} skipped" if trainer.skipped else ""
-        found = math.isfinite(trainer.best)
-        where = f"best checkpoint in {out}/{CHECKPOINT_NAME}" if found else "no checkpoint: every validation diverged"
+        found = math.isfinite(trainer.best) and (Path(out) / CHECKPOINT_NAME).is_dir()
+        where = (
+            f"best checkpoint in {out}/{CHECKPOINT_NAME}"
+            if found
+            else "no checkpoint: no validation was finite, or it was removed"
+        )
         print(f"{trainer.update} updates{skipped}; {where}")

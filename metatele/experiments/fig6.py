@@ -28,6 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     p.add_argument("--out", metavar="FOLDER", help="results (default results/fig6-PRESET, results/fig6 for paper)")
     p.add_argument("--runs", metavar="FOLDER", help="run folders, used again when finished (default runs/fig6-PRESET)")
     p.add_argument("--seeds", type=whole_number(1), default=1, metavar="N", help="meta-training seeds (default 1)")
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which (default all)")
     p.add_argument("--trajectories", type=whole_number(1), default=64, metavar="N", help="held-out (default 64)")
     p.add_argument("--steps", type=whole_number(1), default=300, metavar="N", help="of each (default 300)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
@@ -48,15 +49,29 @@ def main(arguments: Sequence[str]) -> None:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"there is no readable curves.json in {out}") from error
     else:
+        device_named(args.device)
         make_folder(out)
-        doc = run(args.preset, runs, args.seeds, args.trajectories, args.steps, args.device)
-        if args.publish:
-            publish(runs, args.seeds, doc, Path(args.publish))
-    print(write(doc, out), end="")
+        doc = run(args.preset, args.methods, runs, args.seeds, args.trajectories, args.steps, args.device)
+    try:
+        print(write(doc, out), end="")
+    except (KeyError, IndexError, TypeError) as error:
+        if not args.redraw:
+            raise
+        raise RunFolderError(f"curves.json in {out} is not complete: {error!r} is missing") from error
     print(f"figure: {out / 'loss.png'}")
+    if args.publish and not args.redraw:
+        publish(args.methods, runs, args.seeds, doc, Path(args.publish))
 
 
-def run(preset_name: str, runs: Path, seeds: int, trajectories: int, steps: int, device_name: str) -> dict[str, Any]:
+def run(
+    preset_name: str,
+    methods: Sequence[str],
+    runs: Path,
+    seeds: int,
+    trajectories: int,
+    steps: int,
+    device_name: str,
+) -> dict[str, Any]:
     """Train what is not trained yet, evaluate everything, and return the content of ``curves.json``."""
     import torch
 
@@ -69,17 +84,17 @@ def run(preset_name: str, runs: Path, seeds: int, trajectories: int, steps: int,
     device = device_named(device_name)
     begin_s = time.perf_counter()
     for seed in range(seeds):
-        for method in METHODS:
+        for method in methods:
             _train(preset_name, method, seed, runs / f"{method}-{seed}", device)
     task = preset(preset_name).task
     problems = Regression(task).sample(1, "evaluation", range(trajectories)).to(device)
     entries = []
-    for method, title in METHODS.items():
+    for method in methods:
         folders = [runs / f"{method}-{seed}" for seed in range(seeds)]
         results = [learned_curves(checkpoint.load(f, device).optimizer, problems, steps) for f in folders]
         losses = [result[0].double() for result in results]
         pooled = Curves(
-            title,
+            METHODS[method],
             torch.cat(losses, 1),
             results[0][1],
             f"preset {preset_name}, seeds 0 to {seeds - 1}",
@@ -98,7 +113,7 @@ def run(preset_name: str, runs: Path, seeds: int, trajectories: int, steps: int,
     return doc
 
 
-def publish(runs: Path, seeds: int, doc: dict[str, Any], out: Path) -> None:
+def publish(methods: Sequence[str], runs: Path, seeds: int, doc: dict[str, Any], out: Path) -> None:
     """Checkpoints for the repository: of each method the seed with the best validation score.
 
     The choice is made on ``_SELECTION`` trajectories of the validation stream, more than a run looks
@@ -109,7 +124,7 @@ def publish(runs: Path, seeds: int, doc: dict[str, Any], out: Path) -> None:
     from metatele.tasks import Regression
     from metatele.training.curves import held_out_score, learned_curves
 
-    for entry, method in zip(doc["methods"], METHODS, strict=False):
+    for entry, method in zip(doc["methods"], methods, strict=False):
         loaded = [checkpoint.load(runs / f"{method}-{seed}") for seed in range(seeds)]
         training = preset(doc["preset"], method).training
         problems = Regression(loaded[0].task).sample(0, "validation", range(_SELECTION))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -67,13 +68,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must be a number or a 0-d tensor, got shape {tuple(lr.shape)}")
-        if not float(lr) >= 0:
+        if not 0 <= float(lr) < math.inf:
             raise ValueError(f"lr must be zero or positive, got {lr}")
         if not max_drift > 0:
             raise ValueError(f"max_drift must be positive, got {max_drift}")
         if isinstance(checkpoint, str | Path):
             checkpoint = checkpoints.load(checkpoint)
-        self.meta = checkpoint.optimizer if isinstance(checkpoint, checkpoints.Checkpoint) else checkpoint
+        meta = checkpoint.optimizer if isinstance(checkpoint, checkpoints.Checkpoint) else checkpoint
+        if not isinstance(meta, MetaOptimizer):
+            raise TypeError(f"checkpoint must be a path, a Checkpoint or a MetaOptimizer, got {type(meta).__name__}")
+        self.meta = meta
         self.model = model
         linears, mlp = read_sequential(model)
         if mlp != self.meta.mlp:
@@ -118,6 +122,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 raise RuntimeError("LearnedOptimizer does not support sparse gradients")
         if all(p.grad is None or id(p) not in rates for p in parameters):
             return
+        if len({id(p) for p in parameters} & self._known) < len(self._known):
+            raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
         home = self.param_groups[0]["params"][0]
         states = self._read_states(home)
         moving = [p.grad is not None and id(p) in rates and float(rates[id(p)]) != 0 for p in parameters]
@@ -166,6 +172,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return done.weights[0]
         group["rolled_back"] += 1
         return done.local[0]
+
+    @property
+    def _known(self) -> set[int]:
+        """Identities of the parameters in all groups."""
+        return {id(p) for group in self.param_groups for p in group["params"]}
 
     def _read_states(self, home: Tensor) -> MoveStates:
         return read_states(self.state.get(home, {}), self.meta)

@@ -145,7 +145,7 @@ class InputCapture:
 
     def columns(self, dtype: torch.dtype) -> Tensor | None:
         """All inputs kept, one column per sample ``[d, n]``; ``None`` if there are none."""
-        if not self.batches:
+        if not sum(batch.numel() for batch in self.batches):
             return None
         return (
             torch.cat([batch.flatten(0, -2) if batch.ndim > 1 else batch[None] for batch in self.batches]).to(dtype).T

@@ -157,7 +157,7 @@ class Exact(Action):
         if n > d:
             raise NotExactError(
                 f"the exact action needs at most as many samples as inputs (n <= {d}), got {n} samples; "
-                "use the approximate action or a smaller batch"
+                "use a smaller batch (accumulated ones count together) or the approximate action"
             )
         tolerance = self.rank_tolerance if self.strict else 0.0
         return pseudo_inverse(_with_ones(inputs) if bias else inputs, rank_tolerance=tolerance)

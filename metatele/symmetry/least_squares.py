@@ -35,6 +35,8 @@ def pseudo_inverse(H: Tensor, *, rank_tolerance: float | None = None) -> Tensor:
     precise = tall if H.requires_grad else tall.double()
     Q, R = torch.linalg.qr(precise)
     limit = torch.finfo(H.dtype).eps * max(H.shape[-2:]) if rank_tolerance is None else rank_tolerance
+    if limit > 0 and not bool(torch.isfinite(H).all()):
+        raise SingularInputError(f"layer inputs of shape {tuple(H.shape)} are not all finite")
     if limit > 0:
         _require_full_rank(R, H, limit)
     inverse = torch.linalg.solve_triangular(R, Q.mT, upper=True).to(H.dtype)

@@ -23,7 +23,7 @@ import torch
 from metatele import checkpoint
 from metatele.config import RunConfig, from_dict, to_dict
 from metatele.errors import CheckpointError, RunFolderError, SaveError
-from metatele.files import write_atomically
+from metatele.files import existing_folder, write_atomically
 from metatele.training.trainer import MetaTrainer
 
 _SEAL = b"\nmetatele sha256 "  # the file ends with its own checksum; torch.load does not check any
@@ -84,7 +84,10 @@ def _check_new(folder: Path) -> None:
     if (folder / STATE_NAME).exists():
         raise RunFolderError(f"{folder} holds another run; go on with it by --resume, or choose another --out")
     # What is left of a run killed before its first state is not a run; anything else is not ours.
-    leftovers = {METRICS_NAME, f".{STATE_NAME}.tmp"}
+    leftovers = {f".{STATE_NAME}.tmp"}
+    metrics = folder / METRICS_NAME
+    if metrics.is_file() and metrics.stat().st_size == 0:
+        leftovers.add(METRICS_NAME)
     foreign = (
         [p.name for p in folder.iterdir() if p.name not in leftovers and "tfevents" not in p.name]
         if folder.is_dir()
@@ -105,6 +108,8 @@ def _resumed(config: RunConfig, folder: Path, device: torch.device | str) -> Met
             raise RunFolderError(f"cannot resume {folder} with other settings: {names[0]} is {a} here and {b} there")
     trainer = MetaTrainer(config, device)
     trainer.load_state_dict(state)
+    if not (existing_folder(folder / CHECKPOINT_NAME) / checkpoint.CONFIG_NAME).is_file():
+        trainer.best = math.inf  # there is none to beat
     return trainer
 
 
@@ -232,11 +237,12 @@ class _Log:
             self._histograms()
 
     def _histograms(self) -> None:
-        for name, parameter in self.trainer.evaluated.named_parameters():
-            if "head" in name:
-                self.board.add_histogram(name, parameter, self.trainer.update)
-        gradient = self.trainer.trajectories.gradient.abs()
-        self.board.add_histogram("inner/log10_gradient", gradient.clamp_min(1e-12).log10(), self.trainer.update)
+        values = {n: p.detach() for n, p in self.trainer.evaluated.named_parameters() if "head" in n}
+        values["inner/log10_gradient"] = self.trainer.trajectories.gradient.abs().clamp_min(1e-12).log10()
+        for name, value in values.items():
+            drawable = value[value.abs() < 1e30]  # TensorBoard has no bins for what is not, or barely, finite
+            if drawable.numel():
+                self.board.add_histogram(name, drawable, self.trainer.update)
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -250,11 +256,11 @@ def _keep_lines_up_to(path: Path, update: int) -> None:
     """Drop what was logged after the state that a run resumes from."""
     if path.exists():
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:  # a line cut short by a kill
                 continue
-            if entry["update"] <= update:
+            if isinstance(entry, dict) and isinstance(entry.get("update"), int) and entry["update"] <= update:
                 kept.append(line + "\n")
         write_atomically(path, "".join(kept).encode())
