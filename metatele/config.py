@@ -266,7 +266,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "horizon": 300,
             "hidden": 20,
             "local_lr": 1e-4,
-            "rate_output": "log",  # a hard clamp has no derivative outside: every run diverged or stood still
+            "rate_output": "log",  # a hard clamp has no derivative outside; it diverged when tried
             "validation_steps": 300,
             "validation_score_at": (29, 299),
         },
