@@ -91,6 +91,9 @@ class MethodConfig:
     rate_low: float = _setting(1e-7, "smallest learned learning rate")
     rate_high: float = _setting(5e-3, "largest learned learning rate")
     rate_output: str = _setting("clamp", "how an output becomes a rate between the two", ("clamp", "log"))
+    gradient_cap: float = _setting(
+        0.0, "longest gradient that rates multiply, in units of the shortest so far on the trajectory; 0: any"
+    )
     action: str = _setting("exact", "how the group acts", ("exact", "approximate", "rescaling"))
     parametrisation: str = _setting("exp", "from T to g", ("exp", "cayley", "first-order", "direct"))
     radius: float = _setting(0.01, "Frobenius norm of T (at most 0.5)")
@@ -100,6 +103,9 @@ class MethodConfig:
     )
 
     teleport_head: float = _setting(1.0, "factor on the initial weights of the teleport's head")
+    teleport_mean: float = _setting(
+        0.0, "added to the initial T along the constant matrix (norm, before scaling); below 0 contracts the mean"
+    )
 
     def __post_init__(self) -> None:
         """Check sizes and ranges."""
@@ -107,7 +113,12 @@ class MethodConfig:
         _require_positive(self, "hidden", "layers", "update_scale", "rate_low", "rate_high", "radius", "teleport_head")
         _require(self.rate_low < self.rate_high, "rate_low", f"below rate_high ({self.rate_high})", self.rate_low)
         _require(self.teleport_hidden >= 0, "teleport_hidden", "zero or positive", self.teleport_hidden)
+        _require(math.isfinite(self.teleport_mean), "teleport_mean", "finite", self.teleport_mean)
         _require(self.radius_decay >= 0, "radius_decay", "zero or positive", self.radius_decay)
+        _require(
+            self.gradient_cap == 0 or 1 <= self.gradient_cap < math.inf,
+            *("gradient_cap", "0 or at least 1", self.gradient_cap),
+        )
         _require(self.radius <= 0.5, "radius", "at most 0.5", self.radius)
 
     @property

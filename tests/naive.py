@@ -87,6 +87,17 @@ class NaiveLearner:
             f = torch.sigmoid(output[n]) * f - torch.cat([eta[0].expand(k * d), eta[1].expand(o * k)]) * gradient
         return f
 
+    def cap(self, gradient: Tensor, smallest: list[float]) -> Tensor:
+        """Gradients no longer than a multiple of the shortest so far; ``smallest`` is kept up to date."""
+        d, k, _ = self.sizes
+        parts = [gradient] if self.config.method == "lr-tele" else [gradient[: k * d], gradient[k * d :]]
+        capped = []
+        for i, part in enumerate(parts):
+            norm = part.norm().item()
+            smallest[i] = min(smallest[i], norm)
+            capped.append(part * min(1.0, self.config.gradient_cap * smallest[i] / norm))
+        return torch.cat(capped)
+
     def group(self, output: Tensor, t: int) -> tuple[Tensor, Tensor]:
         k = self.sizes[1]
         T = output[: k * k].view(k, k)
@@ -108,10 +119,13 @@ class NaiveLearner:
         h1 = self.local.initial_state()
         h2 = None if self.teleport is None else self.teleport.initial_state()
         losses = []
+        smallest = [float("inf")] * 2
         for t in range(num_steps):
             w_ = w.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.loss(w_, X, Y), w_)
             seen = torch.asinh(gradient) if self.config.preprocessing == "asinh" else gradient
+            if self.config.gradient_cap:
+                gradient = self.cap(gradient, smallest)
             output, h1 = self.local(seen[None], h1)
             w = w + self.update(gradient, output[0])
             if self.teleport is not None:

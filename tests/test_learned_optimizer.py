@@ -56,8 +56,9 @@ def run(optimizer, closure, steps):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_steps_are_those_of_the_functional_unroll(method, bias):
-    model, optimizer, closure, _ = make(method, bias=bias)
+@pytest.mark.parametrize("cap", [0.0, 1.0])
+def test_steps_are_those_of_the_functional_unroll(method, bias, cap):
+    model, optimizer, closure, _ = make(method, bias=bias, meta={"gradient_cap": cap})
     task = optimizer.meta.task
     with torch.no_grad():
         end, losses = unroll(optimizer.meta, start(optimizer.meta, small_problems(1, task, torch.float32)), 8)

@@ -1,6 +1,7 @@
 """The LSTM core and the moves: against torch's cells, in windows, at their edges."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -11,7 +12,7 @@ from naive import NaiveLSTM
 from metatele.config import MethodConfig, TaskConfig
 from metatele.errors import ConfigError, NotExactError, ShapeMismatchError
 from metatele.metaopt import LearnedTeleport, MetaOptimizer, StackedLSTM
-from metatele.metaopt.moves import Rate
+from metatele.metaopt.moves import Rate, capped
 from metatele.metaopt.preprocessing import asinh, log_sign, preprocessing, raw
 from metatele.tasks import Regression
 
@@ -109,6 +110,45 @@ def test_norm_of_T_is_fixed_or_bounded_and_zero_is_safe(norm):
     assert float(norms[1]) == pytest.approx(expected_middle, rel=1e-3)
     T.sum().backward()
     assert bool(torch.isfinite(M.grad).all())
+
+
+@pytest.mark.parametrize("action", ["exact", "rescaling"])
+def test_initial_T_has_the_asked_mean(action):
+    without, with_mean = (
+        LearnedTeleport(
+            small_method(action=action, teleport_mean=m), Regression(TASK).mlp, torch.Generator().manual_seed(0)
+        )
+        for m in (0.0, -1e4)
+    )
+    added = (with_mean.lstm.head_bias - without.lstm.head_bias).detach()
+    torch.testing.assert_close(added, torch.full_like(added, -1e4 / math.sqrt(len(added))), rtol=1e-5, atol=0)
+    T = with_mean.scaled(with_mean.lstm.head_bias.detach()[None])
+    torch.testing.assert_close(T, torch.full_like(T, -0.1 / math.sqrt(len(added))), rtol=1e-3, atol=0)
+
+
+def test_capped_gradient_is_at_most_cap_times_the_shortest_so_far():
+    random = torch.Generator().manual_seed(0)
+    smallest = torch.full((4, 2), math.inf, dtype=torch.float64)
+    shortest = smallest.clone()
+    for _ in range(20):
+        sizes = torch.rand(4, 1, generator=random, dtype=torch.float64).mul(12).sub(6).exp()
+        gradient = sizes * torch.randn(4, 7, generator=random, dtype=torch.float64)
+        result, smallest = capped(gradient, smallest, [5, 2], cap=3.0)
+        for part, (before, after) in enumerate(zip(gradient.split([5, 2], -1), result.split([5, 2], -1), strict=True)):
+            norm = before.norm(dim=-1)
+            shortest[:, part] = torch.minimum(shortest[:, part], norm)
+            torch.testing.assert_close(after.norm(dim=-1), torch.minimum(norm, 3 * shortest[:, part]))
+            torch.testing.assert_close(after / after.norm(dim=-1, keepdim=True), before / norm[:, None])
+    assert torch.equal(smallest, shortest)
+
+
+def test_a_gradient_of_zero_caps_nothing_and_one_that_is_not_finite_stays_so():
+    zero, smallest = capped(torch.zeros(1, 3), torch.tensor([[2.0]]), [3], cap=2.0)
+    assert torch.equal(zero, torch.zeros(1, 3))
+    assert torch.equal(smallest, torch.tensor([[2.0]]))
+    broken, smallest = capped(torch.tensor([[math.nan, 1.0]]), torch.tensor([[2.0]]), [2], cap=2.0)
+    assert bool(broken.isnan().any())
+    assert torch.equal(smallest, torch.tensor([[2.0]]))
 
 
 def test_norm_of_T_can_be_learned_and_shrinks_with_age():

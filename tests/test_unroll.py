@@ -19,6 +19,9 @@ VARIANTS = [
     {"method": "update"},
     {"method": "update", "gradient_rates": True, "rate_output": "log"},
     {"method": "lr-tele", "rate_output": "log"},
+    # A cap of 1: every gradient that is longer than one before is cut.
+    {"method": "update", "gradient_rates": True, "rate_output": "log", "gradient_cap": 1.0},
+    {"method": "lr-tele", "rate_output": "log", "gradient_cap": 1.0},
 ]
 
 

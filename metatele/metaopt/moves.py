@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,9 +31,15 @@ def _lstm(config: MethodConfig, mlp: MLP, hidden: int, outputs: int, generator: 
 
 
 class LocalMove(nn.Module, ABC):
-    """The update f_t as a function of the gradient and a memory."""
+    """The update f_t as a function of the gradient and a memory.
+
+    Attributes:
+        lstm: The network that reads the gradient.
+        parts: Sizes of the stretches of the gradient that share a learned rate; they sum to P.
+    """
 
     lstm: StackedLSTM
+    parts: list[int]
 
     @abstractmethod
     def forward(self, gradient: Tensor, features: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
@@ -61,6 +68,34 @@ class Rate:
         return (low + (high - low) * torch.sigmoid(output)).exp()
 
 
+def capped(gradient: Tensor, smallest: Tensor, parts: Sequence[int], cap: float) -> tuple[Tensor, Tensor]:
+    r"""The gradient, no longer than ``cap`` times the shortest it has been on this trajectory.
+
+    .. math:: m_t = \min(m_{t-1}, ‖∇_t‖), \qquad ∇_t · \min(1, \text{cap} · m_t / ‖∇_t‖)
+
+    A learned rate drives a trajectory to the edge of stability, where the gradient along one direction
+    multiplies from step to step; so far and no further. Gradients of zero leave m as it is.
+
+    Args:
+        gradient: ``[B, P]``.
+        smallest: ``m_{t-1}`` of each part, ``[B, len(parts)]``; infinity before the first step.
+        parts: Sizes of the stretches of the gradient with a norm of their own.
+        cap: The factor.
+
+    Returns:
+        The capped gradient and ``m_t``.
+
+    Example:
+        >>> capped(torch.tensor([[6.0, 8.0]]), torch.tensor([[2.0]]), [2], cap=3.0)
+        (tensor([[3.6000, 4.8000]]), tensor([[2.]]))
+    """
+    norms = torch.stack([part.norm(dim=-1) for part in gradient.split(parts, -1)], -1)
+    smallest = torch.where(norms > 0, torch.minimum(norms, smallest), smallest)
+    scale = (cap * smallest / norms).nan_to_num(nan=1.0).clamp(max=1.0)
+    pieces = zip(gradient.split(parts, -1), scale.split(1, -1), strict=True)
+    return torch.cat([piece * factor for piece, factor in pieces], -1), smallest
+
+
 class LearnedUpdate(LocalMove):
     r"""``f = scale · head(LSTM(∇))``: every entry of the update is learned.
 
@@ -72,9 +107,9 @@ class LearnedUpdate(LocalMove):
 
     def __init__(self, config: MethodConfig, mlp: MLP, generator: torch.Generator) -> None:
         super().__init__()
-        self.sizes = [math.prod(shape) for shape in mlp.shapes]
+        self.parts = [math.prod(shape) for shape in mlp.shapes]
         self.gradient_rates = config.gradient_rates
-        extra = 1 + len(self.sizes) if config.gradient_rates else 0
+        extra = 1 + len(self.parts) if config.gradient_rates else 0
         self.lstm = _lstm(config, mlp, config.hidden, mlp.num_parameters + extra, generator)
         self.scale = config.update_scale
         self.rate = Rate(config.rate_output, config.rate_low, config.rate_high)
@@ -84,8 +119,8 @@ class LearnedUpdate(LocalMove):
         output, state = self.lstm(features, state)
         if not self.gradient_rates:
             return self.scale * output, state
-        update, gate, rates = output.split([gradient.shape[-1], 1, len(self.sizes)], -1)
-        parts = zip(gradient.split(self.sizes, -1), self.rate(rates).unbind(-1), strict=True)
+        update, gate, rates = output.split([gradient.shape[-1], 1, len(self.parts)], -1)
+        parts = zip(gradient.split(self.parts, -1), self.rate(rates).unbind(-1), strict=True)
         return self.scale * gate.sigmoid() * update - torch.cat([eta.unsqueeze(-1) * g for g, eta in parts], -1), state
 
 
@@ -94,6 +129,7 @@ class LearnedRate(LocalMove):
 
     def __init__(self, config: MethodConfig, mlp: MLP, generator: torch.Generator) -> None:
         super().__init__()
+        self.parts = [mlp.num_parameters]
         self.lstm = _lstm(config, mlp, config.hidden, 1, generator)
         self.rate = Rate(config.rate_output, config.rate_low, config.rate_high)
 
@@ -125,6 +161,10 @@ class LearnedTeleport(nn.Module):
     :class:`Rate` ρ between a thousandth of the radius and the radius. With ``radius_decay`` τ the radius after
     t steps is ``radius / (1 + t/τ)``: large where teleports pay most, and the whole way in the group
     grows only with the logarithm of the number of steps.
+
+    ``teleport_mean`` m begins with ``M + m 11ᵀ/k`` for the head's random M. A negative m contracts what the
+    hidden units have in common, the direction that makes a gradient step on the outgoing weights ill
+    conditioned; left to chance, that sign decides which of two policies meta-training finds.
     """
 
     def __init__(self, config: MethodConfig, mlp: MLP, generator: torch.Generator) -> None:
@@ -144,6 +184,8 @@ class LearnedTeleport(nn.Module):
         with torch.no_grad():
             self.lstm.head_weight.mul_(config.teleport_head)
             self.lstm.head_bias.mul_(config.teleport_head)
+            for part in self.lstm.head_bias[: sum(self.sizes)].split(self.sizes):
+                part.add_(config.teleport_mean / math.sqrt(part.numel()))
 
     def prepare(self, inputs: Tensor) -> Tensor | None:
         """What depends on the data alone, computed once for each trajectory.

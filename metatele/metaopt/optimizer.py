@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from metatele.config import MethodConfig, TaskConfig
 from metatele.errors import NotExactError, ShapeMismatchError
 from metatele.metaopt.lstm import LSTMState, StackedLSTM
-from metatele.metaopt.moves import LearnedRate, LearnedTeleport, LearnedUpdate, LocalMove
+from metatele.metaopt.moves import LearnedRate, LearnedTeleport, LearnedUpdate, LocalMove, capped
 from metatele.metaopt.preprocessing import preprocessing
 from metatele.mlp import MLP
 from metatele.random import generator
@@ -25,16 +26,18 @@ class MoveStates(NamedTuple):
         local: Memory of the local move.
         teleport: Memory of the teleport move; ``None`` where there is none.
         age: Steps done, ``[B]``, as floating numbers.
+        smallest: Least norm so far of each part of the gradient that has a rate, ``[B, parts]``.
     """
 
     local: LSTMState
     teleport: LSTMState | None
     age: Tensor
+    smallest: Tensor
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""
         states = [s for s in (self.local, self.teleport) if s is not None]
-        return [*(t for s in states for t in (*s.hidden, *s.cell)), self.age]
+        return [*(t for s in states for t in (*s.hidden, *s.cell)), self.age, self.smallest]
 
     def map(self, function) -> MoveStates:  # type: ignore[no-untyped-def]
         """The same structure with a function applied to every tensor, in the order of :meth:`tensors`."""
@@ -44,7 +47,7 @@ class MoveStates(NamedTuple):
 
         local = apply(self.local)
         teleport = None if self.teleport is None else apply(self.teleport)
-        return MoveStates(local, teleport, function(self.age))
+        return MoveStates(local, teleport, function(self.age), function(self.smallest))
 
 
 class Stepped(NamedTuple):
@@ -103,7 +106,9 @@ class MetaOptimizer(nn.Module):
         """Zero memories."""
         teleport = None if self.teleport is None else self.teleport.lstm.initial_state(batch)
         local = self.local.lstm.initial_state(batch)
-        return MoveStates(local, teleport, local.cell[0].new_zeros(batch))
+        like = local.cell[0]
+        smallest = like.new_full((batch, len(self.local.parts)), math.inf)
+        return MoveStates(local, teleport, like.new_zeros(batch), smallest)
 
     def prepare(self, inputs: Tensor) -> Tensor | None:
         """What the teleport needs of data ``[B, d, n]`` that do not change; see :meth:`step`."""
@@ -136,12 +141,16 @@ class MetaOptimizer(nn.Module):
             )
         gradient = gradient.detach()
         features = self._features(gradient)
+        smallest = states.smallest
+        if self.config.gradient_cap:
+            gradient, smallest = capped(gradient, smallest, self.local.parts, self.config.gradient_cap)
         update, local_state = self.local(gradient, features, states.local)
         local = weights + local_scale * update
+        new = MoveStates(local_state, states.teleport, states.age + 1, smallest)
         if self.teleport is None or states.teleport is None or inputs is None:
-            return Stepped(local, MoveStates(local_state, states.teleport, states.age + 1), local, None)
+            return Stepped(local, new, local, None)
         moved = self.teleport(local, inputs, prepared, features, states.teleport, states.age)
-        return Stepped(moved.weights, MoveStates(local_state, moved.state, states.age + 1), local, moved.algebra)
+        return Stepped(moved.weights, new._replace(teleport=moved.state), local, moved.algebra)
 
     def set_precision(self, precision: str) -> None:
         """Precision of the LSTMs' matrix products, ``"float32"`` or ``"bf16"``."""

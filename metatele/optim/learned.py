@@ -243,12 +243,12 @@ def read_states(stored: dict[str, Any], meta: MetaOptimizer) -> MoveStates:
 
     local = read("local", states.local)
     assert local is not None
-    return MoveStates(local, read("teleport", states.teleport), stored["age"])
+    return MoveStates(local, read("teleport", states.teleport), stored["age"], stored["smallest"])
 
 
 def write_states(states: MoveStates) -> dict[str, Tensor]:
     """The inverse of :func:`read_states`: plain floating tensors by name."""
-    stored = {"age": states.age.clone()}
+    stored = {"age": states.age.clone(), "smallest": states.smallest.clone()}
     for name, state in (("local", states.local), ("teleport", states.teleport)):
         if state is not None:
             # Clones: zero memories are one tensor, and some tools load state in place.
