@@ -295,9 +295,16 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "validation_steps": 300,
             "validation_score_at": (29, 99, 299),
         },
-        "update-tele": {"norm": "fixed", "radius": 0.05, "radius_decay": 30.0},
+        "update-tele": {
+            "gradient_cap": 5.0,
+            "norm": "fixed",
+            "radius": 0.1,
+            "radius_decay": 10.0,
+            "teleport_mean": -3.0,
+            "teleport_lr": 1e-4,
+        },
         "update": {},
-        "lr-tele": {"hidden": 20, "local_lr": 3e-3},
+        "lr-tele": {"gradient_cap": 5.0, "hidden": 20, "local_lr": 3e-3},
     },
 }
 PRESETS = tuple(_PRESETS)
