@@ -85,12 +85,16 @@ class MethodConfig:
     hidden: int = _setting(300, "size of the LSTM cells")
     teleport_hidden: int = _setting(0, "size of the teleport move's cells; 0: the same as hidden")
     layers: int = _setting(2, "LSTM cells in a row")
+    input_scale: float = _setting(1.0, "factor on the initial weights that read the gradient")
     preprocessing: str = _setting("raw", "what the LSTM sees of a gradient", ("raw", "asinh", "log-sign"))
     update_scale: float = _setting(1.0, "factor on the learned update")
     gradient_rates: bool = _setting(False, "gate the learned update, and add learned rates times the gradient")
     rate_low: float = _setting(1e-7, "smallest learned learning rate")
     rate_high: float = _setting(5e-3, "largest learned learning rate")
     rate_output: str = _setting("clamp", "how an output becomes a rate between the two", ("clamp", "log"))
+    rate_of: str = _setting(
+        "gradient", "what a learned rate multiplies: the gradient, or its direction", ("gradient", "direction")
+    )
     gradient_cap: float = _setting(
         0.0, "longest gradient that rates multiply, in units of the shortest so far on the trajectory; 0: any"
     )
@@ -110,7 +114,8 @@ class MethodConfig:
     def __post_init__(self) -> None:
         """Check sizes and ranges."""
         _check_types(self)
-        _require_positive(self, "hidden", "layers", "update_scale", "rate_low", "rate_high", "radius", "teleport_head")
+        _require_positive(self, "hidden", "layers", "input_scale", "update_scale", "rate_low", "rate_high")
+        _require_positive(self, "radius", "teleport_head")
         _require(self.rate_low < self.rate_high, "rate_low", f"below rate_high ({self.rate_high})", self.rate_low)
         _require(self.teleport_hidden >= 0, "teleport_hidden", "zero or positive", self.teleport_hidden)
         _require(math.isfinite(self.teleport_mean), "teleport_mean", "finite", self.teleport_mean)
@@ -304,7 +309,16 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "teleport_lr": 1e-4,
         },
         "update": {},
-        "lr-tele": {"gradient_cap": 5.0, "hidden": 20, "local_lr": 3e-3},
+        # Step lengths instead of rates: one trajectory in a few hundred exploded with rates. The smaller
+        # weights keep 20 cells from saturating on 800 inputs.
+        "lr-tele": {
+            "hidden": 20,
+            "input_scale": 0.16,
+            "rate_of": "direction",
+            "rate_low": 1e-4,
+            "rate_high": 100.0,
+            "local_lr": 3e-3,
+        },
     },
 }
 PRESETS = tuple(_PRESETS)

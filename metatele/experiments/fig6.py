@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from metatele.command_line import OneLineParser, device_named, make_folder, whole_number
-from metatele.config import METHODS, PRESETS, preset, to_dict
+from metatele.config import METHODS, PRESETS, RunConfig, from_dict, preset, to_dict
 from metatele.errors import RunFolderError
 
 _SELECTION = 128
@@ -151,7 +151,8 @@ def _train(preset_name: str, method: str, seed: int, folder: Path, device: Any) 
     config = preset(preset_name, method, seed=seed)
     if (folder / "seconds.json").exists():
         stored = checkpoint.read_config(folder)["training"]
-        if any(stored[part] != value for part, value in to_dict(config).items()):
+        run = {name: stored[name] for name in to_dict(config) if name in stored}
+        if from_dict(RunConfig, run) != config:
             raise RunFolderError(f"{folder} holds a run with other settings; choose another --runs")
         return
     print(f"training {method}, seed {seed}, into {folder}", flush=True)

@@ -27,7 +27,10 @@ _SINGULAR = 1e-12  # diagonal ratio of a QR factor; inputs are factorised in dou
 
 def _lstm(config: MethodConfig, mlp: MLP, hidden: int, outputs: int, generator: torch.Generator) -> StackedLSTM:
     channels = preprocessing(config.preprocessing)[1]
-    return StackedLSTM(mlp.num_parameters * channels, hidden, outputs, config.layers, generator)
+    lstm = StackedLSTM(mlp.num_parameters * channels, hidden, outputs, config.layers, generator)
+    with torch.no_grad():
+        lstm.weights[0][:, : lstm.inputs].mul_(config.input_scale)
+    return lstm
 
 
 class LocalMove(nn.Module, ABC):
@@ -66,6 +69,20 @@ class Rate:
             return output.clamp(self.low, self.high)
         low, high = math.log(self.low), math.log(self.high)
         return (low + (high - low) * torch.sigmoid(output)).exp()
+
+
+def direction(gradient: Tensor, parts: Sequence[int]) -> Tensor:
+    """Each part of the gradient ``[B, P]`` divided by its norm; zero stays zero.
+
+    A learned rate is then the length of the step: it needs to span one or two orders of magnitude on a
+    trajectory whose gradients span five, and a gradient that bursts does not lengthen the step.
+
+    Example:
+        >>> direction(torch.tensor([[3.0, 4.0, 0.0]]), [2, 1])
+        tensor([[0.6000, 0.8000, 0.0000]])
+    """
+    pieces = gradient.split(list(parts), -1)
+    return torch.cat([p / p.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny) for p in pieces], -1)
 
 
 def capped(gradient: Tensor, smallest: Tensor, parts: Sequence[int], cap: float) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metatele.config import MethodConfig, TaskConfig
 from metatele.errors import NotExactError, ShapeMismatchError
 from metatele.metaopt.lstm import LSTMState, StackedLSTM
-from metatele.metaopt.moves import LearnedRate, LearnedTeleport, LearnedUpdate, LocalMove, capped
+from metatele.metaopt.moves import LearnedRate, LearnedTeleport, LearnedUpdate, LocalMove, capped, direction
 from metatele.metaopt.preprocessing import preprocessing
 from metatele.mlp import MLP
 from metatele.random import generator
@@ -144,6 +144,8 @@ class MetaOptimizer(nn.Module):
         smallest = states.smallest
         if self.config.gradient_cap:
             gradient, smallest = capped(gradient, smallest, self.local.parts, self.config.gradient_cap)
+        if self.config.rate_of == "direction":
+            gradient = direction(gradient, self.local.parts)
         update, local_state = self.local(gradient, features, states.local)
         local = weights + local_scale * update
         new = MoveStates(local_state, states.teleport, states.age + 1, smallest)
