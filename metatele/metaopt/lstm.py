@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from metatele.errors import ConfigError, ShapeMismatchError
 
 PRECISIONS = ("float32", "bf16")
+_BLOCK = 10  # steps whose inputs lie in one piece of memory; the paper's window
 
 
 class LSTMState(NamedTuple):
@@ -33,13 +34,34 @@ class LSTMState(NamedTuple):
 
 
 class _Tape:
-    """Operands of one weight's products over a window, and the weight as rounded for them."""
+    """Operands of one weight's products over a window, and the weight as rounded for them.
+
+    Inputs are written where the window's one product reads them. Backward passes meet the steps in any
+    order and may leave some out, so each brings its row number.
+    """
 
     def __init__(self) -> None:
         self.rounded: Tensor | None = None
-        self.inputs: list[Tensor] = []
-        self.output_gradients: list[Tensor] = []
+        self.output_gradients: dict[int, Tensor] = {}
         self.bias_gradient: Tensor | None = None
+        self._rows: list[Tensor] = []
+        self._blocks: list[Tensor] = []
+
+    def row(self, batch: int, weight: Tensor) -> tuple[int, Tensor]:
+        """Number and memory ``[batch, width]`` of the next step's inputs, in the weight's dtype."""
+        used = len(self._rows) % _BLOCK
+        if used == 0:
+            self._blocks.append(weight.new_empty(_BLOCK, batch, weight.shape[1]))
+        if self._blocks[-1].shape[1] != batch:
+            raise ShapeMismatchError(f"a window began with batch {self._blocks[-1].shape[1]}, got {batch}")
+        self._rows.append(self._blocks[-1][used])
+        return len(self._rows) - 1, self._rows[-1]
+
+    def inputs(self, steps: list[int]) -> Tensor:
+        """Inputs of the given steps, one after another, ``[steps · B, width]``."""
+        if len(self._blocks) == 1 and steps == list(range(len(steps))):
+            return self._blocks[0][: len(steps)].flatten(0, 1)  # no copy
+        return torch.cat([self._rows[step] for step in steps])
 
 
 class _Affine(torch.autograd.Function):
@@ -47,14 +69,16 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, h, weight, bias, cast_weight, tape):  # type: ignore[no-untyped-def]
-        if h is None:
-            joined = x.to(cast_weight.dtype)
+        # Side by side, in the products' dtype and where the window reads them: one pass over memory.
+        if tape is not None:
+            ctx.row, joined = tape.row(x.shape[0], cast_weight)
         else:
-            # Side by side in the products' dtype at once: one pass over memory, not two.
             joined = torch.empty(x.shape[0], cast_weight.shape[1], dtype=cast_weight.dtype, device=x.device)
-            joined[:, : x.shape[1]].copy_(x)
+        joined[:, : x.shape[1]].copy_(x)
+        if h is not None:
             joined[:, x.shape[1] :].copy_(h)
-        ctx.save_for_backward(joined, cast_weight)
+        ctx.save_for_backward(cast_weight)
+        ctx.joined = joined  # ours alone; rows written later in the same block must not count as a change
         ctx.tape, ctx.split = tape, x.shape[-1]
         if cast_weight.dtype == bias.dtype:
             return torch.addmm(bias, joined, cast_weight.t())
@@ -63,7 +87,8 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        joined, weight = ctx.saved_tensors
+        (weight,) = ctx.saved_tensors
+        joined = ctx.joined
         low = grad.to(weight.dtype)
         needs_x, needs_h, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         x_grad = h_grad = weight_grad = bias_grad = None
@@ -74,8 +99,8 @@ class _Affine(torch.autograd.Function):
         elif needs_h:
             h_grad = (low @ weight[:, ctx.split :]).to(grad.dtype)
         if ctx.tape is not None:
-            ctx.tape.inputs.append(joined)
-            ctx.tape.output_gradients.append(low)
+            before = ctx.tape.output_gradients.get(ctx.row)  # of an earlier backward pass, say
+            ctx.tape.output_gradients[ctx.row] = low if before is None else before + low
             step = grad.sum(0)
             ctx.tape.bias_gradient = step if ctx.tape.bias_gradient is None else ctx.tape.bias_gradient + step
         else:
@@ -95,7 +120,8 @@ class _Cell(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gates, cell):  # type: ignore[no-untyped-def]
         size = cell.shape[-1]
-        activated = torch.sigmoid(gates)
+        activated = torch.empty_like(gates)
+        torch.sigmoid(gates[:, : 3 * size], out=activated[:, : 3 * size])
         activated[:, 3 * size :] = _tanh(gates[:, 3 * size :])
         i, f, o, candidate = activated.chunk(4, -1)
         new_cell = torch.addcmul(f * cell, i, candidate)
@@ -226,8 +252,9 @@ class StackedLSTM(nn.Module):
             for weight, bias in pairs:
                 tape = self._tapes[weight]
                 if tape.bias_gradient is not None:
-                    grad = torch.cat(tape.output_gradients)
-                    _accumulate(weight, (grad.t() @ torch.cat(tape.inputs)).to(weight.dtype))
+                    steps = sorted(tape.output_gradients)
+                    grad = torch.cat([tape.output_gradients[step] for step in steps])
+                    _accumulate(weight, (grad.t() @ tape.inputs(steps)).to(weight.dtype))
                     _accumulate(bias, tape.bias_gradient)
         finally:
             self._tapes = None
