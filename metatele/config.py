@@ -264,12 +264,31 @@ _ADAPTED: dict[str, Any] = {
     "decay": "cosine",
     "teleport_lr": 1e-3,
 }
+# What kept single trajectories from bursting, and made all seeds find the better of two policies.
+_UPDATE_TELE: dict[str, Any] = {
+    "gradient_cap": 5.0,
+    "norm": "fixed",
+    "radius": 0.1,
+    "radius_decay": 10.0,
+    "teleport_mean": -3.0,
+    "teleport_lr": 1e-4,
+}
+# Step lengths instead of rates: one trajectory in a few hundred exploded with rates. The smaller
+# weights keep 20 cells from saturating on 800 inputs.
+_LR_TELE: dict[str, Any] = {
+    "hidden": 20,
+    "input_scale": 0.16,
+    "rate_of": "direction",
+    "rate_low": 1e-4,
+    "rate_high": 100.0,
+    "local_lr": 3e-3,
+}
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {
         "": {**_ADAPTED, "batch": 32, "trajectories": 640},
-        "update-tele": {},
-        "update": {},
-        "lr-tele": {"hidden": 20, "local_lr": 3e-3},
+        "update-tele": _UPDATE_TELE,
+        "update": {"gradient_cap": 5.0},
+        "lr-tele": {**_LR_TELE, "rate_low": 1e-2, "local_lr": 1e-2},  # 200 updates: a good step 0 must be near
     },
     # The defaults of the classes above are the paper's; more of its trajectories.
     "paper": {
@@ -300,25 +319,9 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "validation_steps": 300,
             "validation_score_at": (29, 99, 299),
         },
-        "update-tele": {
-            "gradient_cap": 5.0,
-            "norm": "fixed",
-            "radius": 0.1,
-            "radius_decay": 10.0,
-            "teleport_mean": -3.0,
-            "teleport_lr": 1e-4,
-        },
+        "update-tele": _UPDATE_TELE,
         "update": {},
-        # Step lengths instead of rates: one trajectory in a few hundred exploded with rates. The smaller
-        # weights keep 20 cells from saturating on 800 inputs.
-        "lr-tele": {
-            "hidden": 20,
-            "input_scale": 0.16,
-            "rate_of": "direction",
-            "rate_low": 1e-4,
-            "rate_high": 100.0,
-            "local_lr": 3e-3,
-        },
+        "lr-tele": _LR_TELE,
     },
 }
 PRESETS = tuple(_PRESETS)
