@@ -14,16 +14,37 @@ if TYPE_CHECKING:
     from metatele.checkpoint import Checkpoint, load, save
     from metatele.metaopt import MetaOptimizer
     from metatele.optim.learned import LearnedOptimizer
+    from metatele.optim.teleport import TeleportOptimizer, teleport_
+    from metatele.teleport import GradientNormAscent, Random, Rescaling, Whitening
 
 _HOME = {
     "Checkpoint": "metatele.checkpoint",
+    "GradientNormAscent": "metatele.teleport",
     "LearnedOptimizer": "metatele.optim.learned",
     "MetaOptimizer": "metatele.metaopt",
+    "Random": "metatele.teleport",
+    "Rescaling": "metatele.teleport",
+    "TeleportOptimizer": "metatele.optim.teleport",
+    "Whitening": "metatele.teleport",
     "load": "metatele.checkpoint",
     "save": "metatele.checkpoint",
+    "teleport_": "metatele.optim.teleport",
 }
 
-__all__ = ["Checkpoint", "LearnedOptimizer", "MetaOptimizer", "__version__", "load", "save"]
+__all__ = [
+    "Checkpoint",
+    "GradientNormAscent",
+    "LearnedOptimizer",
+    "MetaOptimizer",
+    "Random",
+    "Rescaling",
+    "TeleportOptimizer",
+    "Whitening",
+    "__version__",
+    "load",
+    "save",
+    "teleport_",
+]
 
 
 def __getattr__(name: str) -> Any:

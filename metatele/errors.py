@@ -41,3 +41,7 @@ class DivergedError(MetateleError, RuntimeError):
 
 class SaveError(MetateleError, OSError):
     """A file could not be written; the file it would have replaced is untouched."""
+
+
+class DataError(MetateleError, ValueError):
+    """An image set is unknown, missing or damaged."""

@@ -7,6 +7,7 @@ network that advances at the same time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from metatele.activations import Activation
 from metatele.errors import ConfigError, ShapeMismatchError
+from metatele.losses import Loss, SquaredError
 
 
 class Weights(NamedTuple):
@@ -31,20 +33,32 @@ class Weights(NamedTuple):
     biases: tuple[Tensor | None, ...]
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``; networks that share ``right`` (its dimension -3 is 1) share one larger product.
+
+    Args:
+        left: ``[..., m, a, b]``.
+        right: ``[..., 1, b, c]`` to share it, or anything that ``@`` takes.
+    """
+    if left.ndim > 3 and left.ndim == right.ndim and right.shape[-3] == 1 < left.shape[-3]:
+        return (left.flatten(-3, -2) @ right.squeeze(-3)).unflatten(-2, left.shape[-3:-1])
+    return left @ right
+
+
 def affine(matrix: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
     """``W h + b`` for columns ``h``: ``[..., out, in], [..., in, n] -> [..., out, n]``."""
-    product = matrix @ inputs
-    return product if bias is None else product + bias.unsqueeze(-1)
+    result = product(matrix, inputs)
+    return result if bias is None else result + bias.unsqueeze(-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class MLP:
     """Shape of a perceptron; the weights are passed to each method.
 
     Args:
         widths: Sizes from input to output, at least two.
-        activation: Applied after every layer but the last.
-        bias: Whether layers have a bias.
+        activations: Applied after every layer but the last: one for all, or one for each hidden layer.
+        biases: Whether layers have a bias: one answer for all, or one for each layer.
 
     Example:
         >>> from metatele.activations import LeakyReLU
@@ -55,13 +69,28 @@ class MLP:
     """
 
     widths: tuple[int, ...]
-    activation: Activation
-    bias: bool = False
+    activations: tuple[Activation, ...]
+    biases: tuple[bool, ...]
 
-    def __post_init__(self) -> None:
-        """Check sizes."""
-        if len(self.widths) < 2 or any(w < 1 for w in self.widths):
-            raise ConfigError(f"widths must be at least two positive sizes, got {self.widths}")
+    def __init__(
+        self,
+        widths: Sequence[int],
+        activations: Activation | Sequence[Activation],
+        biases: bool | Sequence[bool] = False,
+    ) -> None:
+        if len(widths) < 2 or any(w < 1 for w in widths):
+            raise ConfigError(f"widths must be at least two positive sizes, got {tuple(widths)}")
+        layers = len(widths) - 1
+        between = (activations,) * (layers - 1) if isinstance(activations, Activation) else tuple(activations)
+        biased = (biases,) * layers if isinstance(biases, bool) else tuple(biases)
+        if len(between) != layers - 1 or len(biased) != layers:
+            raise ConfigError(
+                f"widths {tuple(widths)} need {layers - 1} activations and {layers} biases, "
+                f"got {len(between)} and {len(biased)}"
+            )
+        object.__setattr__(self, "widths", tuple(widths))
+        object.__setattr__(self, "activations", between)
+        object.__setattr__(self, "biases", biased)
 
     @property
     def hidden_widths(self) -> tuple[int, ...]:
@@ -72,9 +101,9 @@ class MLP:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Parameter shapes in the order of ``nn.Sequential(...).parameters()``."""
         shapes: list[tuple[int, ...]] = []
-        for fan_in, fan_out in pairwise(self.widths):
+        for (fan_in, fan_out), bias in zip(pairwise(self.widths), self.biases, strict=True):
             shapes.append((fan_out, fan_in))
-            if self.bias:
+            if bias:
                 shapes.append((fan_out,))
         return tuple(shapes)
 
@@ -97,13 +126,14 @@ class MLP:
             raise ShapeMismatchError(
                 f"expected {self.num_parameters} parameters for widths {self.widths}, got {flat.shape[-1]}"
             )
-        parts = [
-            part.unflatten(-1, shape) if len(shape) == 2 else part
-            for part, shape in zip(flat.split(self._sizes, -1), self.shapes, strict=True)
-        ]
-        if not self.bias:
-            return Weights(tuple(parts), (None,) * len(parts))
-        return Weights(tuple(parts[::2]), tuple(parts[1::2]))
+        parts = iter(zip(flat.split(self._sizes, -1), self.shapes, strict=True))
+        matrices: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        for has_bias in self.biases:
+            part, shape = next(parts)
+            matrices.append(part.unflatten(-1, shape))
+            biases.append(next(parts)[0] if has_bias else None)
+        return Weights(tuple(matrices), tuple(biases))
 
     def flatten(self, weights: Weights) -> Tensor:
         """Inverse of :meth:`unflatten`."""
@@ -121,23 +151,14 @@ class MLP:
     def layer_inputs(self, weights: Weights, inputs: Tensor) -> list[Tensor]:
         """``h_0 … h_{L-1}``: what each layer receives."""
         hidden = [inputs]
-        for matrix, bias in zip(weights.matrices[:-1], weights.biases[:-1], strict=True):
-            hidden.append(self.activation(affine(matrix, bias, hidden[-1])))
+        for matrix, bias, activation in zip(
+            weights.matrices[:-1], weights.biases[:-1], self.activations, strict=True
+        ):
+            hidden.append(activation(affine(matrix, bias, hidden[-1])))
         return hidden
 
     def squared_error(self, weights: Weights, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Loss :math:`½‖Y - W_L h_{L-1}‖²_F` and its gradient, by hand-written backpropagation.
-
-        Writing the backward pass out costs one pass without a tape, which is what makes the
-        inner loop of meta-training cheap. The result is not attached to an autograd graph.
-
-        Args:
-            weights: Weights with any batch dimensions.
-            inputs: ``[..., in, n]``.
-            targets: ``[..., out, n]``.
-
-        Returns:
-            Loss ``[...]`` and flat gradient ``[..., num_parameters]``.
+        r"""Loss :math:`½‖Y - W_L h_{L-1}‖²_F` and its gradient; see :meth:`value_and_gradient`.
 
         Example:
             >>> from metatele.activations import Identity
@@ -146,22 +167,94 @@ class MLP:
             >>> mlp.squared_error(w, torch.tensor([[2.0]]), torch.tensor([[1.0]]))
             (tensor(12.5000), tensor([10.]))
         """
-        with torch.no_grad():
-            pre: list[Tensor] = []
-            hidden = [inputs]
-            for matrix, bias in zip(weights.matrices[:-1], weights.biases[:-1], strict=True):
-                pre.append(affine(matrix, bias, hidden[-1]))
-                hidden.append(self.activation(pre[-1]))
-            error = affine(weights.matrices[-1], weights.biases[-1], hidden[-1]) - targets
-            loss = 0.5 * error.square().sum((-2, -1))
-            gradients: list[Tensor] = []
-            for layer in reversed(range(len(weights.matrices))):
-                if self.bias:
-                    gradients.append(error.sum(-1))
-                gradients.append((error @ hidden[layer].mT).flatten(-2))
-                if layer:
-                    error = (weights.matrices[layer].mT @ error) * self.activation.derivative(pre[layer - 1])
-            return loss, torch.cat(gradients[::-1], -1)
+        return self.value_and_gradient(weights, inputs, targets, SquaredError())
+
+    @torch.no_grad()
+    def value_and_gradient(
+        self, weights: Weights, inputs: Tensor, targets: Tensor, loss: Loss
+    ) -> tuple[Tensor, Tensor]:
+        """A loss and its gradient, by hand-written backpropagation.
+
+        Writing the backward pass out costs one pass without a tape, which is what makes the
+        inner loop of meta-training cheap. The result is not attached to an autograd graph.
+
+        Args:
+            weights: Weights with any batch dimensions.
+            inputs: ``[..., in, n]``.
+            targets: As the loss takes them.
+            loss: Of the output.
+
+        Returns:
+            Loss ``[...]`` and flat gradient ``[..., num_parameters]``.
+        """
+        pre, hidden = self._passed(weights, inputs)
+        error = loss.gradient(pre[-1], targets)
+        gradients: list[Tensor] = []
+        for layer in reversed(range(len(weights.matrices))):
+            if self.biases[layer]:
+                gradients.append(error.sum(-1))
+            gradients.append(product(error, hidden[layer].mT).flatten(-2))
+            if layer:
+                error = (weights.matrices[layer].mT @ error) * self.activations[layer - 1].derivative(pre[layer - 1])
+        return loss.value(pre[-1], targets), torch.cat(gradients[::-1], -1)
+
+    @torch.no_grad()
+    def hessian_product(
+        self, weights: Weights, inputs: Tensor, targets: Tensor, loss: Loss, direction: Weights
+    ) -> Tensor:
+        r"""``(∂²L/∂w²) v``, flat ``[..., num_parameters]``, by one forward and one backward sweep of tangents.
+
+        With ``R`` the derivative along v (Pearlmutter 1994): ``Rz = V h + W Rh``, ``Rh = f'(z) Rz``, and
+        backwards the derivative of every line of backpropagation.
+
+        Args:
+            weights: Weights with any batch dimensions.
+            inputs: ``[..., in, n]``.
+            targets: As the loss takes them.
+            loss: Of the output.
+            direction: ``v`` in the shape of the weights.
+        """
+        pre, hidden = self._passed(weights, inputs)
+        slopes, bends = [], []
+        for activation, z in zip(self.activations, pre[:-1], strict=True):
+            first, second, _ = activation.derivatives(z)
+            slopes.append(first)
+            bends.append(second)
+        moving: list[Tensor | None] = [None]  # R h of each layer's input; the data do not move
+        r_pre: list[Tensor] = []
+        for layer, v in enumerate(direction.matrices):
+            r = affine(v, direction.biases[layer], hidden[layer])
+            flowing = moving[layer]
+            r_pre.append(r if flowing is None else r + weights.matrices[layer] @ flowing)
+            if layer < len(slopes):
+                moving.append(slopes[layer] * r_pre[-1])
+        error = loss.gradient(pre[-1], targets)
+        r_error = loss.curvature(pre[-1], targets, r_pre[-1])
+        products: list[Tensor] = []
+        for layer in reversed(range(len(weights.matrices))):
+            if self.biases[layer]:
+                products.append(r_error.sum(-1))
+            r_matrix = product(r_error, hidden[layer].mT)
+            flowing = moving[layer]
+            if flowing is not None:
+                r_matrix = r_matrix + error @ flowing.mT
+            products.append(r_matrix.flatten(-2))
+            if layer:
+                back = weights.matrices[layer].mT @ error
+                r_back = direction.matrices[layer].mT @ error + weights.matrices[layer].mT @ r_error
+                r_error = r_back * slopes[layer - 1] + back * bends[layer - 1] * r_pre[layer - 1]
+                error = back * slopes[layer - 1]
+        return torch.cat(products[::-1], -1)
+
+    def _passed(self, weights: Weights, inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """``z_1 … z_L`` and ``h_0 … h_{L-1}``."""
+        pre: list[Tensor] = []
+        hidden = [inputs]
+        for layer, (matrix, bias) in enumerate(zip(weights.matrices, weights.biases, strict=True)):
+            pre.append(affine(matrix, bias, hidden[-1]))
+            if layer < len(self.activations):
+                hidden.append(self.activations[layer](pre[-1]))
+        return pre, hidden
 
 
 class _AttachGradient(torch.autograd.Function):

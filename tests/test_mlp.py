@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from metatele.activations import LeakyReLU, Tanh
+from metatele.activations import LeakyReLU, Softplus, Tanh
 from metatele.errors import ConfigError, ShapeMismatchError
+from metatele.losses import CrossEntropy, Differentiable, MeanSquaredError, SquaredError
 from metatele.mlp import MLP, attach_gradient
 
 
@@ -51,3 +52,58 @@ def test_wrong_sizes_are_named():
         MLP((3, 4, 2), Tanh()).unflatten(torch.zeros(19))
     with pytest.raises(ConfigError, match="widths"):
         MLP((3,), Tanh())
+
+
+LOSSES = (SquaredError(), MeanSquaredError(), CrossEntropy(), Differentiable(torch.nn.functional.cross_entropy))
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("biases", [False, True, (True, False, True)])
+def test_gradient_and_hessian_product_are_those_of_autograd(loss, batch, biases):
+    if loss.name == "differentiable" and batch:
+        pytest.skip("a loss given as a function sees one network at a time")
+    mlp = MLP((3, 5, 4, 6), (Tanh(), Softplus()), biases)
+    random = torch.Generator().manual_seed(0)
+    flat, v = torch.randn(2, *batch, mlp.num_parameters, dtype=torch.float64, generator=random)
+    x = torch.randn(*batch, 3, 7, dtype=torch.float64, generator=random)
+    y = torch.randn(*batch, 6, 7, dtype=torch.float64, generator=random)
+    targets = y if "squared" in loss.name or loss.name == "mse" else y.argmax(-2)
+    flat.requires_grad_()
+    outputs = mlp.forward(mlp.unflatten(flat), x)
+    reference = {
+        "squared-error": lambda: 0.5 * (outputs - targets).square().sum((-2, -1)),
+        "mse": lambda: (outputs - targets).square().mean((-2, -1)),
+    }.get(loss.name, lambda: -outputs.log_softmax(-2).gather(-2, targets.unsqueeze(-2)).squeeze(-2).mean(-1))()
+    (expected,) = torch.autograd.grad(reference.sum(), flat, create_graph=True)
+    (product,) = torch.autograd.grad((expected * v).sum(), flat)
+    weights = mlp.unflatten(flat.detach())
+    value, gradient = mlp.value_and_gradient(weights, x, targets, loss)
+    torch.testing.assert_close(value, reference.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, expected.detach(), rtol=1e-10, atol=1e-12)
+    ours = mlp.hessian_product(weights, x, targets, loss, mlp.unflatten(v))
+    torch.testing.assert_close(ours, product, rtol=1e-10, atol=1e-12)
+
+
+def test_networks_that_share_their_data_agree_with_copies_of_it():
+    mlp = MLP((6, 5, 3), LeakyReLU(0.1), True)
+    flat, v = torch.randn(2, 4, 3, mlp.num_parameters, dtype=torch.float64)
+    x, y = torch.randn(4, 1, 6, 7).double(), torch.randint(3, (4, 1, 7))
+    weights, directions = mlp.unflatten(flat), mlp.unflatten(v)
+    both = ((x, y), (x.expand(4, 3, 6, 7), y.expand(4, 3, 7)))
+    shared, copied = (mlp.value_and_gradient(weights, *data, CrossEntropy()) for data in both)
+    torch.testing.assert_close(shared, copied, rtol=1e-12, atol=1e-13)
+    shared, copied = (mlp.hessian_product(weights, *data, CrossEntropy(), directions) for data in both)
+    torch.testing.assert_close(shared, copied, rtol=1e-12, atol=1e-13)
+
+
+def test_one_activation_and_bias_for_each_layer():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4, False), nn.LeakyReLU(0.1), nn.Linear(4, 2))
+    mlp = MLP((3, 5, 4, 2), (Tanh(), LeakyReLU(0.1)), (True, False, True))
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    x = torch.randn(7, 3)
+    torch.testing.assert_close(mlp.forward(mlp.unflatten(flat), x.T).T, model(x).detach())
+    assert torch.equal(mlp.flatten(mlp.unflatten(flat)), flat)
+    assert MLP((3, 5, 2), Tanh(), True) == MLP([3, 5, 2], [Tanh()], [True, True])
+    with pytest.raises(ConfigError, match="need 2 activations and 3 biases, got 1 and 3"):
+        MLP((3, 5, 4, 2), (Tanh(),))

@@ -191,7 +191,8 @@ class LearnedTeleport(nn.Module):
         self.mlp = mlp
         # In a batch, one network that cannot be moved must not stop the others.
         self.action = dataclasses.replace(action(config.action), strict=False)  # type: ignore[type-var]
-        self.action.check(mlp.activation)
+        for activation in mlp.activations:
+            self.action.check(activation)
         self.sizes = [self.action.algebra_size(k) for k in mlp.hidden_widths]
         self.radius, self.norm, self.parametrisation = config.radius, config.norm, config.parametrisation
         self.radius_decay = config.radius_decay
@@ -212,8 +213,8 @@ class LearnedTeleport(nn.Module):
             SingularInputError: Truly singular data; random data are merely ill conditioned.
         """
         if isinstance(self.action, Exact):
-            return Exact(rank_tolerance=_SINGULAR).prepare(inputs, self.mlp.bias)
-        return self.action.prepare(inputs, self.mlp.bias)
+            return Exact(rank_tolerance=_SINGULAR).prepare(inputs, self.mlp.biases[0])
+        return self.action.prepare(inputs, self.mlp.biases[0])
 
     def forward(
         self,

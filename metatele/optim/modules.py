@@ -53,11 +53,21 @@ def _flat_modules(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Modu
     return modules
 
 
-def read_sequential(model: nn.Module) -> tuple[list[nn.Linear], MLP]:
+_REASONS: dict[type[nn.Module], str] = {
+    nn.Dropout: "its random mask makes another function of every pass",
+    nn.BatchNorm1d: "its statistics belong to the batch and to the units as they were",
+    nn.LayerNorm: "it mixes the hidden units, which the group then cannot",
+}
+_ENDS = (nn.Softmax, nn.LogSoftmax)
+
+
+def read_sequential(model: nn.Module, framed: bool = False) -> tuple[list[nn.Linear], MLP]:
     """The linear layers of an ``nn.Sequential`` (nested or not) and its shape.
 
     Args:
-        model: ``Linear`` layers with one activation, the same everywhere, between each two.
+        model: ``Linear`` layers with one activation between each two.
+        framed: Also take ``Flatten`` before the first Linear, and an activation or (log-)softmax after the
+            last; they are no part of the perceptron.
 
     Raises:
         UnsupportedModelError: Anything else; the layer is named.
@@ -71,17 +81,25 @@ def read_sequential(model: nn.Module) -> tuple[list[nn.Linear], MLP]:
         raise UnsupportedModelError(
             f"model must be an nn.Sequential of Linear and activations, got {type(model).__name__}"
         )
+    modules = _flat_modules(model)
+    if framed:
+        modules = _without_frame(modules)
     linears: list[nn.Linear] = []
+    paths: dict[int, str] = {}
     between: list[Activation] = []
-    for path, module in _flat_modules(model):
+    for path, module in modules:
         found = activation_of(module)
         if type(module) is nn.Linear:  # not a subclass, which parametrised layers are
             if linears and len(between) < len(linears):
                 raise UnsupportedModelError(f"layer {path!r} follows another Linear without an activation")
+            if id(module.weight) in paths:
+                raise UnsupportedModelError(f"layers {paths[id(module.weight)]!r} and {path!r} share a weight")
+            paths[id(module.weight)] = path
             linears.append(module)
         elif found is None:
+            reason = next((f": {why}" for kind, why in _REASONS.items() if isinstance(module, kind)), "")
             raise UnsupportedModelError(
-                f"layer {path!r} ({type(module).__name__}) is not supported: Linear and activations are"
+                f"layer {path!r} ({type(module).__name__}) is not supported{reason}; Linear and activations are"
             )
         elif len(between) != len(linears) - 1:
             raise UnsupportedModelError(f"activation {path!r} must stand between two Linear layers, one at a time")
@@ -91,21 +109,25 @@ def read_sequential(model: nn.Module) -> tuple[list[nn.Linear], MLP]:
         raise UnsupportedModelError("model holds no Linear layer")
     if len(between) == len(linears):
         raise UnsupportedModelError("the last layer must be Linear, without an activation after it")
-    if len({id(linear.weight) for linear in linears}) < len(linears):
-        raise UnsupportedModelError("model shares a weight between layers")
-    if len(set(between)) > 1:
-        raise UnsupportedModelError(f"activations must all be the same, got {[a.describe() for a in between]}")
-    biased = [linear.bias is not None for linear in linears]
-    if any(biased) != all(biased):
-        raise UnsupportedModelError("either every Linear has a bias or none")
     widths = (linears[0].in_features, *(linear.out_features for linear in linears))
-    return linears, MLP(widths, between[0] if between else Identity(), all(biased))
+    return linears, MLP(widths, between, [linear.bias is not None for linear in linears])
+
+
+def _without_frame(modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    begin, end = 0, len(modules)
+    while begin < end and type(modules[begin][1]) is nn.Flatten:
+        begin += 1
+    while end > begin and (type(modules[end - 1][1]) in _ENDS or activation_of(modules[end - 1][1]) is not None):
+        end -= 1
+    return modules[begin:end]
 
 
 def describe(mlp: MLP) -> str:
     """Shape in words, for messages."""
     widths = "-".join(map(str, mlp.widths))
-    return f"{widths} {mlp.activation.describe()} {'with' if mlp.bias else 'without'} bias"
+    activations = " ".join(dict.fromkeys(a.describe() for a in mlp.activations)) or "linear"
+    biases = "with" if all(mlp.biases) else "without" if not any(mlp.biases) else "with some"
+    return f"{widths} {activations} {biases} bias"
 
 
 class InputCapture:
@@ -154,3 +176,53 @@ class InputCapture:
     def __getstate__(self) -> dict[str, Any]:
         """Neither data nor owner travel with a copy."""
         return {"batches": [], "_owner": None}
+
+
+class PassCapture:
+    """What a teleport needs of the passes whose gradients were taken: inputs and output gradients.
+
+    Two forward hooks, on the first and on the last Linear; ``wanted`` decides at each pass whether it is
+    kept, so a step without a teleport costs nothing.
+    """
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        self.linears = linears
+        self.passes: list[tuple[Tensor, Tensor]] = []
+        self._inputs: Tensor | None = None
+        self._owner: weakref.ref[Any] | None = None
+
+    def attach(self, owner: Any) -> None:
+        """Keep passes for as long as ``owner`` lives and its ``teleport_due`` is true."""
+        self._owner = weakref.ref(owner)
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        """Hook for ``register_forward_hook`` of both layers."""
+        owner = None if self._owner is None else self._owner()
+        if owner is None or not owner.teleport_due or not torch.is_grad_enabled():
+            return
+        if module is self.linears[0]:
+            if not any(p.grad is not None for linear in self.linears for p in linear.parameters()):
+                self.passes = []  # gradients were cleared since
+            self._inputs = arguments[0].detach()
+        if module is self.linears[-1] and self._inputs is not None and output.requires_grad:
+            inputs = self._inputs
+
+            def keep(gradient: Tensor) -> None:
+                self.passes.append((inputs, gradient.detach()))
+
+            output.register_hook(keep)
+
+    def clear(self) -> None:
+        """Forget what was kept."""
+        self.passes, self._inputs = [], None
+
+    def columns(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Inputs ``[d, n]`` and output gradients ``[o, n]`` of all passes, one column per sample."""
+        kept = [(x.flatten(0, -2), g.flatten(0, -2)) for x, g in self.passes if x.numel()]
+        if not kept:
+            return None
+        return tuple(torch.cat(part).to(dtype).T for part in zip(*kept, strict=True))  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The layers travel with a copy, data and owner do not."""
+        return {**self.__dict__, "passes": [], "_inputs": None, "_owner": None}

@@ -30,7 +30,12 @@ from metatele.activations import Activation
 from metatele.errors import ConfigError, NotExactError, ShapeMismatchError
 from metatele.mlp import MLP, Weights, affine
 from metatele.symmetry.group import GroupElement
-from metatele.symmetry.least_squares import damped_right_solve, default_damping, pseudo_inverse
+from metatele.symmetry.least_squares import (
+    damped_pseudo_inverse,
+    damped_right_solve,
+    default_damping,
+    pseudo_inverse,
+)
 
 
 class Pair(NamedTuple):
@@ -92,6 +97,27 @@ class Action(ABC):
         self, pair: Pair, inputs: Tensor, g: GroupElement, activation: Activation, prepared: Tensor | None = None
     ) -> Pair:
         """The new pair; nothing is mutated."""
+
+    @abstractmethod
+    def pullback(
+        self, pair: Pair, inputs: Tensor, covector: Pair, activation: Activation, prepared: Tensor | None = None
+    ) -> Tensor:
+        r"""Adjoint of the action's differential at the identity: a covector on weights, seen by the algebra.
+
+        .. math:: ⟨\text{pullback}(q), τ⟩ = \tfrac{d}{dt} ⟨q, \exp(t τ)·w⟩ \;\text{at}\; t = 0
+
+        With q the gradient of an objective, this is the objective's gradient along the orbit.
+
+        Args:
+            pair: Weights with any batch dimensions.
+            inputs: ``H``, ``[..., d, n]``.
+            covector: Derivative of the objective by the pair, of the pair's shapes.
+            activation: Between the two layers.
+            prepared: :meth:`prepare` of the inputs.
+
+        Returns:
+            Coordinates ``[..., algebra_size(k)]``.
+        """
 
     def act(self, pair: Pair, inputs: Tensor, g: GroupElement, activation: Activation) -> Acted:
         """The new pair together with its drift on ``inputs`` (one more forward pass).
@@ -176,6 +202,18 @@ class Exact(Action):
             return Pair(V + step, U @ g.inverse)
         return Pair(V + step[..., :-1], U @ g.inverse, bias + step[..., -1])
 
+    def pullback(
+        self, pair: Pair, inputs: Tensor, covector: Pair, activation: Activation, prepared: Tensor | None = None
+    ) -> Tensor:
+        """``[(q_V H⁺ᵀ)/f'(Z)] f(Z)ᵀ - Uᵀ q_U``, from ``δV = [(T f(Z))/f'(Z)] H⁺`` and ``δU = -U T``."""
+        self.check(activation)
+        V, U, bias = pair
+        inverse = self.prepare(inputs, bias is not None) if prepared is None else prepared
+        Z = affine(V, bias, inputs)
+        incoming = covector.V if covector.bias is None else torch.cat([covector.V, covector.bias.unsqueeze(-1)], -1)
+        through = (incoming @ inverse.mT) / activation.derivative(Z)
+        return (through @ activation(Z).mT - U.mT @ covector.U).flatten(-2)
+
 
 @dataclass(frozen=True)
 class Approximate(Action):
@@ -211,8 +249,23 @@ class Approximate(Action):
         moved_bias = None if bias is None else (g.matrix @ bias.unsqueeze(-1)).squeeze(-1)
         before = activation(affine(V, bias, inputs))
         after = activation(affine(moved_V, moved_bias, inputs))
-        damping = default_damping(after.dtype) if self.damping is None else self.damping
-        return Pair(moved_V, U + damped_right_solve(U @ (before - after), after, damping), moved_bias)
+        return Pair(moved_V, U + damped_right_solve(U @ (before - after), after, self._damping(after)), moved_bias)
+
+    def pullback(
+        self, pair: Pair, inputs: Tensor, covector: Pair, activation: Activation, prepared: Tensor | None = None
+    ) -> Tensor:
+        """``q_V Vᵀ + q_b bᵀ - [(Uᵀ q_U A⁺ᵀ)∘f'(Z)] Zᵀ``: ``δV = T V``, ``δU = -U [f'(Z)∘(T Z)] A⁺``, A = f(Z)."""
+        V, U, bias = pair
+        Z = affine(V, bias, inputs)
+        A = activation(Z)
+        spread = (U.mT @ covector.U) @ damped_pseudo_inverse(A, self._damping(A)).mT
+        result = covector.V @ V.mT - (spread * activation.derivative(Z)) @ Z.mT
+        if bias is not None and covector.bias is not None:
+            result = result + covector.bias.unsqueeze(-1) * bias.unsqueeze(-2)
+        return result.flatten(-2)
+
+    def _damping(self, A: Tensor) -> float:
+        return default_damping(A.dtype) if self.damping is None else self.damping
 
 
 @dataclass(frozen=True)
@@ -261,6 +314,14 @@ class Rescaling(Action):
             None if bias is None else scale * bias,
         )
 
+    def pullback(
+        self, pair: Pair, inputs: Tensor, covector: Pair, activation: Activation, prepared: Tensor | None = None
+    ) -> Tensor:
+        """``⟨q_V, V⟩ + q_b b - ⟨q_U, U⟩`` for each hidden unit."""
+        self.check(activation)
+        result = (covector.V * pair.V).sum(-1) - (covector.U * pair.U).sum(-2)
+        return result if pair.bias is None or covector.bias is None else result + covector.bias * pair.bias
+
 
 ACTIONS: dict[str, Action] = {a.name: a for a in (Exact(), Approximate(), Rescaling())}
 
@@ -282,7 +343,7 @@ def sweep(
     mlp: MLP,
     weights: Weights,
     inputs: Tensor,
-    elements: Sequence[GroupElement],
+    elements: Sequence[GroupElement | None],
     prepared: Tensor | None = None,
 ) -> Weights:
     """Act on all hidden layers, input to output, each with the inputs left by the one before.
@@ -292,7 +353,7 @@ def sweep(
         mlp: Shape of the network.
         weights: Weights with any batch dimensions.
         inputs: Data ``[..., in, n]``.
-        elements: One group element per hidden layer.
+        elements: One group element per hidden layer; ``None`` leaves that layer alone.
         prepared: ``action.prepare(inputs)`` of the first layer, if the data stay the same.
 
     Returns:
@@ -316,16 +377,12 @@ def sweep(
     matrices, biases = list(weights.matrices), list(weights.biases)
     hidden = inputs
     for layer, g in enumerate(elements):
-        moved = action.move(
-            Pair(matrices[layer], matrices[layer + 1], biases[layer]),
-            hidden,
-            g,
-            mlp.activation,
-            prepared if layer == 0 else None,
-        )
-        matrices[layer], matrices[layer + 1], biases[layer] = moved
+        pair = Pair(matrices[layer], matrices[layer + 1], biases[layer])
+        if g is not None:
+            pair = action.move(pair, hidden, g, mlp.activations[layer], prepared if layer == 0 else None)
+            matrices[layer], matrices[layer + 1], biases[layer] = pair
         if layer + 1 < len(elements):
-            hidden = mlp.activation(affine(moved.V, moved.bias, hidden))
+            hidden = mlp.activations[layer](affine(pair.V, pair.bias, hidden))
     return Weights(tuple(matrices), tuple(biases))
 
 

@@ -71,10 +71,34 @@ def damped_right_solve(B: Tensor, A: Tensor, damping: float) -> Tensor:
     Returns:
         ``X`` of shape ``[..., m, k]``.
     """
+    Q, R = _damped_qr(A, damping)
+    right = Q[..., : A.shape[-1], :].mT @ B.mT
+    return torch.linalg.solve_triangular(R, right, upper=True).mT
+
+
+def damped_pseudo_inverse(A: Tensor, damping: float) -> Tensor:
+    r"""``Aᵀ (A Aᵀ + λI)⁻¹`` with ``λ = damping · ‖A‖²_F``, ``[..., k, n] -> [..., n, k]``.
+
+    ``Q₁ R⁻ᵀ`` of the QR factorisation of ``[Aᵀ; √λ I]``, of which Q₁ is the upper part.
+
+    Args:
+        A: ``[..., k, n]``, of any rank.
+        damping: Relative damping, positive.
+
+    Example:
+        >>> damped_pseudo_inverse(torch.tensor([[3.0, 4.0]]), damping=1.0)  # Aᵀ/(25 + 25)
+        tensor([[0.0600],
+                [0.0800]])
+    """
+    Q, R = _damped_qr(A, damping)
+    return torch.linalg.solve_triangular(R, Q[..., : A.shape[-1], :].mT, upper=True).mT
+
+
+def _damped_qr(A: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """QR of ``[Aᵀ; √λ I]``, so that ``RᵀR = A Aᵀ + λI``."""
     k = A.shape[-2]
     # The floor keeps an all-zero A solvable: X = 0, with a zero derivative.
     root = (damping * A.square().sum((-2, -1), keepdim=True)).clamp_min(torch.finfo(A.dtype).tiny).sqrt()
     eye = torch.eye(k, dtype=A.dtype, device=A.device)
     Q, R = torch.linalg.qr(torch.cat([A.mT, root * eye], -2))
-    right = Q[..., : A.shape[-1], :].mT @ B.mT
-    return torch.linalg.solve_triangular(R, right, upper=True).mT
+    return Q, R

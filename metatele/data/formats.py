@@ -1,0 +1,70 @@
+"""The two binary layouts image sets come in: IDX (MNIST and its kin) and CIFAR-10's records."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from metatele.errors import DataError
+
+_UNSIGNED_BYTE = 0x08
+
+
+def read_idx(path: Path, rank: int) -> np.ndarray:
+    """An IDX file of unsigned bytes, raw or gzipped (by its first bytes, not its name).
+
+    Layout: two zero bytes, the type (8: unsigned byte), the rank, one big-endian 32-bit size for each
+    dimension, then the bytes. A gzipped file's checksum is verified as it is read.
+
+    Args:
+        path: The file.
+        rank: Expected number of dimensions: 3 for images, 1 for labels.
+
+    Raises:
+        DataError: Unreadable, truncated, too long, or not such a file.
+    """
+    try:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read, it is damaged or truncated: {error}") from error
+    if len(content) < 4 or content[:2] != b"\0\0":
+        raise DataError(f"{path} is not an IDX file: it should begin with two zero bytes")
+    if content[2] != _UNSIGNED_BYTE or content[3] != rank:
+        raise DataError(
+            f"{path} should hold unsigned bytes (8) in {rank} dimension(s), its header says type {content[2]} "
+            f"and {content[3]}"
+        )
+    begin = 4 + 4 * rank
+    if len(content) < begin:
+        raise DataError(f"{path} ends within its header")
+    shape = struct.unpack(f">{rank}I", content[4:begin])
+    expected = begin + int(np.prod(shape, dtype=np.int64))
+    if len(content) != expected:
+        raise DataError(f"{path} should hold {expected} bytes for shape {shape}, it has {len(content)}")
+    return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
+
+
+def read_records(path: Path, label_bytes: int, image_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """CIFAR's binary layout: for each image its label, then its bytes, channel by channel.
+
+    Returns:
+        Images ``[n, image_bytes]`` and labels ``[n]`` (the last label byte), both uint8.
+
+    Raises:
+        DataError: Unreadable, empty, or not a whole number of records.
+    """
+    try:
+        content = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    size = label_bytes + image_bytes
+    if not len(content) or len(content) % size:
+        raise DataError(f"{path} should hold whole records of {size} bytes, it has {len(content)} bytes")
+    rows = content.reshape(-1, size)
+    return rows[:, label_bytes:], rows[:, label_bytes - 1]

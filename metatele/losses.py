@@ -1,0 +1,184 @@
+"""Losses of an MLP's output, with the first two derivatives that hand-written passes need.
+
+Column convention: outputs are ``[..., o, n]``, one column per sample, with any leading batch
+dimensions; a loss gives one value for each network of the batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from metatele.errors import ConfigError
+
+
+class Loss(ABC):
+    """A loss ``L(y)`` of outputs ``y`` given targets."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``[...]`` from outputs ``[..., o, n]``."""
+
+    @abstractmethod
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``∂L/∂y``, ``[..., o, n]``."""
+
+    @abstractmethod
+    def curvature(self, outputs: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
+        """``(∂²L/∂y²) r`` for a direction ``r``, ``[..., o, n]``."""
+
+    def drift(self, before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
+        """Relative change ``|L(after) - L(before)| / |L(before)|`` between two outputs, ``[...]``."""
+        reference = self.value(before, targets)
+        change = (self.value(after, targets) - reference).abs()
+        return change / reference.abs().clamp_min(torch.finfo(reference.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class SquaredError(Loss):
+    """``½‖y - t‖²``, summed over outputs and samples (PAPER §4)."""
+
+    name: ClassVar[str] = "squared-error"
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See the class."""
+        return 0.5 * (outputs - targets).square().sum((-2, -1))
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``y - t``."""
+        return outputs - targets
+
+    def curvature(self, outputs: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
+        """``r``."""
+        return direction
+
+
+@dataclass(frozen=True)
+class MeanSquaredError(Loss):
+    """``mean((y - t)²)`` over outputs and samples, as ``nn.MSELoss``."""
+
+    name: ClassVar[str] = "mse"
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See the class."""
+        return (outputs - targets).square().mean((-2, -1))
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``2 (y - t)/(o n)``."""
+        return (outputs - targets) * (2 / (outputs.shape[-1] * outputs.shape[-2]))
+
+    def curvature(self, outputs: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
+        """``2 r/(o n)``."""
+        return direction * (2 / (direction.shape[-1] * direction.shape[-2]))
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Loss):
+    """Mean over samples of ``-log softmax(y)_t`` for class indices t ``[..., n]``.
+
+    Example:
+        >>> loss = CrossEntropy()
+        >>> loss.value(torch.zeros(10, 3), torch.tensor([1, 5, 9]))
+        tensor(2.3026)
+    """
+
+    name: ClassVar[str] = "cross-entropy"
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See the class."""
+        index = targets.unsqueeze(-2).expand(*outputs.shape[:-2], 1, outputs.shape[-1])
+        return (outputs.logsumexp(-2) - outputs.gather(-2, index).squeeze(-2)).mean(-1)
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``(softmax(y) - onehot(t))/n``."""
+        index = targets.unsqueeze(-2).expand(*outputs.shape[:-2], 1, outputs.shape[-1])
+        p = outputs.softmax(-2)
+        return p.scatter_add(-2, index, p.new_full((), -1.0).expand(index.shape)).div_(outputs.shape[-1])
+
+    def curvature(self, outputs: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
+        """``p∘(r - pᵀr)/n`` in each column, with p the softmax."""
+        p = outputs.softmax(-2)
+        return p * (direction - (p * direction).sum(-2, keepdim=True)) / outputs.shape[-1]
+
+
+@dataclass(frozen=True)
+class FixedGradient(Loss):
+    """The linear loss ``⟨t, y⟩``: its gradient is its target.
+
+    A teleport that keeps the outputs keeps ``∂L/∂y`` too, whatever the loss. So on an orbit the
+    gradient recorded in a backward pass stands for the loss it came from.
+    """
+
+    name: ClassVar[str] = "fixed-gradient"
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See the class."""
+        return (outputs * targets).sum((-2, -1))
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The target."""
+        return targets.expand_as(outputs)
+
+    def curvature(self, outputs: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
+        """Zero."""
+        return torch.zeros_like(direction)
+
+    def drift(self, before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
+        """Relative change of the outputs in the Frobenius norm, since the loss itself is not known."""
+        size = before.norm(dim=(-2, -1)).clamp_min(torch.finfo(before.dtype).tiny)
+        return (after - before).norm(dim=(-2, -1)) / size
+
+
+@dataclass(frozen=True)
+class Differentiable(Loss):
+    """Any function ``f(outputs, targets)`` in PyTorch's own layout, by automatic differentiation.
+
+    Args:
+        function: Takes outputs ``[n, o]`` (one *row* per sample) and targets; returns a scalar. It sees
+            one network at a time.
+
+    Example:
+        >>> loss = Differentiable(torch.nn.functional.mse_loss)
+        >>> loss.gradient(torch.ones(1, 2), torch.zeros(2, 1))
+        tensor([[1., 1.]])
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    name: ClassVar[str] = "differentiable"
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See the class."""
+        self._check(outputs)
+        return self.function(outputs.mT, targets)
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """By one backward pass."""
+        self._check(outputs)
+        with torch.enable_grad():
+            point = outputs.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.function(point.mT, targets), point)
+        return gradient
+
+    def curvature(self, outputs: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
+        """By two backward passes."""
+        self._check(outputs)
+        with torch.enable_grad():
+            point = outputs.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.function(point.mT, targets), point, create_graph=True)
+            if not gradient.requires_grad:  # a linear function
+                return torch.zeros_like(direction)
+            (product,) = torch.autograd.grad(gradient, point, direction, allow_unused=True)
+        return torch.zeros_like(direction) if product is None else product
+
+    def _check(self, outputs: Tensor) -> None:
+        if outputs.ndim != 2:
+            raise ConfigError(
+                f"a loss given as a function sees one network at a time, got outputs of shape {tuple(outputs.shape)}"
+            )

@@ -1,0 +1,86 @@
+"""Whitening by conjugation: every step of a base optimizer is made at the whitened point and pulled back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from metatele.symmetry import GroupElement
+from metatele.teleport import Whitening
+from metatele.teleport.closed_form import whitening
+
+
+class Conjugation:
+    r"""``W ← (W g⁻¹ + f)·g`` for the weights of each layer, g whitening what the layer receives.
+
+    ``W`` includes the bias as a column, whose input is constantly 1. ``g = (S + λ‖S‖I)^{-1/2}`` with S a running
+    average of the second moments ``hhᵀ`` of the layer's inputs, corrected for its start. In the coordinates
+    ``W' = W g⁻¹`` the gradient is ``∇W g`` (g is symmetric) and f is what the base optimizer makes of it, so its
+    state lives there. For plain gradient descent the step is ``-η ∇W (S + λ‖S‖I)⁻¹``: half of K-FAC.
+
+    Args:
+        move: Settings.
+        linears: The layers of the network, in order.
+    """
+
+    def __init__(self, move: Whitening, linears: list[nn.Linear]) -> None:
+        self.move = move
+        self.layers = list(range(0 if move.inputs else 1, len(linears)))
+        self.moments: list[Tensor | None] = [None] * len(linears)
+        self.elements: list[GroupElement | None] = [None] * len(linears)
+        self.updates = 0
+
+    def observe(self, hidden: list[Tensor], linears: list[nn.Linear]) -> None:
+        """Take in the inputs ``[n, d]`` of each layer, and renew g where it is time."""
+        keep = self.move.averaging
+        for layer in self.layers:
+            h = hidden[layer]
+            if linears[layer].bias is not None:
+                h = torch.cat([h, torch.ones_like(h[:, :1])], 1)
+            second = h.mT @ h / h.shape[0]
+            old = self.moments[layer]
+            self.moments[layer] = (1 - keep) * second if old is None else keep * old + (1 - keep) * second
+        if self.updates % self.move.refresh == 0:
+            corrected = 1 - keep ** (self.updates + 1)
+            for layer in self.layers:
+                moment = self.moments[layer]
+                assert moment is not None
+                self.elements[layer] = whitening(moment / corrected, self.move.damping)
+        self.updates += 1
+
+    @contextmanager
+    def whitened(self, linears: list[nn.Linear]) -> Iterator[None]:
+        """Inside, weights and gradients are those of the whitened coordinates; after, they are pulled back."""
+        kept = []
+        for layer in self.layers:
+            g, parameters = self.elements[layer], list(linears[layer].parameters())
+            if g is None or any(p.grad is None for p in parameters):
+                continue
+            gradients = [p.grad.clone() for p in parameters if p.grad is not None]
+            weights = _joined([p.detach().clone() for p in parameters])
+            inside = weights @ g.inverse.to(weights.dtype)
+            _split(inside, parameters)
+            _split(_joined(gradients) @ g.matrix.to(weights.dtype), [p.grad for p in parameters if p.grad is not None])
+            kept.append((parameters, gradients, weights, inside, g))
+        try:
+            yield
+        finally:
+            for parameters, gradients, weights, inside, g in kept:
+                # The change alone is pulled back, so rounding does not add up in what did not change.
+                change = _joined([p.detach() for p in parameters]) - inside
+                _split(weights + change @ g.matrix.to(weights.dtype), parameters)
+                for p, gradient in zip(parameters, gradients, strict=True):
+                    p.grad = gradient
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([parts[0], parts[1].unsqueeze(1)], 1)
+
+
+def _split(joined: Tensor, targets: Sequence[Tensor]) -> None:
+    targets[0].copy_(joined[:, : targets[0].shape[1]])
+    if len(targets) == 2:
+        targets[1].copy_(joined[:, -1])

@@ -1,0 +1,407 @@
+"""Teleportation around any ``torch.optim`` optimizer, and once by hand."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
+from metatele.geometry import GradientNorm, Landscape, objective
+from metatele.losses import Differentiable, FixedGradient
+from metatele.optim.conjugate import Conjugation
+from metatele.optim.modules import PassCapture, read_sequential
+from metatele.optim.state import STRATEGIES, carry_state, metric_of
+from metatele.teleport import Ascent, GradientNormAscent, Report, Teleport, TeleportMove, Whitening
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+_COUNTERS = {"teleport_steps": 0, "teleports": 0, "teleports_rolled_back": 0}
+
+
+class TeleportOptimizer(torch.optim.Optimizer):
+    r"""Steps ``w ← g·(w + f)`` with f from any torch optimizer and g from a teleport move.
+
+    At the chosen steps the wrapped optimizer makes its step, and then the weights are teleported on the
+    data of the backward passes just made, which are taken by hooks; nothing is asked of the training
+    loop. What a pass tells is its input and ``∂L/∂output``. A teleport keeps the outputs, so it keeps that
+    gradient too, and it stands for the loss: exactly where the action is exact, else up to the drift.
+    With ``batches`` and ``loss_fn`` the teleport is made on those instead, one after another.
+
+    Between teleports, and where none is due, it is the wrapped optimizer bit for bit. A step in which no
+    parameter had a gradient, or with every ``lr`` 0, does not teleport. A layer with a frozen parameter, or
+    one in no group, stays as it is, and so does the hidden layer before it and behind it.
+
+    ``param_groups[0]`` counts ``teleports`` and ``teleports_rolled_back`` (a move, or a step of an ascent,
+    taken back because it drifted past the move's ``max_drift``); :attr:`report` is that of the last one.
+
+    Args:
+        base: The optimizer of the model's parameters.
+        model: ``nn.Sequential`` of ``Linear`` and activations; ``Flatten`` may come first, and an activation or
+            (log-)softmax last.
+        teleport: The move; :func:`GradientNormAscent` with line search if not given.
+        at: Steps, counted from 0, after which to teleport.
+        every: Teleport after every so many steps, in place of ``at``.
+        state: What happens to the wrapped optimizer's state at a teleport. ``keep``: nothing. ``reset``: it is
+            forgotten. ``transport``: momentum, a direction in weight space, is carried by the differential
+            of the action; second moments, of which only the diagonal is known, cannot be carried by a map that
+            mixes entries, and are scaled for each tensor by the change of its squared gradient norm; what is
+            neither is kept, and L-BFGS, whose pairs belong to the old point, is reset.
+        metric: ``euclidean``, or ``adaptive``: an ascent of the gradient norm then uses ``‖∇L‖²_A`` with A from
+            the wrapped optimizer's state (AdaGrad, RMSprop, Adam and their kin).
+        batches: Called at each teleport; gives ``(inputs, targets)`` pairs.
+        loss_fn: Of ``(outputs, targets)``, for ``batches``.
+
+    Raises:
+        UnsupportedModelError: The model holds a layer that is not covered; it is named.
+        ConfigError: Settings that do not go together.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(8, 6), nn.LeakyReLU(0.1), nn.Linear(6, 3))
+        >>> optimizer = TeleportOptimizer(torch.optim.Adam(model.parameters()), model, at=[0])
+        >>> x, y = torch.randn(5, 8), torch.randn(5, 3)
+        >>> for step in range(2):
+        ...     optimizer.zero_grad()
+        ...     nn.functional.mse_loss(model(x), y).backward()
+        ...     optimizer.step()
+        >>> optimizer.param_groups[0]["teleports"], bool(optimizer.report.drift < 0.01)
+        (1, True)
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        model: nn.Module,
+        teleport: TeleportMove | None = None,
+        *,
+        at: Iterable[int] | None = None,
+        every: int | None = None,
+        state: str = "keep",
+        metric: str = "euclidean",
+        batches: Callable[[], Iterable[tuple[Tensor, Tensor]]] | None = None,
+        loss_fn: LossFunction | None = None,
+    ) -> None:
+        if not isinstance(base, torch.optim.Optimizer):
+            raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
+        move = GradientNormAscent() if teleport is None else teleport
+        if not isinstance(move, TeleportMove):
+            raise TypeError(f"teleport must be a teleport move, got {type(move).__name__}")
+        conjugate = isinstance(move, Whitening) and move.mode == "conjugate"
+        if conjugate and at is None and every is None:
+            every = 1
+        if (at is None) == (every is None):
+            raise ConfigError("give either at or every: the steps after which to teleport")
+        if every is not None and every < 1:
+            raise ConfigError(f"every must be at least 1, got {every}")
+        if state not in STRATEGIES:
+            raise ConfigError(f"state must be one of {', '.join(STRATEGIES)}, got {state!r}")
+        if metric not in ("euclidean", "adaptive"):
+            raise ConfigError(f"metric must be euclidean or adaptive, got {metric!r}")
+        if metric == "adaptive" and not (isinstance(move, Ascent) and isinstance(move.objective, GradientNorm)):
+            raise ConfigError("metric adaptive needs an ascent of the gradient norm as teleport")
+        if conjugate and isinstance(base, torch.optim.LBFGS):
+            raise ConfigError("mode conjugate takes one gradient for a step, and LBFGS evaluates several")
+        if (batches is None) != (loss_fn is None):
+            raise ConfigError("batches and loss_fn belong together")
+        self.base = base
+        super().__setstate__({})  # hooks and profiling, without a second copy of groups and state
+        self.model, self.teleport = model, move
+        self.at, self.every = None if at is None else frozenset(at), every
+        self.strategy, self.metric = state, metric
+        self.batches, self.loss_fn = batches, loss_fn
+        self.report: Report | None = None
+        self._linears, self._mlp = read_sequential(model, framed=True)
+        known = {id(p) for p in model.parameters()}
+        for p in (p for group in base.param_groups for p in group["params"]):
+            if id(p) not in known:
+                raise ValueError(f"a parameter of shape {tuple(p.shape)} does not belong to the model")
+        for name, value in _COUNTERS.items():
+            base.param_groups[0].setdefault(name, value)
+        self._conjugation = Conjugation(move, self._linears) if isinstance(move, Whitening) and conjugate else None
+        self._capture = PassCapture(self._linears)
+        self._listen()
+
+    # --- the wrapped optimizer's own things
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The wrapped optimizer's."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the wrapped optimizer's."""
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and forget the passes they came from."""
+        self._capture.clear()
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's; the counters lie in its first group."""
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The wrapped optimizer's, also one saved without teleportation."""
+        self.base.load_state_dict(copy.deepcopy(state_dict))  # torch would share the caller's tensors
+        for name, value in _COUNTERS.items():
+            self.base.param_groups[0].setdefault(name, value)
+
+    # --- steps
+
+    @property
+    def teleport_due(self) -> bool:
+        """Whether the next step teleports."""
+        done = self.param_groups[0]["teleport_steps"]
+        return done in self.at if self.at is not None else (done + 1) % (self.every or 1) == 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A step of the wrapped optimizer, then a teleport if one is due; returns the closure's loss."""
+        due = self.teleport_due
+        if self._conjugation is not None and due:
+            return self._conjugated(closure)
+        if closure is not None and due:
+            given = closure
+
+            def closure() -> Any:  # an optimizer may call it several times: the last passes count
+                self._capture.clear()
+                return given()
+
+        moving = self._moving()
+        loss = self.base.step() if closure is None else self.base.step(closure)
+        if closure is not None:
+            moving = self._moving()
+        if any(moving):
+            if due:
+                self._teleport(moving)
+            self.param_groups[0]["teleport_steps"] += 1
+        self._capture.clear()
+        return loss
+
+    def _conjugated(self, closure: Callable[[], Any] | None) -> Any:
+        """A step at the whitened point, pulled back."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moving = self._moving()
+        if any(moving) and self._conjugation is not None:
+            flat = self._flat()
+            (landscape,) = self._landscapes(flat.dtype)
+            weights = self._mlp.unflatten(flat)
+            hidden = self._mlp.layer_inputs(weights, landscape.inputs)
+            self._conjugation.observe([h.mT for h in hidden], self._linears)
+            with self._conjugation.whitened(self._linears):
+                self.base.step()
+            self.param_groups[0]["teleport_steps"] += 1
+            self.param_groups[0]["teleports"] += 1
+        self._capture.clear()
+        return loss
+
+    def _moving(self) -> list[bool]:
+        """Which parameters of the model a step changes."""
+        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        return [p.grad is not None and rates.get(id(p), 0.0) != 0 for p in self.model.parameters()]
+
+    def _teleport(self, moving: Sequence[bool]) -> None:
+        movable = self._movable(moving)
+        if not any(movable):
+            return
+        parameters = list(self.model.parameters())
+        flat = self._flat()
+        move = self._with_metric(parameters, flat.dtype)
+        for landscape in self._landscapes(flat.dtype):
+            result = move(landscape, flat, movable)
+            self.report = result.report
+            group = self.param_groups[0]
+            group["teleports"] += int(bool(result.path) and not torch.equal(result.weights, flat))
+            group["teleports_rolled_back"] += int(bool(result.report.rolled_back))
+            carry_state(self.base, self.strategy, parameters, self._mlp, landscape, flat, result)
+            flat = result.weights
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.copy_(part.view_as(p))
+
+    def _flat(self) -> Tensor:
+        """The model's parameters as one vector, in float32 at least."""
+        parameters = list(self.model.parameters())
+        if [p.shape for p in parameters] != [torch.Size(s) for s in self._mlp.shapes]:
+            raise ShapeMismatchError("the model's parameters are not those of its Linear layers alone")
+        joined = torch.cat([p.detach().flatten() for p in parameters])
+        return joined if joined.dtype in (torch.float32, torch.float64) else joined.float()
+
+    def _movable(self, moving: Sequence[bool]) -> list[bool]:
+        flags = iter(moving)
+        layers = [all(next(flags) for _ in linear.parameters()) for linear in self._linears]
+        return [layers[m] and layers[m + 1] for m in range(len(layers) - 1)]
+
+    def _with_metric(self, parameters: list[nn.Parameter], dtype: torch.dtype) -> TeleportMove:
+        if self.metric != "adaptive":
+            return self.teleport
+        metric = metric_of(self.base, parameters).to(dtype)
+        return dataclasses.replace(self.teleport, objective=GradientNorm(metric))  # type: ignore[call-arg]
+
+    def _landscapes(self, dtype: torch.dtype) -> list[Landscape]:
+        if self.batches is not None and self.loss_fn is not None:
+            return [batch_landscape(self.model, x, y, self.loss_fn, dtype) for x, y in self.batches()]
+        captured = self._capture.columns(dtype)
+        if captured is None:
+            raise MetateleError(
+                "a teleport needs the layer inputs, and no gradient was taken through a forward pass of the model "
+                "since the last step or zero_grad"
+            )
+        inputs, gradient = captured
+        return [Landscape(self._mlp, inputs, gradient, FixedGradient())]
+
+    # --- copies
+
+    def _listen(self) -> None:
+        self._capture.attach(self)
+        for linear in {id(m): m for m in (self._linears[0], self._linears[-1])}.values():
+            handle = linear.register_forward_hook(self._capture)
+            weakref.finalize(self, handle.remove)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles carry: wrapped optimizer and model together."""
+        kept = ("base", "model", "teleport", "at", "every", "strategy", "metric", "batches", "loss_fn", "report")
+        return {name: self.__dict__[name] for name in (*kept, "_conjugation", "_capture")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and listen to the copied model."""
+        self.__dict__.update(state)
+        super().__setstate__({})
+        self._linears, self._mlp = read_sequential(self.model, framed=True)
+        self._capture.attach(self)
+        for linear in (self._linears[0], self._linears[-1]):
+            for hook, found in list(linear._forward_hooks.items()):
+                if found is self._capture:
+                    weakref.finalize(self, linear._forward_hooks.pop, hook, None)
+
+    def __repr__(self) -> str:
+        return f"TeleportOptimizer({self.base!r}, teleport={type(self.teleport).__name__})"
+
+
+def batch_landscape(
+    model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFunction, dtype: torch.dtype | None = None
+) -> Landscape:
+    """The loss of a model on a batch, as a function of its flat parameters.
+
+    Args:
+        model: As :class:`TeleportOptimizer` takes it.
+        inputs: What the model is called with.
+        targets: What ``loss_fn`` takes beside the model's output.
+        loss_fn: Gives a scalar.
+        dtype: Of the computation; the parameters' own if not given.
+    """
+    linears, mlp = read_sequential(model, framed=True)
+    modules = list(_leaves(model))
+    begin, end = (next(i for i, m in enumerate(modules) if m is linear) for linear in (linears[0], linears[-1]))
+    with torch.no_grad():
+        first = inputs
+        for module in modules[:begin]:
+            first = module(first)
+    if first.shape[-1] != mlp.widths[0]:
+        raise ShapeMismatchError(
+            f"expected inputs with {mlp.widths[0]} features, got shape {tuple(inputs.shape)}"
+        )
+    tail = modules[end + 1 :]
+
+    def loss(outputs: Tensor, wanted: Tensor) -> Tensor:
+        for module in tail:
+            outputs = module(outputs)
+        result = loss_fn(outputs, wanted)
+        if result.ndim:
+            raise ShapeMismatchError(f"loss_fn must give a scalar, got shape {tuple(result.shape)}")
+        return result
+
+    dtype = dtype or linears[0].weight.dtype
+    return Landscape(mlp, first.flatten(0, -2).to(dtype).T, targets, Differentiable(loss))
+
+
+def _leaves(module: nn.Module) -> Iterable[nn.Module]:
+    for child in module.children() if isinstance(module, nn.Sequential) else ():
+        if isinstance(child, nn.Sequential):
+            yield from _leaves(child)
+        else:
+            yield child
+
+
+@torch.no_grad()
+def teleport_(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    loss_fn: LossFunction,
+    objective: str | TeleportMove = "grad-norm",  # noqa: A002
+    **settings: Any,
+) -> Report:
+    """Teleport a model's weights in place, once, on one batch.
+
+    Args:
+        model: As :class:`TeleportOptimizer` takes it. Layers with a frozen parameter stay.
+        inputs: What the model is called with.
+        targets: What ``loss_fn`` takes beside the model's output.
+        loss_fn: Gives a scalar, like ``torch.nn.functional.cross_entropy``.
+        objective: What to raise (``grad-norm``), or a teleport move to make.
+        **settings: Of :class:`~metatele.teleport.Ascent`, for an objective given by name.
+
+    Returns:
+        Loss and objective before and after, drift, whether it was rolled back, seconds.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(8, 6), nn.LeakyReLU(0.1), nn.Linear(6, 3))
+        >>> report = teleport_(model, torch.randn(5, 8), torch.randn(5, 3), nn.functional.mse_loss)
+        >>> bool(report.objective_after > 2 * report.objective_before), bool(report.drift < 0.01)
+        (True, True)
+    """
+    landscape = batch_landscape(model, inputs, targets, loss_fn)
+    linears, _ = read_sequential(model, framed=True)
+    move = _move(objective, settings)
+    parameters = [p for linear in linears for p in linear.parameters()]
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    free = [all(p.requires_grad for p in linear.parameters()) for linear in linears]
+    movable = [free[m] and free[m + 1] for m in range(len(free) - 1)]
+    result: Teleport = move(landscape, flat, movable)
+    for p, part in zip(parameters, result.weights.split([p.numel() for p in parameters]), strict=True):
+        p.copy_(part.view_as(p))
+    return result.report
+
+
+def _move(wanted: str | TeleportMove, settings: dict[str, Any]) -> TeleportMove:
+    if isinstance(wanted, TeleportMove):
+        if settings:
+            raise ConfigError(f"{sorted(settings)[0]} belongs to the move that was given")
+        return wanted
+    if "lr" in settings:
+        settings = {"rate": "fixed", **settings}
+    return Ascent(objective=objective(wanted), **settings)
+
+

@@ -1,0 +1,200 @@
+r"""Gradient ascent of an objective along the orbit of the weights (PAPER §5).
+
+At each step T = 0 and the objective's gradient with respect to T is the pullback of its gradient with
+respect to the weights, ``∂/∂T F(exp(T)·w) = pullback(∇F(w))``: one Hessian-vector product and a few
+small products, no graph through the action. All parametrisations agree to first order in T, so they
+differ only in where the step ``T = rate · ∂F/∂T`` leads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from metatele.errors import ConfigError
+from metatele.geometry import GradientNorm, Landscape, Objective
+from metatele.symmetry import PARAMETRISATIONS, Action, Pair
+from metatele.teleport.move import Leg, TeleportMove, finite_radius
+
+RATES = ("fixed", "normalised", "line-search")
+_TRIES = 8  # halvings in one line search
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ascent(TeleportMove):
+    """Ascent (or descent) of any objective on T, all hidden layers at once.
+
+    Args:
+        objective: What to raise.
+        rate: How far to go along the gradient G: ``fixed``: ``T = lr·G`` (the paper); ``normalised``:
+            ``‖T‖ = radius`` over all layers together; ``line-search``: ‖T‖ begins at radius, is halved until
+            the objective improves within the drift bound, and doubles again, up to radius, after a success.
+        lr: The fixed rate.
+        radius: Norm of T for the other two.
+        steps: At most so many.
+        cap: A network whose objective reaches it stops (``descend``: falls to it).
+        descend: Lower the objective instead.
+    """
+
+    objective: Objective = field(default_factory=GradientNorm)
+    rate: str = "line-search"
+    lr: float = 0.0
+    radius: float = 0.1
+    steps: int = 10
+    cap: float = math.inf
+    descend: bool = False
+
+    def __post_init__(self) -> None:
+        """Check settings."""
+        super().__post_init__()
+        if self.rate not in RATES:
+            raise ConfigError(f"rate must be one of {', '.join(RATES)}, got {self.rate!r}")
+        if self.rate == "fixed" and not 0 < self.lr < math.inf:
+            raise ConfigError(f"lr must be positive, got {self.lr}")
+        finite_radius(self.radius)
+        if self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+        if self.parametrisation not in PARAMETRISATIONS:
+            raise ConfigError(f"parametrisation must be one of {', '.join(PARAMETRISATIONS)}")
+
+    @property
+    def measured(self) -> Objective:
+        """The objective that is raised."""
+        return self.objective
+
+    def legs(self, landscape: Landscape, flat: Tensor, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
+        """See the base class."""
+        chosen = self.chosen_action(landscape)
+        first = landscape.outputs(flat)
+        undone = torch.zeros(flat.shape[:-1], dtype=torch.bool, device=flat.device)
+        active = ~undone
+        radius = flat.new_full(flat.shape[:-1], self.radius)
+        path: list[Leg] = []
+        bounded = math.isfinite(self.max_drift)
+        for _ in range(self.steps):
+            value, gradient = self.objective.value_and_gradient(landscape, flat)
+            if math.isfinite(self.cap):
+                active = active & ((value > self.cap) if self.descend else (value < self.cap))
+                if not bool(active.any()):
+                    break
+            direction = self.direction(chosen, landscape, flat, gradient, movable)
+            tries = _TRIES if self.rate == "line-search" else 1
+            waiting = active
+            for _ in range(tries):
+                leg = self.step(chosen, landscape, direction, radius, waiting)
+                moved = leg.apply(landscape.mlp, flat)
+                good = waiting & torch.isfinite(moved).all(-1)
+                if bounded:
+                    drift = landscape.loss.drift(first, landscape.outputs(moved), landscape.targets)
+                    good = good & (drift <= self.max_drift)
+                if self.rate == "line-search":
+                    reached = self.objective.value(landscape, moved)
+                    good = good & ((reached < value) if self.descend else (reached > value))
+                flat = torch.where(good.unsqueeze(-1), moved, flat)
+                path.append(leg._replace(active=good))
+                waiting = waiting & ~good
+                if self.rate == "line-search":
+                    longer, shorter = (2 * radius).clamp(max=self.radius), radius / 2
+                    radius = torch.where(good, longer, torch.where(waiting, shorter, radius))
+                if not bool(waiting.any()):
+                    break
+            # A fixed step that cannot be made is taken back; a line search has then merely arrived.
+            if self.rate != "line-search":
+                undone = undone | waiting
+            active = active & ~waiting
+            if not bool(active.any()):
+                break
+        return flat, [leg for leg in path if bool(leg.active.any())], undone
+
+    def direction(
+        self, chosen: Action, landscape: Landscape, flat: Tensor, gradient: Tensor, movable: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradient of the objective with respect to each layer's coordinates at T = 0."""
+        mlp = landscape.mlp
+        weights, covector = mlp.unflatten(flat), mlp.unflatten(gradient)
+        hidden = mlp.layer_inputs(weights, landscape.inputs)
+        return [
+            chosen.pullback(
+                Pair(weights.matrices[m], weights.matrices[m + 1], weights.biases[m]),
+                hidden[m],
+                Pair(covector.matrices[m], covector.matrices[m + 1], covector.biases[m]),
+                mlp.activations[m],
+            )
+            if move
+            else None
+            for m, move in enumerate(movable)
+        ]
+
+    def step(
+        self, chosen: Action, landscape: Landscape, direction: list[Tensor | None], radius: Tensor, active: Tensor
+    ) -> Leg:
+        """The group elements of one step along ``direction``."""
+        sign = -1.0 if self.descend else 1.0
+        if self.rate == "fixed":
+            factor = torch.full_like(radius, sign * self.lr)
+        else:
+            square = sum(d.square().sum(-1) for d in direction if d is not None)
+            assert isinstance(square, Tensor)
+            factor = sign * radius * torch.where(square > 0, square, 1.0).rsqrt()
+        element = PARAMETRISATIONS[self.parametrisation]
+        elements = [
+            None if d is None else element(chosen.algebra(factor.unsqueeze(-1) * d, k))
+            for d, k in zip(direction, landscape.mlp.hidden_widths, strict=True)
+        ]
+        return Leg(chosen, landscape.inputs, elements, active)
+
+
+def GradientNormAscent(  # noqa: N802 - it makes a move, and is used like its class
+    lr: float | None = None,
+    steps: int = 10,
+    *,
+    metric: Tensor | None = None,
+    rate: str | None = None,
+    radius: float = 0.1,
+    cap: float = math.inf,
+    descend: bool = False,
+    action: str = "auto",
+    parametrisation: str = "exp",
+    max_drift: float = 0.01,
+) -> Ascent:
+    """Ascent of ``‖∇L‖²`` or, with a metric, of ``‖∇L‖²_A``: an :class:`Ascent` of :class:`GradientNorm`.
+
+    Args:
+        lr: Fixed rate, as in the paper; without it the rate is found by line search.
+        steps: Ascent steps.
+        metric: Diagonal of A; see :class:`GradientNorm`.
+        rate: See :class:`Ascent`.
+        radius: See :class:`Ascent`.
+        cap: Stop at this squared norm.
+        descend: Lower the norm instead.
+        action: See :class:`TeleportMove`.
+        parametrisation: See :class:`TeleportMove`.
+        max_drift: See :class:`TeleportMove`.
+
+    Example:
+        >>> from metatele.activations import LeakyReLU
+        >>> from metatele.losses import SquaredError
+        >>> from metatele.mlp import MLP
+        >>> _ = torch.manual_seed(0)
+        >>> mlp = MLP((5, 4, 3), LeakyReLU(0.1))
+        >>> landscape = Landscape(mlp, torch.randn(5, 4), torch.randn(3, 4), SquaredError())
+        >>> w, report, _ = GradientNormAscent(lr=0.001)(landscape, 0.5 * torch.randn(mlp.num_parameters))
+        >>> bool(report.objective_after > 2 * report.objective_before), bool(report.drift < 1e-5)
+        (True, True)
+    """
+    return Ascent(
+        objective=GradientNorm(metric),
+        rate=rate or ("line-search" if lr is None else "fixed"),
+        lr=0.0 if lr is None else lr,
+        radius=radius,
+        steps=steps,
+        cap=cap,
+        descend=descend,
+        action=action,
+        parametrisation=parametrisation,
+        max_drift=max_drift,
+    )
