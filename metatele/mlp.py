@@ -187,16 +187,24 @@ class MLP:
         Returns:
             Loss ``[...]`` and flat gradient ``[..., num_parameters]``.
         """
+        value, gradients = self.backpropagate(weights, inputs, targets, loss)
+        return value, self.flatten(gradients)
+
+    @torch.no_grad()
+    def backpropagate(
+        self, weights: Weights, inputs: Tensor, targets: Tensor, loss: Loss
+    ) -> tuple[Tensor, Weights]:
+        """As :meth:`value_and_gradient`, with the gradient in the shape of the weights."""
         pre, hidden = self._passed(weights, inputs)
         error = loss.gradient(pre[-1], targets)
-        gradients: list[Tensor] = []
+        matrices: list[Tensor] = []
+        biases: list[Tensor | None] = []
         for layer in reversed(range(len(weights.matrices))):
-            if self.biases[layer]:
-                gradients.append(error.sum(-1))
-            gradients.append(product(error, hidden[layer].mT).flatten(-2))
+            biases.append(error.sum(-1) if self.biases[layer] else None)
+            matrices.append(product(error, hidden[layer].mT))
             if layer:
                 error = (weights.matrices[layer].mT @ error) * self.activations[layer - 1].derivative(pre[layer - 1])
-        return loss.value(pre[-1], targets), torch.cat(gradients[::-1], -1)
+        return loss.value(pre[-1], targets), Weights(tuple(matrices[::-1]), tuple(biases[::-1]))
 
     @torch.no_grad()
     def hessian_product(

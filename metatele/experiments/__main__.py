@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from metatele.command_line import run_program
 from metatele.errors import ConfigError
 
-EXPERIMENTS = {"fig6": "held-out loss of the three meta-optimizers beside tuned standard optimizers"}
+EXPERIMENTS = {
+    "fig5": "four optimizers on images, with and without teleportation, against epochs",
+    "fig6": "held-out loss of the three meta-optimizers beside tuned standard optimizers",
+    "fig12": "momentum over a teleport, and objectives for AdaGrad, on a small regression",
+    "fig13": "the runs of fig5 against time",
+    "functions": "gradient descent on three functions of the plane, with and without teleport",
+}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,0 +1,126 @@
+"""Gradient descent on the ellipse, Booth's and Rosenbrock's function, with and without one teleport.
+
+Both begin at the same point with the same learning rate, the best of a grid for descent without teleport;
+the other descends from the point of the same level set with the largest gradient. A few seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metatele.command_line import OneLineParser, make_folder, whole_number
+from metatele.experiments import images as common
+
+_GRID = [10 ** (e / 8) for e in range(-48, 5)]
+_ARMS = ("GD", "GD teleport")
+
+
+def descend(name: str, lr: float, steps: int, teleport: bool) -> tuple[list[list[float]], list[float]]:
+    """Points and losses of a trajectory."""
+    import torch
+
+    from metatele.tasks.functions import function
+
+    f = function(name)
+    w = torch.tensor(f.start, dtype=torch.float64)
+    points, losses = [w.tolist()], [float(f.value(w))]
+    if teleport:
+        w = f.teleport(w)
+        points.append(w.tolist())
+    for _ in range(steps):
+        w = w - lr * f.gradient(w)
+        points.append(w.tolist())
+        value = float(f.value(w))
+        losses.append(value if math.isfinite(value) else math.inf)
+        if not math.isfinite(value) or value > 1e12:
+            return points, losses + [math.inf] * (steps + 1 - len(losses))
+    return points, losses
+
+
+def run(steps: int) -> dict[str, Any]:
+    """The content of ``results.json``; arms are those of all functions."""
+    from metatele.tasks.functions import FUNCTIONS
+
+    begin_s = time.perf_counter()
+    arms = []
+    for name in FUNCTIONS:
+        lr = min(_GRID, key=lambda lr, name=name: descend(name, lr, steps, False)[1][-1])
+        for arm in _ARMS:
+            points, losses = descend(name, lr, steps, arm != "GD")
+            kept = [v if math.isfinite(v) else None for v in losses]
+            arms.append({"name": arm, "function": name, "lr": lr, "points": points, "loss": [kept]})
+    return {"format": common.FORMAT, "steps": steps, "seconds": time.perf_counter() - begin_s, "arms": arms}
+
+
+def table(doc: dict[str, Any]) -> list[list[str]]:
+    """Losses at a few steps."""
+    shown = sorted({s for s in (0, 1, 3, 10, 30, 100) if s < doc["steps"]} | {doc["steps"]})
+    rows = [["function", "arm", "lr", *(f"loss at {s}" for s in shown)]]
+    for arm in doc["arms"]:
+        values = [arm["loss"][0][s] for s in shown]
+        rows.append(
+            [arm["function"], arm["name"], f"{arm['lr']:.2g}", *("diverged" if v is None else f"{v:.3g}" for v in values)]
+        )
+    return rows
+
+
+def figure(doc: dict[str, Any]) -> bytes:
+    """Trajectories on the level sets above, losses below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    import torch
+    from matplotlib import pyplot as plt
+
+    from metatele.tasks.functions import FUNCTIONS, function
+
+    fig, grid = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+    for column, name in enumerate(FUNCTIONS):
+        f, chosen = function(name), [arm for arm in doc["arms"] if arm["function"] == name]
+        everything = np.array([p for arm in chosen for p in arm["points"]] + [list(f.optimum)])
+        low, high = everything.min(0), everything.max(0)
+        margin = 0.15 * (high - low) + 0.1
+        xs, ys = (np.linspace(low[i] - margin[i], high[i] + margin[i], 200) for i in (0, 1))
+        mesh = torch.from_numpy(np.stack(np.meshgrid(xs, ys), -1))
+        values = f.value(mesh).numpy()
+        axes = grid[0, column]
+        axes.contour(xs, ys, np.log10(values + 1e-6), levels=14, cmap="Greys", linewidths=0.6)
+        for arm, colour in zip(chosen, ("#555555", "#D55E00"), strict=True):
+            p = np.array(arm["points"])
+            axes.plot(p[:, 0], p[:, 1], color=colour, marker=".", markersize=5, linewidth=1.2, label=arm["name"])
+            if arm["name"] != "GD":
+                axes.plot(p[:2, 0], p[:2, 1], color=colour, linestyle=":", linewidth=2.5, label="teleport")
+            losses = [np.nan if v is None else v for v in arm["loss"][0]]
+            grid[1, column].plot(losses, color=colour, label=arm["name"])
+        axes.plot(*f.optimum, marker="*", color="black", markersize=9, linestyle="", label="minimum")
+        axes.set_title(f"{name}, rate {chosen[0]['lr']:.2g}", fontsize=10)
+        axes.legend(fontsize=8)
+        grid[1, column].set_yscale("log")
+        grid[1, column].set_xlabel("step")
+        grid[1, column].grid(True, alpha=0.3)
+    grid[1, 0].set_ylabel("loss")
+    return common.png(fig)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, run, print the table."""
+    p = OneLineParser(prog="metatele.experiments functions", description=__doc__, allow_abbrev=False)
+    p.add_argument("--steps", type=whole_number(1), default=100, metavar="N", help="(default 100)")
+    p.add_argument("--seeds", type=whole_number(1), default=1, metavar="N", help="nothing here is random")
+    p.add_argument("--device", choices=("auto", "cpu"), default="auto", help="the problems are tiny: cpu (default auto)")
+    p.add_argument("--out", metavar="FOLDER", default="results/functions", help="(default results/functions)")
+    p.add_argument("--redraw", action="store_true", help="table and figure again from the stored results.json")
+    args = p.parse_args(arguments)
+    out = Path(args.out)
+    if args.redraw:
+        doc = common.stored(out)
+    else:
+        make_folder(out)
+        doc = run(args.steps)
+    print(common.write(doc, out, table(doc), figure(doc)), end="")
+    print(f"{doc['seconds']:.0f} s\nfigure: {out / 'loss.png'}")

@@ -1,0 +1,214 @@
+"""What the experiments on image sets share: flags, raw results, tables of arms, curves."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metatele.command_line import OneLineParser, device_named, make_folder, whole_number
+from metatele.errors import RunFolderError
+from metatele.files import write_atomically
+
+if TYPE_CHECKING:
+    from metatele.training.replicas import Arm, History, Replicas
+
+FORMAT = 1
+IMAGE_SETS = ("digits", "mnist", "fashion-mnist", "cifar10")
+# By sample size; from 11 on the one for 10 is a safe upper bound.
+_STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def parser(name: str, description: str | None, epochs: int = 40) -> argparse.ArgumentParser:
+    """The flags every experiment on images has."""
+    p = OneLineParser(prog=f"metatele.experiments {name}", description=description, allow_abbrev=False)
+    p.add_argument("--dataset", choices=IMAGE_SETS, default="digits", help="image set (default digits)")
+    p.add_argument("--data-root", metavar="FOLDER", help="folder with its files (default: METATELE_DATA)")
+    p.add_argument("--download", action="store_true", help="fetch the set from OpenML if its files are not there")
+    p.add_argument("--seeds", type=whole_number(1), default=5, metavar="N", help="replicas of each arm (default 5)")
+    p.add_argument("--epochs", type=whole_number(1), default=epochs, metavar="N", help=f"(default {epochs})")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    p.add_argument("--out", metavar="FOLDER", help=f"results (default results/{name}-DATASET)")
+    p.add_argument("--redraw", action="store_true", help="table and figure again from the stored results.json")
+    return p
+
+
+def folder(name: str, args: argparse.Namespace) -> Path:
+    """Where results go."""
+    return Path(args.out or f"results/{name}-{args.dataset}")
+
+
+def stored(out: Path) -> dict[str, Any]:
+    """Results of an earlier run.
+
+    Raises:
+        RunFolderError: There are none, or none that can be read.
+    """
+    try:
+        doc: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        if doc["format"] != FORMAT:
+            raise ValueError
+        doc["arms"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"there is no readable results.json in {out}") from error
+    return doc
+
+
+def prepare(args: argparse.Namespace, out: Path) -> tuple[Any, Any]:
+    """The image set and the device, with the folder made."""
+    device = device_named(args.device)
+    make_folder(out)
+    from metatele.data import load_images
+
+    return load_images(args.dataset, args.data_root, args.download), device
+
+
+def run_arms(replicas: Replicas, epochs: int) -> History:
+    """Train all arms, with a progress bar on a terminal and a line now and then elsewhere."""
+    import sys
+
+    from tqdm import tqdm
+
+    bar = tqdm(total=epochs, unit="epoch", disable=not sys.stderr.isatty())
+
+    def progress(epoch: int, history: History) -> None:
+        bar.update()
+        if not sys.stderr.isatty() and (epoch + 1) % 10 == 0:
+            print(f"epoch {epoch + 1} of {epochs}: {history.step_seconds:.0f} s of training", flush=True)
+
+    history = replicas.train(epochs, progress)
+    bar.close()
+    return history
+
+
+def document(
+    name: str, args: argparse.Namespace, images: Any, arms: Sequence[Arm], history: History, replicas: Replicas
+) -> dict[str, Any]:
+    """The content of ``results.json``: every number of every replica."""
+    import torch
+
+    from metatele.checkpoint import versions
+
+    def curves(rows: list[Any], arm: int) -> list[list[float | None]]:
+        """``[seeds][epochs + 1]``; a value that is not finite becomes null."""
+        values = torch.stack(rows)[:, arm].T.double().tolist()
+        return [[v if math.isfinite(v) else None for v in row] for row in values]
+
+    return {
+        "format": FORMAT,
+        "experiment": name,
+        "dataset": images.name,
+        "dataset_sha256": images.sha256,
+        "train_samples": len(replicas.train_labels),
+        "test_samples": len(images.test_labels),
+        "widths": list(replicas.mlp.widths),
+        "batch_size": replicas.batch_size,
+        "seeds": list(replicas.seeds),
+        "epochs": args.epochs,
+        "device": str(replicas.device),
+        "versions": {**versions(), "machine": platform.machine(), "threads": str(torch.get_num_threads())},
+        "seconds": {
+            "steps": history.step_seconds,
+            "teleports": history.teleport_seconds,
+            "evaluation": history.evaluation_seconds,
+        },
+        "arms": [
+            {
+                "name": arm.name,
+                "optimizer": arm.optimizer.__name__,
+                "settings": arm.settings,
+                "teleport": None if arm.teleport is None else type(arm.teleport).__name__,
+                "teleports": [t for t in history.teleports if t["arm"] == arm.name],
+                "train_loss": curves(history.train_loss, a),
+                "test_loss": curves(history.test_loss, a),
+                "test_accuracy": curves(history.test_accuracy, a),
+            }
+            for a, arm in enumerate(arms)
+        ],
+    }
+
+
+def interval(values: Sequence[float | None]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval by Student's t; infinite if a value is missing.
+
+    Example:
+        >>> interval([1.0, 2.0, 3.0])
+        (2.0, 2.48...)
+    """
+    known = [v for v in values if v is not None]
+    if len(known) < len(values):
+        return math.inf, math.inf
+    if len(known) < 2:
+        return known[0], math.nan
+    half = _STUDENT_T[min(len(known), 10)] * statistics.stdev(known) / math.sqrt(len(known))
+    return statistics.mean(known), half
+
+
+def cell(values: Sequence[float | None], digits: int = 4) -> str:
+    """``mean ±half`` as in tables."""
+    mean, half = interval(values)
+    if not math.isfinite(mean):
+        return "diverged"
+    return f"{mean:.{digits}f}" + (f" ±{half:.{digits}f}" if math.isfinite(half) else "")
+
+
+def final_table(doc: dict[str, Any]) -> list[list[str]]:
+    """Final losses and accuracy of each arm, and what its teleports did."""
+    table = [
+        ["arm", "train loss", "test loss", "test accuracy", "train loss after 1 epoch", "grad norm² x", "drift", "undone"]
+    ]
+    for arm in doc["arms"]:
+        row = [arm["name"]]
+        row += [cell([run[-1] for run in arm[key]]) for key in ("train_loss", "test_loss", "test_accuracy")]
+        row.append(cell([run[1] for run in arm["train_loss"]]))
+        done = arm["teleports"]
+        if done:
+            ratios = [ratio for t in done for ratio in t["objective_ratio"]]
+            drifts = [d for t in done for d in t["drift"]]
+            row += [f"{statistics.median(ratios):.3g}", f"{max(drifts):.2g}", str(sum(t["rolled_back"] for t in done))]
+        else:
+            row += ["", "", ""]
+        table.append(row)
+    return table
+
+
+def write(doc: dict[str, Any], out: Path, table: list[list[str]], figure: bytes) -> str:
+    """``results.json``, ``table.csv``, ``table.md`` and ``loss.png``; returns the table."""
+    import csv
+
+    from metatele.training.report import markdown
+
+    text = markdown(table)
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(table)
+    write_atomically(out / "results.json", (json.dumps(doc, allow_nan=False) + "\n").encode())
+    write_atomically(out / "table.csv", buffer.getvalue().encode())
+    write_atomically(out / "table.md", text.encode())
+    write_atomically(out / "loss.png", figure)
+    return text
+
+
+def draw_band(axes: Any, xs: Sequence[float], runs: list[list[float | None]], **style: Any) -> None:
+    """Mean over replicas with a band of one standard deviation."""
+    import numpy as np
+
+    values = np.array([[np.nan if v is None else v for v in run] for run in runs], float)
+    mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values.mean(0)
+    axes.fill_between(xs, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
+    axes.plot(xs, mean, **style)
+
+
+def png(fig: Any) -> bytes:
+    """A matplotlib figure as bytes."""
+    from matplotlib import pyplot as plt
+
+    buffer = io.BytesIO()
+    fig.savefig(buffer, dpi=120, format="png")
+    plt.close(fig)
+    return buffer.getvalue()
