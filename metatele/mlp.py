@@ -151,9 +151,7 @@ class MLP:
     def layer_inputs(self, weights: Weights, inputs: Tensor) -> list[Tensor]:
         """``h_0 … h_{L-1}``: what each layer receives."""
         hidden = [inputs]
-        for matrix, bias, activation in zip(
-            weights.matrices[:-1], weights.biases[:-1], self.activations, strict=True
-        ):
+        for matrix, bias, activation in zip(weights.matrices[:-1], weights.biases[:-1], self.activations, strict=True):
             hidden.append(activation(affine(matrix, bias, hidden[-1])))
         return hidden
 
@@ -191,9 +189,7 @@ class MLP:
         return value, self.flatten(gradients)
 
     @torch.no_grad()
-    def backpropagate(
-        self, weights: Weights, inputs: Tensor, targets: Tensor, loss: Loss
-    ) -> tuple[Tensor, Weights]:
+    def backpropagate(self, weights: Weights, inputs: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, Weights]:
         """As :meth:`value_and_gradient`, with the gradient in the shape of the weights."""
         pre, hidden = self._passed(weights, inputs)
         error = loss.gradient(pre[-1], targets)

@@ -12,6 +12,7 @@ from metatele.data import ImageSet, load_images
 from metatele.errors import ConfigError, RunFolderError
 from metatele.experiments.__main__ import main
 from metatele.experiments.images import interval
+from metatele.experiments.optimizers_beyond import teleports, verdict
 from metatele.geometry import Landscape
 from metatele.losses import CrossEntropy
 from metatele.mlp import MLP
@@ -73,6 +74,8 @@ def alone(images, arm, seed, epochs, samples=200):
             nn.utils.vector_to_parameters(flat, model.parameters())
             if arm.state == "reset":
                 optimizer = arm.optimizer(model.parameters(), **arm.settings)
+        if epoch in arm.resets:
+            optimizer = arm.optimizer(model.parameters(), **arm.settings)
         for batch in torch.randperm(samples, generator=order).split(20):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
@@ -85,8 +88,8 @@ def test_every_replica_is_the_network_trained_alone(images):
     arms = []
     for name, (optimizer, settings) in OPTIMIZERS.items():
         arms.append(Arm(name, optimizer, settings))
-        for state in ("reset", "keep"):
-            arms.append(Arm(f"{name} {state}", optimizer, settings, MOVE, (1,), 2, 50, state))
+        arms += [Arm(f"{name} {s}", optimizer, settings, MOVE, (1,), 2, 50, s) for s in ("reset", "keep")]
+    arms.append(Arm("Adam reset only", *OPTIMIZERS["Adam"], resets=(1, 2)))
     history = replicas(images, arms).train(epochs=3)
     together = torch.stack(history.test_loss[1:])
     for a, arm in enumerate(arms):
@@ -125,13 +128,28 @@ def test_experiments_on_images_leave_raw_results_a_table_and_a_figure(tmp_path, 
     printed = capsys.readouterr().out
     assert "| Adam teleport" in printed
     doc = json.loads((out / "results.json").read_text())
-    assert len(doc["arms"]) == 8
+    assert len(doc["arms"]) == 9
     assert all(len(arm["test_loss"]) == 2 and len(arm["test_loss"][0]) == 2 for arm in doc["arms"])
     first = (out / "table.md").read_text(), (out / "loss.png").read_bytes()[:4]
     main([name, "--out", str(out), "--redraw"])
     assert ((out / "table.md").read_text(), (out / "loss.png").read_bytes()[:4]) == first == (first[0], b"\x89PNG")
     with pytest.raises(RunFolderError, match=r"results\.json"):
         main([name, "--out", str(tmp_path / "nothing"), "--redraw"])
+
+
+def test_tuned_comparison_pairs_every_arm_with_the_one_without_teleport(tmp_path):
+    out = tmp_path / "beyond"
+    main(["optimizers-beyond", "--epochs", "1", "--seeds", "2", "--optimizers", "SGD", "--out", str(out)])
+    doc = json.loads((out / "results.json").read_text())
+    assert [arm["name"].split(", ")[1] for arm in doc["arms"]] == list(teleports(1))
+    rows = [line for line in (out / "table.md").read_text().splitlines() if "SGD" in line]
+    assert len(rows) == len(doc["arms"])
+    assert verdict([-1.0, -1.1, -0.9]) == "better"
+    assert verdict([1.0, 1.1, 0.9]) == "worse"
+    assert verdict([1.0, -1.1, 0.9]) == ""
+    assert verdict([None, 0.0]) == "diverges"
+    with pytest.raises(ConfigError, match="optimizers must be among"):
+        main(["optimizers-beyond", "--optimizers", "Magic", "--out", str(out)])
 
 
 def test_small_experiments_leave_raw_results_a_table_and_a_figure(tmp_path):

@@ -14,8 +14,10 @@ from metatele.symmetry import Approximate, Exact, Pair, Rescaling, exponential, 
 from metatele.teleport import Ascent, GradientNormAscent, Random, Whitening, in_sequence, transport
 from metatele.teleport import Rescaling as Rescale
 
+LEAKY = LeakyReLU(0.1)
 
-def problem(activation=LeakyReLU(0.1), widths=(8, 6, 5, 4), samples=4, biases=True, batch=(), loss=None, seed=0):
+
+def problem(activation=LEAKY, widths=(8, 6, 5, 4), samples=4, biases=True, batch=(), loss=None, seed=0):
     """A landscape and weights, in float64."""
     random = torch.Generator().manual_seed(seed)
     mlp = MLP(widths, activation, biases)
@@ -28,9 +30,8 @@ def problem(activation=LeakyReLU(0.1), widths=(8, 6, 5, 4), samples=4, biases=Tr
 
 def flow(landscape, w, action, coordinates, t):
     """``exp(t τ)·w``."""
-    parts, elements = iter(coordinates), []
-    for k in landscape.mlp.hidden_widths:
-        elements.append(exponential(t * action.algebra(next(parts), k)))
+    pairs = zip(coordinates, landscape.mlp.hidden_widths, strict=True)
+    elements = [exponential(t * action.algebra(part, k)) for part, k in pairs]
     moved = sweep(action, landscape.mlp, landscape.mlp.unflatten(w), landscape.inputs, elements)
     return landscape.mlp.flatten(moved)
 
@@ -64,7 +65,7 @@ def test_pullback_is_the_derivative_along_the_orbit(activation, action, biases, 
     ]
     direction = [torch.randn(p.shape, generator=random, dtype=torch.float64) for p in pulled]
     expected = sum((p * d).sum() for p, d in zip(pulled, direction, strict=True))
-    small = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(1)][0]
+    small = torch.zeros((), dtype=torch.float64, requires_grad=True)
     along = (flow(landscape, w, action, direction, small) * covector).sum()
     (measured,) = torch.autograd.grad(along, small)
     # Relative to the sizes of the two vectors: their product may happen to be small.
@@ -164,7 +165,7 @@ def test_a_cap_stops_the_ascent_where_it_is_reached():
 def test_steps_past_the_drift_bound_are_taken_back_and_counted():
     landscape, w = problem(samples=40, batch=(3,))
     wild = GradientNormAscent(rate="normalised", radius=0.1, steps=50, action="approximate", max_drift=0.02)
-    moved, report, _ = wild(landscape, w)
+    report = wild(landscape, w).report
     assert float(report.drift.max()) <= 0.02
     assert bool(report.rolled_back.any())
     assert bool((report.objective_after > report.objective_before).all())  # the steps before count

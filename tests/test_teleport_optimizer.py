@@ -162,11 +162,14 @@ def test_second_moments_are_scaled_by_the_change_of_the_squared_gradient():
         torch.testing.assert_close(base.state[p]["exp_avg_sq"], bare.state[q]["exp_avg_sq"] * ratio, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("name", "formula"), [
-    ("Adagrad", lambda s, _: 1 / (s["sum"].sqrt() + 1e-10)),
-    ("RMSprop", lambda s, _: 1 / (s["square_avg"].sqrt() + 1e-8)),
-    ("Adam", lambda s, t: 1 / ((s["exp_avg_sq"] / (1 - 0.999**t)).sqrt() + 1e-8)),
-])
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("Adagrad", lambda s, _: 1 / (s["sum"].sqrt() + 1e-10)),
+        ("RMSprop", lambda s, _: 1 / (s["square_avg"].sqrt() + 1e-8)),
+        ("Adam", lambda s, t: 1 / ((s["exp_avg_sq"] / (1 - 0.999**t)).sqrt() + 1e-8)),
+    ],
+)
 def test_metric_is_read_from_the_optimizer_s_real_state(name, formula):
     model, base, x, y = make(name, torch.float64)
     train(model, base, x, y, 3)
@@ -300,9 +303,7 @@ def test_sparse_free_and_foreign_parameters():
 
 def test_images_are_flattened_and_ends_belong_to_the_loss():
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Flatten(), nn.Sequential(nn.Linear(12, 7), nn.Tanh()), nn.Linear(7, 4), nn.LogSoftmax(-1)
-    )
+    model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(12, 7), nn.Tanh()), nn.Linear(7, 4), nn.LogSoftmax(-1))
     x, y = torch.randn(9, 3, 4), torch.randint(4, (9,))
     before = model(x).detach()
     report = metatele.teleport_(model, x, y, nn.functional.nll_loss)
@@ -318,9 +319,7 @@ def test_images_are_flattened_and_ends_belong_to_the_loss():
 def test_batches_of_one_s_own_are_teleported_on_in_a_row():
     model, base, x, y = make(dtype=torch.float64)
     data = [(torch.randn(5, 8).double(), torch.randn(5, 3).double()) for _ in range(3)]
-    optimizer = metatele.TeleportOptimizer(
-        base, model, at=[0], batches=lambda: data, loss_fn=nn.functional.mse_loss
-    )
+    optimizer = metatele.TeleportOptimizer(base, model, at=[0], batches=lambda: data, loss_fn=nn.functional.mse_loss)
     train(model, optimizer, x, y, 1)
     bare_model, bare, _, _ = make(dtype=torch.float64)
     train(bare_model, bare, x, y, 1)

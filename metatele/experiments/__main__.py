@@ -15,18 +15,19 @@ EXPERIMENTS = {
     "fig12": "momentum over a teleport, and objectives for AdaGrad, on a small regression",
     "fig13": "the runs of fig5 against time",
     "functions": "gradient descent on three functions of the plane, with and without teleport",
+    "optimizers-beyond": "eight optimizers and six ways to teleport, every learning rate tuned alike",
 }
 
 
 def main(arguments: Sequence[str]) -> None:
     """Dispatch on the first argument."""
-    listed = "\n".join(f"  {name:8} {what}" for name, what in EXPERIMENTS.items())
+    listed = "\n".join(f"  {name:18} {what}" for name, what in EXPERIMENTS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: python -m metatele.experiments NAME [flags]; NAME --help for its flags\n\n{listed}")
         return
     if arguments[0] not in EXPERIMENTS:
         raise ConfigError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {arguments[0]!r}")
-    importlib.import_module(f"metatele.experiments.{arguments[0]}").main(arguments[1:])
+    importlib.import_module(f"metatele.experiments.{arguments[0].replace('-', '_')}").main(arguments[1:])
 
 
 if __name__ == "__main__":

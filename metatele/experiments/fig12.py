@@ -187,7 +187,9 @@ def main(arguments: Sequence[str]) -> None:
     p = OneLineParser(prog="metatele.experiments fig12", description=__doc__, allow_abbrev=False)
     p.add_argument("--seeds", type=whole_number(1), default=5, metavar="N", help="runs of each arm (default 5)")
     p.add_argument("--steps", type=whole_number(10), default=_STEPS, metavar="N", help=f"(default {_STEPS})")
-    p.add_argument("--device", choices=("auto", "cpu"), default="auto", help="the problems are tiny: cpu (default auto)")
+    p.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="the problems are tiny: cpu (default auto)"
+    )
     p.add_argument("--out", metavar="FOLDER", default="results/fig12", help="(default results/fig12)")
     p.add_argument("--redraw", action="store_true", help="table and figure again from the stored results.json")
     args = p.parse_args(arguments)

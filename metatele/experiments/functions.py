@@ -49,6 +49,15 @@ def _safe(losses: list[float]) -> list[float]:
     return [max(loss, 1e-30) for loss in losses]
 
 
+def _tuned(name: str, steps: int, teleport: bool) -> float:
+    """The rate of the grid with the least mean log loss."""
+
+    def score(lr: float) -> float:
+        return sum(map(math.log, _safe(descend(name, lr, steps, teleport)[1])))
+
+    return min(_GRID, key=score)
+
+
 def run(steps: int) -> dict[str, Any]:
     """The content of ``results.json``; arms are those of all functions."""
     from metatele.tasks.functions import FUNCTIONS
@@ -56,10 +65,7 @@ def run(steps: int) -> dict[str, Any]:
     begin_s = time.perf_counter()
     arms = []
     for name in FUNCTIONS:
-        own = {
-            teleport: min(_GRID, key=lambda lr, n=name, t=teleport: sum(map(math.log, _safe(descend(n, lr, steps, t)[1]))))
-            for teleport in (False, True)
-        }
+        own = {teleport: _tuned(name, steps, teleport) for teleport in (False, True)}
         for arm in _ARMS:
             lr = own[arm == "GD teleport"]
             points, losses = descend(name, lr, steps, arm != "GD")
@@ -75,7 +81,12 @@ def table(doc: dict[str, Any]) -> list[list[str]]:
     for arm in doc["arms"]:
         values = [arm["loss"][0][s] for s in shown]
         rows.append(
-            [arm["function"], arm["name"], f"{arm['lr']:.2g}", *("diverged" if v is None else f"{v:.3g}" for v in values)]
+            [
+                arm["function"],
+                arm["name"],
+                f"{arm['lr']:.2g}",
+                *("diverged" if v is None else f"{v:.3g}" for v in values),
+            ]
         )
     return rows
 
@@ -127,7 +138,9 @@ def main(arguments: Sequence[str]) -> None:
     p = OneLineParser(prog="metatele.experiments functions", description=__doc__, allow_abbrev=False)
     p.add_argument("--steps", type=whole_number(1), default=100, metavar="N", help="(default 100)")
     p.add_argument("--seeds", type=whole_number(1), default=1, metavar="N", help="nothing here is random")
-    p.add_argument("--device", choices=("auto", "cpu"), default="auto", help="the problems are tiny: cpu (default auto)")
+    p.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="the problems are tiny: cpu (default auto)"
+    )
     p.add_argument("--out", metavar="FOLDER", default="results/functions", help="(default results/functions)")
     p.add_argument("--redraw", action="store_true", help="table and figure again from the stored results.json")
     args = p.parse_args(arguments)

@@ -161,7 +161,16 @@ def cell(values: Sequence[float | None], digits: int = 4) -> str:
 def final_table(doc: dict[str, Any]) -> list[list[str]]:
     """Final losses and accuracy of each arm, and what its teleports did."""
     table = [
-        ["arm", "train loss", "test loss", "test accuracy", "train loss after 1 epoch", "grad norm² x", "drift", "undone"]
+        [
+            "arm",
+            "train loss",
+            "test loss",
+            "test accuracy",
+            "train loss after 1 epoch",
+            "grad norm² x",
+            "drift",
+            "undone",
+        ]
     ]
     for arm in doc["arms"]:
         row = [arm["name"]]

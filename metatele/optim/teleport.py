@@ -129,7 +129,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
     # --- the wrapped optimizer's own things
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's."""
         return self.base.param_groups
 
@@ -138,7 +138,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
         self.base.param_groups = value
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The wrapped optimizer's."""
         return self.base.state
 
@@ -147,7 +147,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
         self.base.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's."""
         return self.base.defaults
 
@@ -328,9 +328,7 @@ def batch_landscape(
         for module in modules[:begin]:
             first = module(first)
     if first.shape[-1] != mlp.widths[0]:
-        raise ShapeMismatchError(
-            f"expected inputs with {mlp.widths[0]} features, got shape {tuple(inputs.shape)}"
-        )
+        raise ShapeMismatchError(f"expected inputs with {mlp.widths[0]} features, got shape {tuple(inputs.shape)}")
     tail = modules[end + 1 :]
 
     def loss(outputs: Tensor, wanted: Tensor) -> Tensor:
@@ -359,7 +357,7 @@ def teleport_(
     inputs: Tensor,
     targets: Tensor,
     loss_fn: LossFunction,
-    objective: str | TeleportMove = "grad-norm",  # noqa: A002
+    objective: str | TeleportMove = "grad-norm",
     **settings: Any,
 ) -> Report:
     """Teleport a model's weights in place, once, on one batch.
@@ -403,5 +401,3 @@ def _move(wanted: str | TeleportMove, settings: dict[str, Any]) -> TeleportMove:
     if "lr" in settings:
         settings = {"rate": "fixed", **settings}
     return Ascent(objective=objective(wanted), **settings)
-
-

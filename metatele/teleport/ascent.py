@@ -148,7 +148,7 @@ class Ascent(TeleportMove):
         return Leg(chosen, landscape.inputs, elements, active)
 
 
-def GradientNormAscent(  # noqa: N802 - it makes a move, and is used like its class
+def GradientNormAscent(
     lr: float | None = None,
     steps: int = 10,
     *,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metatele.errors import ConfigError, SingularInputError
 from metatele.geometry import Landscape
-from metatele.mlp import MLP, Weights
+from metatele.mlp import Weights
 from metatele.symmetry import PARAMETRISATIONS, GroupElement
 from metatele.teleport.move import Leg, TeleportMove, finite_radius
 
@@ -57,6 +57,7 @@ class Whitening(TeleportMove):
     Example:
         >>> from metatele.activations import LeakyReLU
         >>> from metatele.losses import SquaredError
+        >>> from metatele.mlp import MLP
         >>> _ = torch.manual_seed(0)
         >>> mlp = MLP((8, 4, 2), LeakyReLU(0.1))
         >>> X = torch.randn(8, 4).double()
@@ -115,6 +116,7 @@ class Rescaling(TeleportMove):
     Example:
         >>> from metatele.activations import LeakyReLU
         >>> from metatele.losses import SquaredError
+        >>> from metatele.mlp import MLP
         >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
         >>> landscape = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
         >>> Rescaling()(landscape, torch.tensor([8.0, 2.0])).weights
@@ -192,6 +194,7 @@ class Random(TeleportMove):
     Example:
         >>> from metatele.activations import Tanh
         >>> from metatele.losses import SquaredError
+        >>> from metatele.mlp import MLP
         >>> _ = torch.manual_seed(0)
         >>> landscape = Landscape(MLP((5, 4, 3), Tanh()), torch.randn(5, 4), torch.randn(3, 4), SquaredError())
         >>> report = Random(radius=0.01)(landscape, 0.5 * torch.randn(32)).report
@@ -215,9 +218,7 @@ class Random(TeleportMove):
             shape = (*flat.shape[:-1], chosen.algebra_size(k))
             draw = torch.randn(shape, generator=self.generator, dtype=flat.dtype)
             coordinates = draw.to(flat.device) * (self.radius / draw.norm(dim=-1, keepdim=True)).to(flat.device)
-            elements.append(
-                PARAMETRISATIONS[self.parametrisation](chosen.algebra(coordinates, k)) if move else None
-            )
+            elements.append(PARAMETRISATIONS[self.parametrisation](chosen.algebra(coordinates, k)) if move else None)
         return _once(self, landscape, flat, elements)
 
 
@@ -228,5 +229,3 @@ def _once(
     undone = torch.zeros(flat.shape[:-1], dtype=torch.bool, device=flat.device)
     leg = Leg(move.chosen_action(landscape), landscape.inputs, elements, ~undone)
     return leg.apply(landscape.mlp, flat), [leg], undone
-
-

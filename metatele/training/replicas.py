@@ -41,6 +41,8 @@ class Arm:
         batches: Of fresh samples for one teleport, used in a row.
         batch_size: Samples in each of those.
         state: ``reset`` or ``keep``: the optimizer's state at a teleport.
+        resets: At whose beginning to forget the optimizer's state without a teleport: what a reset alone does.
+        apart: The optimizer's rule is not elementwise (Muon): it gets each replica's tensors by themselves.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Arm:
     batches: int = 8
     batch_size: int = 200
     state: str = "reset"
+    resets: tuple[int, ...] = ()
+    apart: bool = False
 
     def __post_init__(self) -> None:
         """Check settings."""
@@ -120,7 +124,8 @@ class Replicas:
         count = train_samples or len(images.train_labels)
         if not 0 < batch_size <= count <= len(images.train_labels):
             raise ConfigError(
-                f"train_samples must be between the batch size ({batch_size}) and {len(images.train_labels)}, got {count}"
+                f"train_samples must lie between the batch size ({batch_size}) and {len(images.train_labels)}, "
+                f"got {count}"
             )
         for arm in arms:
             if arm.teleport is not None and arm.batches * arm.batch_size > count:
@@ -155,8 +160,14 @@ class Replicas:
         pairs = zip(weights.matrices, weights.biases, strict=True)
         return [t for pair in pairs for t in pair if t is not None]
 
+    def _slices(self, tensors: list[Tensor], arm: int) -> list[Tensor]:
+        """What an arm's optimizer sees of the joint tensors ``[seeds, arms, ...]``."""
+        if self.arms[arm].apart:
+            return [t[s, arm] for t in tensors for s in range(len(self.seeds))]
+        return [t[:, arm] for t in tensors]
+
     def _optimizer(self, arm: int) -> torch.optim.Optimizer:
-        parameters = [t[:, arm] for t in self._tensors(self.weights)]
+        parameters = self._slices(self._tensors(self.weights), arm)
         optimizer: torch.optim.Optimizer = self.arms[arm].optimizer(parameters, **self.arms[arm].settings)
         return optimizer
 
@@ -169,12 +180,13 @@ class Replicas:
         """
         history = History()
         randoms = [generator(seed, "train") for seed in self.seeds]
-        teleport_randoms = [generator(seed, "tuning") for seed in self.seeds]
         self._evaluate(history)
         for epoch in range(epochs):
             for number, arm in enumerate(self.arms):
                 if arm.teleport is not None and epoch in arm.epochs:
-                    self._teleport(number, epoch, history, teleport_randoms)
+                    self._teleport(number, arm.teleport, epoch, history)
+                if epoch in arm.resets:
+                    self.optimizers[number].state = defaultdict(dict)
             begin_s = time.perf_counter()
             orders = torch.stack([torch.randperm(len(self.train_labels), generator=g) for g in randoms]).to(self.device)
             steps = orders.shape[1] // self.batch_size
@@ -196,13 +208,13 @@ class Replicas:
         _, gradients = self.mlp.backpropagate(self.weights, inputs, labels, self.loss)
         tensors = self._tensors(gradients)
         for arm, optimizer in enumerate(self.optimizers):
-            for p, gradient in zip(optimizer.param_groups[0]["params"], tensors, strict=True):
-                p.grad = gradient[:, arm]
+            parts = self._slices(tensors, arm)
+            for p, gradient in zip(optimizer.param_groups[0]["params"], parts, strict=True):
+                p.grad = gradient
             optimizer.step()
 
-    def _teleport(self, number: int, epoch: int, history: History, randoms: list[torch.Generator]) -> None:
+    def _teleport(self, number: int, move: TeleportMove, epoch: int, history: History) -> None:
         arm = self.arms[number]
-        assert arm.teleport is not None
         begin_s = time.perf_counter()
         slices = Weights(
             tuple(W[:, number] for W in self.weights.matrices),
@@ -219,9 +231,7 @@ class Replicas:
         reports = []
         for index in torch.stack(draws).to(self.device).split(arm.batch_size, 1):
             inputs, labels = self._batch(index)
-            flat, report, _ = arm.teleport(
-                Landscape(self.mlp, inputs.squeeze(1), labels.squeeze(1), self.loss), flat
-            )
+            flat, report, _ = move(Landscape(self.mlp, inputs.squeeze(1), labels.squeeze(1), self.loss), flat)
             reports.append(report)
         moved = self.mlp.unflatten(flat)
         for target, source in zip(self._tensors(slices), self._tensors(moved), strict=True):
