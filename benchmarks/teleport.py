@@ -132,7 +132,7 @@ def main() -> None:
             ten = GradientNormAscent(1e-3, 10, action="approximate", parametrisation="first-order", max_drift=1e9)
             spent, gradient = seconds(
                 lambda scene=scene, w=w, ten=ten: ten(scene, w),
-                lambda scene=scene, w=w: scene.value_and_gradient(w),
+                lambda scene=scene, w=w: scene.at(w).gradient,
                 repeats=2,
             )
             rows.append({"width": width, "batch": batch, "step_ms": 100 * spent, "gradient_ms": 1e3 * gradient})

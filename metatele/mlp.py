@@ -185,80 +185,98 @@ class MLP:
         Returns:
             Loss ``[...]`` and flat gradient ``[..., num_parameters]``.
         """
-        value, gradients = self.backpropagate(weights, inputs, targets, loss)
-        return value, self.flatten(gradients)
+        done = Pass(self, weights, inputs)
+        done.backward(targets, loss)
+        return loss.value(done.pre[-1], targets), self.flatten(done.gradient())
+
+
+class Pass:
+    """A forward pass, and if asked a backward one, kept for what can be computed from them.
+
+    Args:
+        mlp: Shape of the networks.
+        weights: With any batch dimensions.
+        inputs: ``[..., in, n]``.
+
+    Attributes:
+        pre: ``z_1 … z_L``.
+        hidden: ``h_0 … h_{L-1}``.
+        errors: ``∂L/∂z_1 … ∂L/∂z_L``, after :meth:`backward`.
+
+    Example:
+        >>> from metatele.activations import Identity
+        >>> line = MLP((1, 1), Identity())
+        >>> done = Pass(line, line.unflatten(torch.tensor([3.0])), torch.tensor([[2.0]]))
+        >>> done.backward(torch.tensor([[1.0]]), SquaredError())
+        >>> done.gradient().matrices[0]
+        tensor([[10.]])
+    """
 
     @torch.no_grad()
-    def backpropagate(self, weights: Weights, inputs: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, Weights]:
-        """As :meth:`value_and_gradient`, with the gradient in the shape of the weights."""
-        pre, hidden = self._passed(weights, inputs)
-        error = loss.gradient(pre[-1], targets)
-        matrices: list[Tensor] = []
-        biases: list[Tensor | None] = []
-        for layer in reversed(range(len(weights.matrices))):
-            biases.append(error.sum(-1) if self.biases[layer] else None)
-            matrices.append(product(error, hidden[layer].mT))
-            if layer:
-                error = (weights.matrices[layer].mT @ error) * self.activations[layer - 1].derivative(pre[layer - 1])
-        return loss.value(pre[-1], targets), Weights(tuple(matrices[::-1]), tuple(biases[::-1]))
+    def __init__(self, mlp: MLP, weights: Weights, inputs: Tensor) -> None:
+        self.mlp, self.weights = mlp, weights
+        self.pre: list[Tensor] = []
+        self.hidden = [inputs]
+        self.errors: list[Tensor] = []
+        for layer, (matrix, bias) in enumerate(zip(weights.matrices, weights.biases, strict=True)):
+            self.pre.append(affine(matrix, bias, self.hidden[-1]))
+            if layer < len(mlp.activations):
+                self.hidden.append(mlp.activations[layer](self.pre[-1]))
 
     @torch.no_grad()
-    def hessian_product(
-        self, weights: Weights, inputs: Tensor, targets: Tensor, loss: Loss, direction: Weights
-    ) -> Tensor:
-        r"""``(∂²L/∂w²) v``, flat ``[..., num_parameters]``, by one forward and one backward sweep of tangents.
+    def backward(self, targets: Tensor, loss: Loss) -> None:
+        """Propagate the loss's derivative back to every layer."""
+        self._targets, self._loss = targets, loss
+        error = loss.gradient(self.pre[-1], targets)
+        self.errors = [error]
+        self._back: list[Tensor] = []  # the errors before the activation's derivative
+        for layer in reversed(range(1, len(self.pre))):
+            back = self.weights.matrices[layer].mT @ error
+            error = back * self.mlp.activations[layer - 1].derivative(self.pre[layer - 1])
+            self._back.insert(0, back)
+            self.errors.insert(0, error)
+
+    @torch.no_grad()
+    def gradient(self) -> Weights:
+        """``∂L/∂w`` in the shape of the weights."""
+        pairs = list(zip(self.errors, self.hidden, strict=True))
+        return Weights(
+            tuple(product(error, h.mT) for error, h in pairs),
+            tuple(e.sum(-1) if biased else None for e, biased in zip(self.errors, self.mlp.biases, strict=True)),
+        )
+
+    @torch.no_grad()
+    def hessian_product(self, direction: Weights) -> Weights:
+        r"""``(∂²L/∂w²) v`` in the shape of the weights, by one forward and one backward sweep of tangents.
 
         With ``R`` the derivative along v (Pearlmutter 1994): ``Rz = V h + W Rh``, ``Rh = f'(z) Rz``, and
         backwards the derivative of every line of backpropagation.
 
         Args:
-            weights: Weights with any batch dimensions.
-            inputs: ``[..., in, n]``.
-            targets: As the loss takes them.
-            loss: Of the output.
             direction: ``v`` in the shape of the weights.
         """
-        pre, hidden = self._passed(weights, inputs)
-        slopes, bends = [], []
-        for activation, z in zip(self.activations, pre[:-1], strict=True):
-            first, second, _ = activation.derivatives(z)
-            slopes.append(first)
-            bends.append(second)
+        derivatives = [f.derivatives(z)[:2] for f, z in zip(self.mlp.activations, self.pre[:-1], strict=True)]
         moving: list[Tensor | None] = [None]  # R h of each layer's input; the data do not move
         r_pre: list[Tensor] = []
         for layer, v in enumerate(direction.matrices):
-            r = affine(v, direction.biases[layer], hidden[layer])
+            r = affine(v, direction.biases[layer], self.hidden[layer])
             flowing = moving[layer]
-            r_pre.append(r if flowing is None else r + weights.matrices[layer] @ flowing)
-            if layer < len(slopes):
-                moving.append(slopes[layer] * r_pre[-1])
-        error = loss.gradient(pre[-1], targets)
-        r_error = loss.curvature(pre[-1], targets, r_pre[-1])
-        products: list[Tensor] = []
-        for layer in reversed(range(len(weights.matrices))):
-            if self.biases[layer]:
-                products.append(r_error.sum(-1))
-            r_matrix = product(r_error, hidden[layer].mT)
+            r_pre.append(r if flowing is None else r + self.weights.matrices[layer] @ flowing)
+            if layer < len(derivatives):
+                moving.append(derivatives[layer][0] * r_pre[-1])
+        r_error = self._loss.curvature(self.pre[-1], self._targets, r_pre[-1])
+        matrices: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        for layer in reversed(range(len(self.pre))):
+            biases.append(r_error.sum(-1) if self.mlp.biases[layer] else None)
+            r_matrix = product(r_error, self.hidden[layer].mT)
             flowing = moving[layer]
-            if flowing is not None:
-                r_matrix = r_matrix + error @ flowing.mT
-            products.append(r_matrix.flatten(-2))
+            matrices.append(r_matrix if flowing is None else r_matrix + self.errors[layer] @ flowing.mT)
             if layer:
-                back = weights.matrices[layer].mT @ error
-                r_back = direction.matrices[layer].mT @ error + weights.matrices[layer].mT @ r_error
-                r_error = r_back * slopes[layer - 1] + back * bends[layer - 1] * r_pre[layer - 1]
-                error = back * slopes[layer - 1]
-        return torch.cat(products[::-1], -1)
-
-    def _passed(self, weights: Weights, inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """``z_1 … z_L`` and ``h_0 … h_{L-1}``."""
-        pre: list[Tensor] = []
-        hidden = [inputs]
-        for layer, (matrix, bias) in enumerate(zip(weights.matrices, weights.biases, strict=True)):
-            pre.append(affine(matrix, bias, hidden[-1]))
-            if layer < len(self.activations):
-                hidden.append(self.activations[layer](pre[-1]))
-        return pre, hidden
+                slope, bend = derivatives[layer - 1]
+                r_back = direction.matrices[layer].mT @ self.errors[layer] + self.weights.matrices[layer].mT @ r_error
+                r_error = r_back * slope + self._back[layer - 1] * bend * r_pre[layer - 1]
+        return Weights(tuple(matrices[::-1]), tuple(biases[::-1]))
 
 
 class _AttachGradient(torch.autograd.Function):

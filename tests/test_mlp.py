@@ -7,7 +7,7 @@ from torch import nn
 from metatele.activations import LeakyReLU, Softplus, Tanh
 from metatele.errors import ConfigError, ShapeMismatchError
 from metatele.losses import CrossEntropy, Differentiable, MeanSquaredError, SquaredError
-from metatele.mlp import MLP, attach_gradient
+from metatele.mlp import MLP, Pass, attach_gradient
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -81,7 +81,9 @@ def test_gradient_and_hessian_product_are_those_of_autograd(loss, batch, biases)
     value, gradient = mlp.value_and_gradient(weights, x, targets, loss)
     torch.testing.assert_close(value, reference.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, expected.detach(), rtol=1e-10, atol=1e-12)
-    ours = mlp.hessian_product(weights, x, targets, loss, mlp.unflatten(v))
+    done = Pass(mlp, weights, x)
+    done.backward(targets, loss)
+    ours = mlp.flatten(done.hessian_product(mlp.unflatten(v)))
     torch.testing.assert_close(ours, product, rtol=1e-10, atol=1e-12)
 
 
@@ -93,7 +95,10 @@ def test_networks_that_share_their_data_agree_with_copies_of_it():
     both = ((x, y), (x.expand(4, 3, 6, 7), y.expand(4, 3, 7)))
     shared, copied = (mlp.value_and_gradient(weights, *data, CrossEntropy()) for data in both)
     torch.testing.assert_close(shared, copied, rtol=1e-12, atol=1e-13)
-    shared, copied = (mlp.hessian_product(weights, *data, CrossEntropy(), directions) for data in both)
+    passes = [Pass(mlp, weights, data[0]) for data in both]
+    for done, data in zip(passes, both, strict=True):
+        done.backward(data[1], CrossEntropy())
+    shared, copied = (mlp.flatten(done.hessian_product(directions)) for done in passes)
     torch.testing.assert_close(shared, copied, rtol=1e-12, atol=1e-13)
 
 

@@ -80,12 +80,12 @@ def test_objective_s_gradient_is_that_of_finite_differences(metric, loss):
     random = torch.Generator().manual_seed(2)
     A = torch.rand(w.shape, generator=random, dtype=torch.float64) + 0.1 if metric else None
     norm = GradientNorm(A)
-    value, gradient = norm.value_and_gradient(landscape, w)
-    assert float(value) == pytest.approx(float(norm.value(landscape, w)), rel=1e-12)
+    value, gradient = norm.value_and_gradient(landscape.at(w))
+    assert float(value) == pytest.approx(float(norm.value(landscape.at(w))), rel=1e-12)
     for _ in range(5):
         v = torch.randn(w.shape, generator=random, dtype=torch.float64)
         h = 1e-5
-        measured = (norm.value(landscape, w + h * v) - norm.value(landscape, w - h * v)) / (2 * h)
+        measured = (norm.value(landscape.at(w + h * v)) - norm.value(landscape.at(w - h * v))) / (2 * h)
         assert float(measured) == pytest.approx(float((gradient * v).sum()), rel=1e-6)
 
 
@@ -121,8 +121,8 @@ def test_moves_keep_the_loss_within_their_bound_and_report_it(name, batch):
     assert float(drift.max()) <= (0.01 if name == "approximate" else 1e-8)
     assert float((moved - w).abs().amax(-1).min()) > 1e-6
     norm = objective("grad-norm")
-    torch.testing.assert_close(report.objective_before, norm.value(landscape, w))
-    torch.testing.assert_close(report.objective_after, norm.value(landscape, moved))
+    torch.testing.assert_close(report.objective_before, norm.value(landscape.at(w)))
+    torch.testing.assert_close(report.objective_after, norm.value(landscape.at(moved)))
     if name in ("ascent", "normalised", "fixed", "cayley", "rescaled", "approximate", "raise-gradients"):
         assert bool((report.objective_after > report.objective_before).all())
     if name in ("descent", "balance-gradients"):
@@ -152,7 +152,7 @@ def test_layers_that_may_not_move_stay():
 
 def test_a_cap_stops_the_ascent_where_it_is_reached():
     landscape, w = problem(batch=(4,))
-    start = GradientNorm().value(landscape, w)
+    start = GradientNorm().value(landscape.at(w))
     cap = float(start.sort().values[1:3].mean())
     report = GradientNormAscent(1e-4, steps=2000, cap=cap)(landscape, w).report
     above = start >= cap
@@ -222,7 +222,7 @@ def test_ascent_ends_where_the_gradient_norm_is_stationary():
     found = GradientNormAscent(action="rescaling", descend=True, steps=200)(landscape, w)
     torch.testing.assert_close(found.report.objective_after, closed.report.objective_after, rtol=1e-10, atol=0)
     torch.testing.assert_close(found.weights, closed.weights, rtol=1e-4, atol=1e-6)
-    gradient = mlp.unflatten(landscape.value_and_gradient(closed.weights)[1]).matrices
+    gradient = mlp.unflatten(landscape.at(closed.weights).gradient).matrices
     torch.testing.assert_close(gradient[0].norm(), gradient[1].norm(), rtol=1e-10, atol=0)
 
 
@@ -230,7 +230,7 @@ def test_ascent_ends_where_the_gradient_norm_is_stationary():
 def test_balanced_layers_agree_unit_by_unit_at_any_depth(goal):
     landscape, w = problem(widths=(8, 6, 5, 7, 4), samples=9)
     moved = Rescale(goal=goal)(landscape, w).weights
-    vector = moved if goal == "balance-weights" else landscape.value_and_gradient(moved)[1]
+    vector = moved if goal == "balance-weights" else landscape.at(moved).gradient
     parts = landscape.mlp.unflatten(vector)
     for m in range(3):
         incoming = parts.matrices[m].square().sum(-1) + parts.biases[m].square()
@@ -243,7 +243,7 @@ def test_raised_gradients_are_the_best_corner_for_one_layer():
     best = 0.0
     for corner in torch.cartesian_prod(*[torch.tensor([-0.7, 0.7]).double()] * 3):
         moved = flow(landscape, w, Rescaling(), [corner], 1.0)
-        best = max(best, float(GradientNorm().value(landscape, moved)))
+        best = max(best, float(GradientNorm().value(landscape.at(moved))))
     assert float(report.objective_after) == pytest.approx(best, rel=1e-10)
 
 
@@ -257,7 +257,7 @@ def test_whitening_solves_the_paper_s_task_in_a_few_steps_on_the_outgoing_weight
     losses = []
     for _ in range(5):
         w = Whitening()(landscape, w).weights
-        gradient = landscape.value_and_gradient(w)[1]
+        gradient = landscape.at(w).gradient.clone()
         gradient[:400] = 0
         w = w - gradient
         losses.append(float(landscape.value(w)))
@@ -305,7 +305,7 @@ def naive_ascent(landscape, w, lr, steps):
 def test_ascent_is_the_paper_s_procedure(samples, loss):
     landscape, w = problem(Tanh(), samples=samples, biases=False, loss=loss)
     first = Ascent(action="approximate").direction(
-        Approximate(), landscape, w, GradientNorm().value_and_gradient(landscape, w)[1], [True, True]
+        Approximate(), landscape.at(w), GradientNorm().value_and_gradient(landscape.at(w))[1], [True, True]
     )
     lr = 0.03 / float(torch.cat(first).norm())
     move = GradientNormAscent(lr, steps=4, action="approximate", parametrisation="first-order", max_drift=math.inf)
@@ -353,11 +353,11 @@ def test_any_objective_can_be_raised():
 
         name = "distance"
 
-        def value(self, landscape, flat):
-            return flat.square().sum(-1)
+        def value(self, point):
+            return point.flat.square().sum(-1)
 
-        def value_and_gradient(self, landscape, flat):
-            return flat.square().sum(-1), 2 * flat
+        def value_and_gradient(self, point):
+            return self.value(point), 2 * point.flat
 
     landscape, w = problem()
     report = Ascent(objective=Distance(), steps=100, descend=True, action="rescaling", radius=0.5)(landscape, w).report

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from metatele.errors import ConfigError
-from metatele.geometry.landscape import Landscape
+from metatele.geometry.landscape import Point
 
 
 class Objective(ABC):
@@ -18,11 +18,11 @@ class Objective(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def value(self, landscape: Landscape, flat: Tensor) -> Tensor:
-        """Its value ``[...]`` at weights ``[..., P]``."""
+    def value(self, point: Point) -> Tensor:
+        """Its value ``[...]``."""
 
     @abstractmethod
-    def value_and_gradient(self, landscape: Landscape, flat: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
         """Its value ``[...]`` and its derivative with respect to the weights ``[..., P]``."""
 
 
@@ -39,26 +39,25 @@ class GradientNorm(Objective):
     Example:
         >>> import torch
         >>> from metatele.activations import Identity
+        >>> from metatele.geometry import Landscape
         >>> from metatele.losses import SquaredError
         >>> from metatele.mlp import MLP
         >>> parabola = Landscape(MLP((1, 1), Identity()), torch.tensor([[2.0]]), torch.zeros(1, 1), SquaredError())
-        >>> GradientNorm().value_and_gradient(parabola, torch.tensor([3.0]))  # (4w)² and its derivative
+        >>> GradientNorm().value_and_gradient(parabola.at(torch.tensor([3.0])))  # (4w)² and its derivative
         (tensor(144.), tensor([96.]))
     """
 
     metric: Tensor | None = None
     name: ClassVar[str] = "grad-norm"
 
-    def value(self, landscape: Landscape, flat: Tensor) -> Tensor:
+    def value(self, point: Point) -> Tensor:
         """See the class."""
-        gradient = landscape.value_and_gradient(flat)[1]
-        return (gradient * self._scaled(gradient)).sum(-1)
+        return (point.gradient * self._scaled(point.gradient)).sum(-1)
 
-    def value_and_gradient(self, landscape: Landscape, flat: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
         """See the class."""
-        gradient = landscape.value_and_gradient(flat)[1]
-        scaled = self._scaled(gradient)
-        return (gradient * scaled).sum(-1), 2 * landscape.hessian_product(flat, scaled)
+        scaled = self._scaled(point.gradient)
+        return (point.gradient * scaled).sum(-1), 2 * point.hessian_product(scaled)
 
     def _scaled(self, gradient: Tensor) -> Tensor:
         return gradient if self.metric is None else self.metric * gradient

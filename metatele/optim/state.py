@@ -50,7 +50,7 @@ def carry_state(
                 if _is_like(e.get(name), p):
                     e[name].copy_(part.view_as(p))
     before, after = (
-        [g.square().mean() for g in landscape.value_and_gradient(w)[1].split(sizes)] for w in (flat, teleport.weights)
+        [g.square().mean() for g in landscape.at(w).gradient.split(sizes)] for w in (flat, teleport.weights)
     )
     for e, p, old, new in zip(entries, parameters, before, after, strict=True):
         if not float(old) > 0:

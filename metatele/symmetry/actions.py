@@ -94,13 +94,25 @@ class Action(ABC):
 
     @abstractmethod
     def move(
-        self, pair: Pair, inputs: Tensor, g: GroupElement, activation: Activation, prepared: Tensor | None = None
+        self,
+        pair: Pair,
+        inputs: Tensor,
+        g: GroupElement,
+        activation: Activation,
+        prepared: Tensor | None = None,
+        pre: Tensor | None = None,
     ) -> Pair:
-        """The new pair; nothing is mutated."""
+        """The new pair; nothing is mutated. ``pre`` is ``VH + b``, if it is known."""
 
     @abstractmethod
     def pullback(
-        self, pair: Pair, inputs: Tensor, covector: Pair, activation: Activation, prepared: Tensor | None = None
+        self,
+        pair: Pair,
+        inputs: Tensor,
+        covector: Pair,
+        activation: Activation,
+        prepared: Tensor | None = None,
+        pre: Tensor | None = None,
     ) -> Tensor:
         r"""Adjoint of the action's differential at the identity: a covector on weights, seen by the algebra.
 
@@ -114,6 +126,7 @@ class Action(ABC):
             covector: Derivative of the objective by the pair, of the pair's shapes.
             activation: Between the two layers.
             prepared: :meth:`prepare` of the inputs.
+            pre: ``VH + b``, if it is known.
 
         Returns:
             Coordinates ``[..., algebra_size(k)]``.
@@ -189,13 +202,19 @@ class Exact(Action):
         return pseudo_inverse(_with_ones(inputs) if bias else inputs, rank_tolerance=tolerance)
 
     def move(
-        self, pair: Pair, inputs: Tensor, g: GroupElement, activation: Activation, prepared: Tensor | None = None
+        self,
+        pair: Pair,
+        inputs: Tensor,
+        g: GroupElement,
+        activation: Activation,
+        prepared: Tensor | None = None,
+        pre: Tensor | None = None,
     ) -> Pair:
         """See the module's table."""
         self.check(activation)
         V, U, bias = pair
         inverse = self.prepare(inputs, bias is not None) if prepared is None else prepared
-        Z = affine(V, bias, inputs)
+        Z = affine(V, bias, inputs) if pre is None else pre
         preimage = activation.inverse if self.strict else activation.unchecked_inverse
         step = (preimage(g.matrix @ activation(Z)) - Z) @ inverse
         if bias is None:
@@ -203,13 +222,19 @@ class Exact(Action):
         return Pair(V + step[..., :-1], U @ g.inverse, bias + step[..., -1])
 
     def pullback(
-        self, pair: Pair, inputs: Tensor, covector: Pair, activation: Activation, prepared: Tensor | None = None
+        self,
+        pair: Pair,
+        inputs: Tensor,
+        covector: Pair,
+        activation: Activation,
+        prepared: Tensor | None = None,
+        pre: Tensor | None = None,
     ) -> Tensor:
         """``[(q_V H⁺ᵀ)/f'(Z)] f(Z)ᵀ - Uᵀ q_U``, from ``δV = [(T f(Z))/f'(Z)] H⁺`` and ``δU = -U T``."""
         self.check(activation)
         V, U, bias = pair
         inverse = self.prepare(inputs, bias is not None) if prepared is None else prepared
-        Z = affine(V, bias, inputs)
+        Z = affine(V, bias, inputs) if pre is None else pre
         incoming = covector.V if covector.bias is None else torch.cat([covector.V, covector.bias.unsqueeze(-1)], -1)
         through = (incoming @ inverse.mT) / activation.derivative(Z)
         return (through @ activation(Z).mT - U.mT @ covector.U).flatten(-2)
@@ -241,22 +266,34 @@ class Approximate(Action):
         """Every activation will do."""
 
     def move(
-        self, pair: Pair, inputs: Tensor, g: GroupElement, activation: Activation, prepared: Tensor | None = None
+        self,
+        pair: Pair,
+        inputs: Tensor,
+        g: GroupElement,
+        activation: Activation,
+        prepared: Tensor | None = None,
+        pre: Tensor | None = None,
     ) -> Pair:
         """See the module's table."""
         V, U, bias = pair
         moved_V = g.matrix @ V
         moved_bias = None if bias is None else (g.matrix @ bias.unsqueeze(-1)).squeeze(-1)
-        before = activation(affine(V, bias, inputs))
+        before = activation(affine(V, bias, inputs) if pre is None else pre)
         after = activation(affine(moved_V, moved_bias, inputs))
         return Pair(moved_V, U + damped_right_solve(U @ (before - after), after, self._damping(after)), moved_bias)
 
     def pullback(
-        self, pair: Pair, inputs: Tensor, covector: Pair, activation: Activation, prepared: Tensor | None = None
+        self,
+        pair: Pair,
+        inputs: Tensor,
+        covector: Pair,
+        activation: Activation,
+        prepared: Tensor | None = None,
+        pre: Tensor | None = None,
     ) -> Tensor:
         """``q_V Vᵀ + q_b bᵀ - [(Uᵀ q_U A⁺ᵀ)∘f'(Z)] Zᵀ``: ``δV = T V``, ``δU = -U [f'(Z)∘(T Z)] A⁺``, A = f(Z)."""
         V, U, bias = pair
-        Z = affine(V, bias, inputs)
+        Z = affine(V, bias, inputs) if pre is None else pre
         A = activation(Z)
         spread = (U.mT @ covector.U) @ damped_pseudo_inverse(A, self._damping(A)).mT
         result = covector.V @ V.mT - (spread * activation.derivative(Z)) @ Z.mT
@@ -300,7 +337,13 @@ class Rescaling(Action):
             )
 
     def move(
-        self, pair: Pair, inputs: Tensor, g: GroupElement, activation: Activation, prepared: Tensor | None = None
+        self,
+        pair: Pair,
+        inputs: Tensor,
+        g: GroupElement,
+        activation: Activation,
+        prepared: Tensor | None = None,
+        pre: Tensor | None = None,
     ) -> Pair:
         """See the module's table; raises ``NotExactError`` for a scale that is not positive."""
         self.check(activation)
@@ -315,7 +358,13 @@ class Rescaling(Action):
         )
 
     def pullback(
-        self, pair: Pair, inputs: Tensor, covector: Pair, activation: Activation, prepared: Tensor | None = None
+        self,
+        pair: Pair,
+        inputs: Tensor,
+        covector: Pair,
+        activation: Activation,
+        prepared: Tensor | None = None,
+        pre: Tensor | None = None,
     ) -> Tensor:
         """``⟨q_V, V⟩ + q_b b - ⟨q_U, U⟩`` for each hidden unit."""
         self.check(activation)
@@ -345,6 +394,7 @@ def sweep(
     inputs: Tensor,
     elements: Sequence[GroupElement | None],
     prepared: Tensor | None = None,
+    pre: Tensor | None = None,
 ) -> Weights:
     """Act on all hidden layers, input to output, each with the inputs left by the one before.
 
@@ -355,6 +405,7 @@ def sweep(
         inputs: Data ``[..., in, n]``.
         elements: One group element per hidden layer; ``None`` leaves that layer alone.
         prepared: ``action.prepare(inputs)`` of the first layer, if the data stay the same.
+        pre: What the first layer makes of the inputs, before its activation, if it is known.
 
     Returns:
         New weights; drift is reported by :func:`drift`.
@@ -379,7 +430,8 @@ def sweep(
     for layer, g in enumerate(elements):
         pair = Pair(matrices[layer], matrices[layer + 1], biases[layer])
         if g is not None:
-            pair = action.move(pair, hidden, g, mlp.activations[layer], prepared if layer == 0 else None)
+            known = (prepared, pre) if layer == 0 else (None, None)
+            pair = action.move(pair, hidden, g, mlp.activations[layer], *known)
             matrices[layer], matrices[layer + 1], biases[layer] = pair
         if layer + 1 < len(elements):
             hidden = mlp.activations[layer](affine(pair.V, pair.bias, hidden))

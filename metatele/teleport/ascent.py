@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metatele.errors import ConfigError
-from metatele.geometry import GradientNorm, Landscape, Objective
+from metatele.geometry import GradientNorm, Landscape, Objective, Point
 from metatele.symmetry import PARAMETRISATIONS, Action, Pair
 from metatele.teleport.move import Leg, TeleportMove, finite_radius
 
@@ -66,35 +66,39 @@ class Ascent(TeleportMove):
         """The objective that is raised."""
         return self.objective
 
-    def legs(self, landscape: Landscape, flat: Tensor, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
+    def legs(self, start: Point, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
         """See the base class."""
+        landscape, point = start.landscape, start
         chosen = self.chosen_action(landscape)
-        first = landscape.outputs(flat)
-        undone = torch.zeros(flat.shape[:-1], dtype=torch.bool, device=flat.device)
+        undone = torch.zeros(start.flat.shape[:-1], dtype=torch.bool, device=start.flat.device)
         active = ~undone
-        radius = flat.new_full(flat.shape[:-1], self.radius)
+        radius = start.flat.new_full(undone.shape, self.radius)
         path: list[Leg] = []
         bounded = math.isfinite(self.max_drift)
         for _ in range(self.steps):
-            value, gradient = self.objective.value_and_gradient(landscape, flat)
+            value, gradient = self.objective.value_and_gradient(point)
             if math.isfinite(self.cap):
                 active = active & ((value > self.cap) if self.descend else (value < self.cap))
                 if not bool(active.any()):
                     break
-            direction = self.direction(chosen, landscape, flat, gradient, movable)
+            direction = self.direction(chosen, point, gradient, movable)
             tries = _TRIES if self.rate == "line-search" else 1
             waiting = active
             for _ in range(tries):
                 leg = self.step(chosen, landscape, direction, radius, waiting)
-                moved = leg.apply(landscape.mlp, flat)
-                good = waiting & torch.isfinite(moved).all(-1)
+                moved = landscape.at(leg.apply(landscape.mlp, point.flat, point.forward.pre[0]))
+                good = waiting & torch.isfinite(moved.flat).all(-1)
                 if bounded:
-                    drift = landscape.loss.drift(first, landscape.outputs(moved), landscape.targets)
+                    drift = landscape.loss.drift(start.outputs, moved.outputs, landscape.targets)
                     good = good & (drift <= self.max_drift)
                 if self.rate == "line-search":
-                    reached = self.objective.value(landscape, moved)
+                    reached = self.objective.value(moved)
                     good = good & ((reached < value) if self.descend else (reached > value))
-                flat = torch.where(good.unsqueeze(-1), moved, flat)
+                # Where every network moved, its passes serve the next step.
+                if bool(good.all()):
+                    point = moved
+                else:
+                    point = landscape.at(torch.where(good.unsqueeze(-1), moved.flat, point.flat))
                 path.append(leg._replace(active=good))
                 waiting = waiting & ~good
                 if self.rate == "line-search":
@@ -108,21 +112,19 @@ class Ascent(TeleportMove):
             active = active & ~waiting
             if not bool(active.any()):
                 break
-        return flat, [leg for leg in path if bool(leg.active.any())], undone
+        return point.flat, [leg for leg in path if bool(leg.active.any())], undone
 
-    def direction(
-        self, chosen: Action, landscape: Landscape, flat: Tensor, gradient: Tensor, movable: Sequence[bool]
-    ) -> list[Tensor | None]:
+    def direction(self, chosen: Action, point: Point, gradient: Tensor, movable: Sequence[bool]) -> list[Tensor | None]:
         """Gradient of the objective with respect to each layer's coordinates at T = 0."""
-        mlp = landscape.mlp
-        weights, covector = mlp.unflatten(flat), mlp.unflatten(gradient)
-        hidden = mlp.layer_inputs(weights, landscape.inputs)
+        mlp, weights, done = point.landscape.mlp, point.weights, point.forward
+        covector = mlp.unflatten(gradient)
         return [
             chosen.pullback(
                 Pair(weights.matrices[m], weights.matrices[m + 1], weights.biases[m]),
-                hidden[m],
+                done.hidden[m],
                 Pair(covector.matrices[m], covector.matrices[m + 1], covector.biases[m]),
                 mlp.activations[m],
+                pre=done.pre[m],
             )
             if move
             else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metatele.errors import ConfigError, SingularInputError
-from metatele.geometry import Landscape
+from metatele.geometry import Point
 from metatele.mlp import Weights
 from metatele.symmetry import PARAMETRISATIONS, GroupElement
 from metatele.teleport.move import Leg, TeleportMove, finite_radius
@@ -56,6 +56,7 @@ class Whitening(TeleportMove):
 
     Example:
         >>> from metatele.activations import LeakyReLU
+        >>> from metatele.geometry import Landscape
         >>> from metatele.losses import SquaredError
         >>> from metatele.mlp import MLP
         >>> _ = torch.manual_seed(0)
@@ -86,15 +87,15 @@ class Whitening(TeleportMove):
         if self.refresh < 1:
             raise ConfigError(f"refresh must be at least 1, got {self.refresh}")
 
-    def legs(self, landscape: Landscape, flat: Tensor, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
+    def legs(self, start: Point, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
         """See the base class."""
         if self.mode != "move":
             raise ConfigError("mode conjugate is for TeleportOptimizer: a teleport that stays needs mode move")
-        hidden = landscape.mlp.layer_inputs(landscape.mlp.unflatten(flat), landscape.inputs)[1:]
+        hidden = start.forward.hidden[1:]
         elements = [
             whitening(A @ A.mT, self.damping) if move else None for A, move in zip(hidden, movable, strict=True)
         ]
-        return _once(self, landscape, flat, elements)
+        return _once(self, start, elements)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,7 @@ class Rescaling(TeleportMove):
 
     Example:
         >>> from metatele.activations import LeakyReLU
+        >>> from metatele.geometry import Landscape
         >>> from metatele.losses import SquaredError
         >>> from metatele.mlp import MLP
         >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
@@ -136,12 +138,10 @@ class Rescaling(TeleportMove):
             raise ConfigError(f"Rescaling has the action rescaling, got {self.action!r}")
         finite_radius(self.radius)
 
-    def legs(self, landscape: Landscape, flat: Tensor, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
+    def legs(self, start: Point, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
         """See the base class."""
-        mlp = landscape.mlp
         of_weights = self.goal == "balance-weights"
-        vector = flat if of_weights else landscape.value_and_gradient(flat)[1]
-        squares = _squares(mlp.unflatten(vector))
+        squares = _squares(start.landscape.mlp.unflatten(start.flat if of_weights else start.gradient))
         logs = [torch.zeros_like(squares[m].sum(-1)) for m in range(len(movable))]
         for _ in range(_SWEEPS if sum(movable) > 1 else 1):
             for m, move in enumerate(movable):
@@ -163,7 +163,7 @@ class Rescaling(TeleportMove):
         for log, move in zip(logs, movable, strict=True):
             scale = (sign * log).exp()
             elements.append(GroupElement(torch.diag_embed(scale), torch.diag_embed(1 / scale)) if move else None)
-        return _once(self, landscape, flat, elements)
+        return _once(self, start, elements)
 
     def _best(self, incoming: Tensor, outgoing: Tensor, log: Tensor) -> Tensor:
         """The new ``log t`` where squares are now ``incoming · t²`` and ``outgoing / t²`` at the old one."""
@@ -193,6 +193,7 @@ class Random(TeleportMove):
 
     Example:
         >>> from metatele.activations import Tanh
+        >>> from metatele.geometry import Landscape
         >>> from metatele.losses import SquaredError
         >>> from metatele.mlp import MLP
         >>> _ = torch.manual_seed(0)
@@ -210,22 +211,22 @@ class Random(TeleportMove):
         super().__post_init__()
         finite_radius(self.radius)
 
-    def legs(self, landscape: Landscape, flat: Tensor, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
+    def legs(self, start: Point, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
         """See the base class."""
-        chosen = self.chosen_action(landscape)
+        flat = start.flat
+        chosen = self.chosen_action(start.landscape)
         elements: list[GroupElement | None] = []
-        for k, move in zip(landscape.mlp.hidden_widths, movable, strict=True):
+        for k, move in zip(start.landscape.mlp.hidden_widths, movable, strict=True):
             shape = (*flat.shape[:-1], chosen.algebra_size(k))
             draw = torch.randn(shape, generator=self.generator, dtype=flat.dtype)
             coordinates = draw.to(flat.device) * (self.radius / draw.norm(dim=-1, keepdim=True)).to(flat.device)
             elements.append(PARAMETRISATIONS[self.parametrisation](chosen.algebra(coordinates, k)) if move else None)
-        return _once(self, landscape, flat, elements)
+        return _once(self, start, elements)
 
 
-def _once(
-    move: TeleportMove, landscape: Landscape, flat: Tensor, elements: list[GroupElement | None]
-) -> tuple[Tensor, list[Leg], Tensor]:
+def _once(move: TeleportMove, start: Point, elements: list[GroupElement | None]) -> tuple[Tensor, list[Leg], Tensor]:
     """One leg with the given elements, for all networks."""
+    landscape, flat = start.landscape, start.flat
     undone = torch.zeros(flat.shape[:-1], dtype=torch.bool, device=flat.device)
     leg = Leg(move.chosen_action(landscape), landscape.inputs, elements, ~undone)
-    return leg.apply(landscape.mlp, flat), [leg], undone
+    return leg.apply(landscape.mlp, flat, start.forward.pre[0]), [leg], undone

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metatele.errors import ConfigError
-from metatele.geometry import GradientNorm, Landscape, Objective
+from metatele.geometry import GradientNorm, Landscape, Objective, Point
 from metatele.mlp import MLP
 from metatele.symmetry import ACTIONS, Action, Exact, GroupElement, action, sweep
 
@@ -34,9 +34,9 @@ class Leg(NamedTuple):
     elements: list[GroupElement | None]
     active: Tensor
 
-    def apply(self, mlp: MLP, flat: Tensor) -> Tensor:
-        """The weights ``[..., P]`` moved; differentiable in them."""
-        moved = mlp.flatten(sweep(self.action, mlp, mlp.unflatten(flat), self.inputs, self.elements))
+    def apply(self, mlp: MLP, flat: Tensor, pre: Tensor | None = None) -> Tensor:
+        """The weights ``[..., P]`` moved; differentiable in them. ``pre``: see :func:`sweep`."""
+        moved = mlp.flatten(sweep(self.action, mlp, mlp.unflatten(flat), self.inputs, self.elements, pre=pre))
         return torch.where(self.active.unsqueeze(-1), moved, flat)
 
 
@@ -108,7 +108,7 @@ class TeleportMove(ABC):
         return GradientNorm()
 
     @abstractmethod
-    def legs(self, landscape: Landscape, flat: Tensor, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
+    def legs(self, start: Point, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
         """Weights, path and which networks had a step taken back."""
 
     @torch.no_grad()
@@ -127,22 +127,23 @@ class TeleportMove(ABC):
             raise ConfigError(f"movable must say yes or no for each of {hidden} hidden layers, got {len(chosen)}")
         if not any(chosen):
             raise ConfigError("a teleport needs a hidden layer that may be moved")
-        outputs = landscape.outputs(flat)
-        before = self.measured.value(landscape, flat)
-        moved, path, undone = self.legs(landscape, flat, chosen)
-        after_outputs = landscape.outputs(moved)
-        drift = landscape.loss.drift(outputs, after_outputs, landscape.targets)
+        start = landscape.at(flat)
+        before = self.measured.value(start)
+        moved, path, undone = self.legs(start, chosen)
+        end = landscape.at(moved)
+        drift = landscape.loss.drift(start.outputs, end.outputs, landscape.targets)
         accepted = torch.isfinite(moved).all(-1) & (drift <= self.max_drift)
         if not bool(accepted.all()):
             moved = torch.where(accepted.unsqueeze(-1), moved, flat)
             path = [leg._replace(active=leg.active & accepted) for leg in path]
-            after_outputs = landscape.outputs(moved)
+            end = landscape.at(moved)
+            drift = landscape.loss.drift(start.outputs, end.outputs, landscape.targets)
         report = Report(
-            landscape.loss.value(outputs, landscape.targets),
-            landscape.loss.value(after_outputs, landscape.targets),
+            start.value,
+            end.value,
             before,
-            self.measured.value(landscape, moved),
-            landscape.loss.drift(outputs, after_outputs, landscape.targets),
+            self.measured.value(end),
+            drift,
             undone | ~accepted,
             len(path),
             time.perf_counter() - begin_s,

@@ -21,7 +21,7 @@ from metatele.data import ImageSet
 from metatele.errors import ConfigError
 from metatele.geometry import Landscape
 from metatele.losses import CrossEntropy
-from metatele.mlp import MLP, Weights
+from metatele.mlp import MLP, Pass, Weights
 from metatele.random import generator
 from metatele.teleport import TeleportMove
 
@@ -205,8 +205,9 @@ class Replicas:
 
     def _step(self, index: Tensor) -> None:
         inputs, labels = self._batch(index)
-        _, gradients = self.mlp.backpropagate(self.weights, inputs, labels, self.loss)
-        tensors = self._tensors(gradients)
+        done = Pass(self.mlp, self.weights, inputs)
+        done.backward(labels, self.loss)
+        tensors = self._tensors(done.gradient())
         for arm, optimizer in enumerate(self.optimizers):
             parts = self._slices(tensors, arm)
             for p, gradient in zip(optimizer.param_groups[0]["params"], parts, strict=True):
