@@ -131,8 +131,13 @@ class FixedGradient(Loss):
         return torch.zeros_like(direction)
 
     def drift(self, before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
-        """Relative change of the outputs in the Frobenius norm, since the loss itself is not known."""
-        size = before.norm(dim=(-2, -1)).clamp_min(torch.finfo(before.dtype).tiny)
+        """Change of the outputs relative to how much they vary over the samples, as the loss is not known.
+
+        A common offset of the outputs would hide changes that matter, so each output's mean is left out;
+        for a single sample it is not.
+        """
+        varying = before - before.mean(-1, keepdim=True) if before.shape[-1] > 1 else before
+        size = varying.norm(dim=(-2, -1)).clamp_min(torch.finfo(before.dtype).tiny)
         return (after - before).norm(dim=(-2, -1)) / size
 
 

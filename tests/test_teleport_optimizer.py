@@ -8,9 +8,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import metatele
-from metatele.errors import ConfigError, MetateleError, ShapeMismatchError, UnsupportedModelError
+from metatele.errors import ConfigError, MetateleError, NotExactError, ShapeMismatchError, UnsupportedModelError
 from metatele.geometry import GradientNorm
 from metatele.optim.state import metric_of
 from metatele.optim.teleport import batch_landscape
@@ -415,7 +416,7 @@ def test_settings_and_models_that_cannot_be_are_one_clear_error():
     for settings, words in (
         ({}, "either at or every"),
         ({"at": [0], "every": 2}, "either at or every"),
-        ({"every": 0}, "every must be at least 1"),
+        ({"every": 0}, "every must be a whole number"),
         ({"at": [0], "state": "forget"}, "state must be one of"),
         ({"at": [0], "metric": "fisher"}, "metric must be"),
         ({"at": [0], "metric": "adaptive", "teleport": metatele.Random()}, "needs an ascent"),
@@ -460,3 +461,137 @@ def test_hooks_do_not_outlive_the_optimizer():
         assert len(optimizer._capture.passes) == 1
     del optimizer
     assert list(itertools.chain(model[0]._forward_hooks, model[4]._forward_hooks)) == []
+
+
+# --- what a review found
+
+
+def test_a_scaled_gradient_is_seen_as_the_optimizer_sees_it():
+    reports = []
+    for scale in (1.0, 65536.0):
+        model, base, x, y = make("SGD", torch.float64)
+        move = metatele.GradientNormAscent(1e-3, max_drift=0.5)
+        optimizer = metatele.TeleportOptimizer(base, model, move, at=[0])
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(nn.functional.mse_loss(model(x), y)).backward()
+        scaler.step(optimizer)
+        reports.append(optimizer.report)
+    torch.testing.assert_close(reports[0].objective_after, reports[1].objective_after, rtol=1e-9, atol=0)
+    assert bool(reports[0].loss_before.isnan())
+
+
+def test_several_backward_passes_through_one_forward_pass_count_once():
+    model, base, x, y = make(dtype=torch.float64)
+    optimizer = metatele.TeleportOptimizer(base, model, at=[0])
+    outputs = model(x)
+    (0.25 * nn.functional.mse_loss(outputs, y)).backward(retain_graph=True)
+    (0.75 * nn.functional.mse_loss(outputs, y)).backward()
+    optimizer.step()
+    other, other_base, _, _ = make(dtype=torch.float64)
+    train(other, metatele.TeleportOptimizer(other_base, other, at=[0]), x, y, 1)
+    torch.testing.assert_close(flat(model), flat(other), rtol=1e-7, atol=1e-9)
+
+
+def test_sequences_and_single_samples_are_rows_of_one_batch():
+    model, _, x, y = make(dtype=torch.float64)
+    twin, _, _, _ = make(dtype=torch.float64)
+    metatele.teleport_(model, x, y, nn.functional.mse_loss)
+    report = metatele.teleport_(twin, x[:, None], y[:, None], nn.functional.mse_loss)
+    torch.testing.assert_close(flat(model), flat(twin))
+    assert float(report.loss_before) == pytest.approx(float(nn.functional.mse_loss(make(dtype=torch.float64)[0](x), y)))
+    model, base, x, y = make()
+    optimizer = metatele.TeleportOptimizer(base, model, at=[0])
+    nn.functional.mse_loss(model(x[0]), y[0]).backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["teleports"] == 1
+
+
+def test_half_precision_models_are_teleported_in_single():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.LeakyReLU(0.1), nn.Linear(6, 3)).bfloat16()
+    x, y = torch.randn(5, 8).bfloat16(), torch.randn(5, 3).bfloat16()
+    before = flat(model)
+    report = metatele.teleport_(model, x, y, lambda a, b: nn.functional.mse_loss(a.float(), b.float()))
+    assert float(report.objective_after) > 2 * float(report.objective_before)
+    assert not torch.equal(flat(model), before)
+
+
+def test_what_cannot_be_teleported_on_is_skipped_and_the_loop_goes_on():
+    for move in (None, metatele.Whitening(), metatele.Whitening(mode="conjugate")):
+        model, base, x, y = make("SGD")
+        optimizer = metatele.TeleportOptimizer(base, model, move, every=1)
+        nn.functional.mse_loss(model(x[:0]), y[:0], reduction="sum").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x * float("nan")), y).backward()
+        optimizer.step()
+        assert optimizer.param_groups[0]["teleport_steps"] == 2
+        assert optimizer.param_groups[0]["teleports"] == 0
+
+
+def test_input_buffers_may_be_used_again_and_cleared_passes_are_forgotten():
+    model, base, x, y = make(dtype=torch.float64)
+    optimizer = metatele.TeleportOptimizer(base, model, at=[0])
+    nn.functional.mse_loss(model(x + 1), y).backward()
+    model.zero_grad(set_to_none=False)  # skipped
+    buffer = torch.empty(2, 8, dtype=torch.float64)
+    for part in (slice(0, 2), slice(2, 4)):
+        buffer.copy_(x[part])
+        nn.functional.mse_loss(model(buffer), y[part]).backward()
+    inputs, _ = optimizer._capture.columns(torch.float64)
+    assert torch.equal(inputs.T, x[:4])
+
+
+def test_conjugation_goes_on_after_saving_and_loading():
+    def step(model, optimizer, k):
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(k))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    move = metatele.Whitening(mode="conjugate", inputs=True, refresh=2)
+    model, base, _, _ = make()
+    optimizer = metatele.TeleportOptimizer(base, model, move)
+    for k in range(5):
+        step(model, optimizer, k)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    twin_model, twin_base, _, _ = make(seed=1)
+    twin = metatele.TeleportOptimizer(twin_base, twin_model, move)
+    twin_model.load_state_dict(weights)
+    twin.load_state_dict(saved)
+    for k in range(5, 10):
+        step(model, optimizer, k)
+        step(twin_model, twin, k)
+    assert torch.equal(flat(model), flat(twin_model))
+
+
+def test_tied_activations_and_computed_weights_are_seen():
+    tanh = nn.Tanh()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), tanh, nn.Linear(6, 3), tanh)
+    x, y = torch.randn(5, 8), torch.randn(5, 3)
+    expected = float(nn.functional.mse_loss(model(x), y).detach())
+    assert float(metatele.teleport_(model, x, y, nn.functional.mse_loss).loss_before) == pytest.approx(expected)
+    pruned = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    prune.l1_unstructured(pruned[0], "weight", amount=0.5)
+    with pytest.raises(UnsupportedModelError, match="'0' is not a plain Linear"):
+        metatele.teleport_(pruned, torch.randn(3, 4), torch.randn(3, 4), nn.functional.mse_loss)
+
+
+def test_more_wrong_arguments_are_one_clear_error():
+    model, base, x, y = make()
+    conjugate = metatele.Whitening(mode="conjugate")
+    for settings, words in (
+        ({"at": 0}, "collection of steps"),
+        ({"at": [-1]}, "whole numbers, zero or more"),
+        ({"every": 2.5}, "whole number"),
+        ({"every": "2"}, "whole number"),
+        ({"teleport": conjugate, "batches": list, "loss_fn": nn.functional.mse_loss}, "takes no batches"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            metatele.TeleportOptimizer(base, model, **settings)
+    with pytest.raises(ConfigError, match="no setting 'speed'"):
+        metatele.teleport_(model, x, y, nn.functional.mse_loss, speed=3)
+    tanh = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    with pytest.raises(NotExactError, match="positively homogeneous"):
+        metatele.TeleportOptimizer(torch.optim.SGD(tanh.parameters(), lr=0.1), tanh, metatele.Rescaling(), at=[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,17 @@ class Conjugation:
                 assert moment is not None
                 self.elements[layer] = whitening(moment / corrected, self.move.damping)
         self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running averages and the elements in use."""
+        elements = [None if g is None else list(g) for g in self.elements]
+        return {"moments": list(self.moments), "elements": elements, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.moments = [None if m is None else m.clone() for m in state["moments"]]
+        self.elements = [None if g is None else GroupElement(*(t.clone() for t in g)) for g in state["elements"]]
+        self.updates = state["updates"]
 
     @contextmanager
     def whitened(self, linears: list[nn.Linear]) -> Iterator[None]:

@@ -44,12 +44,13 @@ def _is_plain_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _flat_modules(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+def flat_modules(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Path and module of everything in nested Sequentials, in the order of a pass."""
     modules: list[tuple[str, nn.Module]] = []
     for name, module in model._modules.items():  # named_children would skip a module used twice
         assert module is not None
         path = f"{prefix}{name}"
-        modules += _flat_modules(module, path + ".") if _is_plain_sequential(module) else [(path, module)]
+        modules += flat_modules(module, path + ".") if _is_plain_sequential(module) else [(path, module)]
     return modules
 
 
@@ -81,7 +82,7 @@ def read_sequential(model: nn.Module, framed: bool = False) -> tuple[list[nn.Lin
         raise UnsupportedModelError(
             f"model must be an nn.Sequential of Linear and activations, got {type(model).__name__}"
         )
-    modules = _flat_modules(model)
+    modules = flat_modules(model)
     if framed:
         modules = _without_frame(modules)
     linears: list[nn.Linear] = []
@@ -92,6 +93,8 @@ def read_sequential(model: nn.Module, framed: bool = False) -> tuple[list[nn.Lin
         if type(module) is nn.Linear:  # not a subclass, which parametrised layers are
             if linears and len(between) < len(linears):
                 raise UnsupportedModelError(f"layer {path!r} follows another Linear without an activation")
+            if set(module._parameters) != {"weight", "bias"}:  # pruned or normalised by hooks, say
+                raise UnsupportedModelError(f"layer {path!r} is not a plain Linear: its weight is computed from others")
             if id(module.weight) in paths:
                 raise UnsupportedModelError(f"layers {paths[id(module.weight)]!r} and {path!r} share a weight")
             paths[id(module.weight)] = path
@@ -181,13 +184,13 @@ class InputCapture:
 class PassCapture:
     """What a teleport needs of the passes whose gradients were taken: inputs and output gradients.
 
-    Two forward hooks, on the first and on the last Linear; ``wanted`` decides at each pass whether it is
-    kept, so a step without a teleport costs nothing.
+    Forward hooks on the first and on the last Linear; the owner's ``teleport_due`` decides at each pass
+    whether it is kept, so a step without a teleport costs nothing.
     """
 
     def __init__(self, linears: list[nn.Linear]) -> None:
         self.linears = linears
-        self.passes: list[tuple[Tensor, Tensor]] = []
+        self.passes: list[tuple[Tensor, Tensor, list[Tensor]]] = []  # inputs, last layer's inputs, gradients
         self._inputs: Tensor | None = None
         self._owner: weakref.ref[Any] | None = None
 
@@ -201,14 +204,17 @@ class PassCapture:
         if owner is None or not owner.teleport_due or not torch.is_grad_enabled():
             return
         if module is self.linears[0]:
-            if not any(p.grad is not None for linear in self.linears for p in linear.parameters()):
+            gradients = [p.grad for linear in self.linears for p in linear.parameters() if p.grad is not None]
+            if not any(bool(gradient.any()) for gradient in gradients):
                 self.passes = []  # gradients were cleared since
-            self._inputs = arguments[0].detach()
+            self._inputs = arguments[0].detach().clone()  # a training loop may use its buffer again
         if module is self.linears[-1] and self._inputs is not None and output.requires_grad:
-            inputs = self._inputs
+            kept: tuple[Tensor, Tensor, list[Tensor]] = (self._inputs, arguments[0].detach(), [])
 
             def keep(gradient: Tensor) -> None:
-                self.passes.append((inputs, gradient.detach()))
+                if not kept[2]:  # the first of perhaps several backward passes through this forward pass
+                    self.passes.append(kept)
+                kept[2].append(gradient.detach())
 
             output.register_hook(keep)
 
@@ -217,12 +223,33 @@ class PassCapture:
         self.passes, self._inputs = [], None
 
     def columns(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Inputs ``[d, n]`` and output gradients ``[o, n]`` of all passes, one column per sample."""
-        kept = [(x.flatten(0, -2), g.flatten(0, -2)) for x, g in self.passes if x.numel()]
+        """Inputs ``[d, n]`` and output gradients ``[o, n]`` of all passes, one column per sample.
+
+        The gradients are scaled to what the optimizer sees, ``p.grad`` of the last layer: a ``GradScaler``
+        has unscaled it, and clipping may have shortened it.
+        """
+        kept = [(_rows(x), _rows(h), _rows(sum_of(gradients))) for x, h, gradients in self.passes if x.numel()]
         if not kept:
             return None
-        return tuple(torch.cat(part).to(dtype).T for part in zip(*kept, strict=True))  # type: ignore[return-value]
+        inputs, last, gradient = (torch.cat(part).to(dtype) for part in zip(*kept, strict=True))
+        seen = self.linears[-1].weight.grad
+        if seen is not None:
+            recorded = gradient.T @ last
+            product = (recorded * seen.to(dtype)).sum()
+            # Only where the recorded passes explain the gradient: a penalty may have added its own.
+            if float(product) > 0.99 * float(recorded.norm() * seen.to(dtype).norm()) > 0:
+                gradient = gradient * (product / recorded.square().sum())
+        return inputs.T, gradient.T
 
     def __getstate__(self) -> dict[str, Any]:
         """The layers travel with a copy, data and owner do not."""
         return {**self.__dict__, "passes": [], "_inputs": None, "_owner": None}
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def sum_of(tensors: list[Tensor]) -> Tensor:
+    """Sum of tensors of one shape."""
+    return torch.stack(tensors).sum(0) if len(tensors) > 1 else tensors[0]

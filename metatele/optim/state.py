@@ -87,6 +87,6 @@ def metric_of(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) 
         if "exp_avg_sq" in entry:
             moment = moment / (1 - group["betas"][1] ** float(entry["step"]))
         parts.append(1 / (moment.sqrt() + group.get("eps", 1e-8)).flatten())
-    if not found and any(optimizer.state.get(p) for p in parameters):
+    if not found:
         raise ConfigError(f"metric adaptive needs second moments, and {type(optimizer).__name__} keeps none")
     return torch.cat(parts)

@@ -15,8 +15,9 @@ from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
 from metatele.geometry import GradientNorm, Landscape, objective
 from metatele.losses import Differentiable, FixedGradient
 from metatele.optim.conjugate import Conjugation
-from metatele.optim.modules import PassCapture, read_sequential
+from metatele.optim.modules import PassCapture, flat_modules, read_sequential
 from metatele.optim.state import STRATEGIES, carry_state, metric_of
+from metatele.symmetry import action
 from metatele.teleport import Ascent, GradientNormAscent, Report, Teleport, TeleportMove, Whitening
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -28,9 +29,11 @@ class TeleportOptimizer(torch.optim.Optimizer):
 
     At the chosen steps the wrapped optimizer makes its step, and then the weights are teleported on the
     data of the backward passes just made, which are taken by hooks; nothing is asked of the training
-    loop. What a pass tells is its input and ``∂L/∂output``. A teleport keeps the outputs, so it keeps that
-    gradient too, and it stands for the loss: exactly where the action is exact, else up to the drift.
-    With ``batches`` and ``loss_fn`` the teleport is made on those instead, one after another.
+    loop. What a pass tells is its input and ``∂L/∂output``. A teleport keeps the outputs, so along it that
+    gradient stays what it is and stands for the loss, whatever that is. It is the one from before the base
+    optimizer's step, so objectives are those of the new weights up to the size of that step; the report
+    knows no loss (``nan``), and its drift is the change of the outputs relative to their spread over the samples.
+    With ``batches`` and ``loss_fn`` the teleport is made on those instead, one after another, with the real loss.
 
     Between teleports, and where none is due, it is the wrapped optimizer bit for bit. A step in which no
     parameter had a gradient, or with every ``lr`` 0, does not teleport. A layer with a frozen parameter, or
@@ -91,13 +94,23 @@ class TeleportOptimizer(torch.optim.Optimizer):
         move = GradientNormAscent() if teleport is None else teleport
         if not isinstance(move, TeleportMove):
             raise TypeError(f"teleport must be a teleport move, got {type(move).__name__}")
+        linears, mlp = read_sequential(model, framed=True)
+        if move.action != "auto":
+            for activation in mlp.activations:
+                action(move.action).check(activation)
         conjugate = isinstance(move, Whitening) and move.mode == "conjugate"
         if conjugate and at is None and every is None:
             every = 1
         if (at is None) == (every is None):
             raise ConfigError("give either at or every: the steps after which to teleport")
-        if every is not None and every < 1:
-            raise ConfigError(f"every must be at least 1, got {every}")
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise ConfigError(f"every must be a whole number of at least 1, got {every!r}")
+        try:
+            steps = None if at is None else frozenset(at)
+        except TypeError:
+            raise ConfigError(f"at must be a collection of steps, got {at!r}") from None
+        if steps is not None and not all(isinstance(s, int) and s >= 0 for s in steps):
+            raise ConfigError(f"at must hold whole numbers, zero or more, got {at!r}")
         if state not in STRATEGIES:
             raise ConfigError(f"state must be one of {', '.join(STRATEGIES)}, got {state!r}")
         if metric not in ("euclidean", "adaptive"):
@@ -108,14 +121,16 @@ class TeleportOptimizer(torch.optim.Optimizer):
             raise ConfigError("mode conjugate takes one gradient for a step, and LBFGS evaluates several")
         if (batches is None) != (loss_fn is None):
             raise ConfigError("batches and loss_fn belong together")
+        if conjugate and batches is not None:
+            raise ConfigError("mode conjugate whitens the batch whose gradient is taken: it takes no batches")
         self.base = base
         super().__setstate__({})  # hooks and profiling, without a second copy of groups and state
         self.model, self.teleport = model, move
-        self.at, self.every = None if at is None else frozenset(at), every
+        self.at, self.every = steps, every
         self.strategy, self.metric = state, metric
         self.batches, self.loss_fn = batches, loss_fn
         self.report: Report | None = None
-        self._linears, self._mlp = read_sequential(model, framed=True)
+        self._linears, self._mlp = linears, mlp
         known = {id(p) for p in model.parameters()}
         for p in (p for group in base.param_groups for p in group["params"]):
             if id(p) not in known:
@@ -124,6 +139,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
             base.param_groups[0].setdefault(name, value)
         self._conjugation = Conjugation(move, self._linears) if isinstance(move, Whitening) and conjugate else None
         self._capture = PassCapture(self._linears)
+        self._scaled: tuple[Tensor, Tensor] | None = None
         self._listen()
 
     # --- the wrapped optimizer's own things
@@ -165,12 +181,19 @@ class TeleportOptimizer(torch.optim.Optimizer):
         self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's; the counters lie in its first group."""
-        return self.base.state_dict()
+        """The wrapped optimizer's; counters, and the averages of a conjugation, lie in its first group."""
+        state = self.base.state_dict()
+        if self._conjugation is not None:
+            state["param_groups"][0]["conjugation"] = self._conjugation.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The wrapped optimizer's, also one saved without teleportation."""
-        self.base.load_state_dict(copy.deepcopy(state_dict))  # torch would share the caller's tensors
+        state = copy.deepcopy(state_dict)  # torch would share the caller's tensors
+        averages = state["param_groups"][0].pop("conjugation", None)
+        self.base.load_state_dict(state)
+        if self._conjugation is not None and averages is not None:
+            self._conjugation.load_state_dict(averages)
         for name, value in _COUNTERS.items():
             self.base.param_groups[0].setdefault(name, value)
 
@@ -196,14 +219,20 @@ class TeleportOptimizer(torch.optim.Optimizer):
                 return given()
 
         moving = self._moving()
+        if closure is None and due:
+            # The gradients' own scale is known before the step alone.
+            self._scaled = self._capture.columns(self._flat().dtype)
         loss = self.base.step() if closure is None else self.base.step(closure)
         if closure is not None:
             moving = self._moving()
-        if any(moving):
-            if due:
+            self._scaled = self._capture.columns(self._flat().dtype) if due else None
+        try:
+            if any(moving) and due:
                 self._teleport(moving)
-            self.param_groups[0]["teleport_steps"] += 1
-        self._capture.clear()
+        finally:
+            self.param_groups[0]["teleport_steps"] += any(moving)
+            self._scaled = None
+            self._capture.clear()
         return loss
 
     def _conjugated(self, closure: Callable[[], Any] | None) -> Any:
@@ -215,20 +244,25 @@ class TeleportOptimizer(torch.optim.Optimizer):
         moving = self._moving()
         if any(moving) and self._conjugation is not None:
             flat = self._flat()
-            (landscape,) = self._landscapes(flat.dtype)
-            weights = self._mlp.unflatten(flat)
-            hidden = self._mlp.layer_inputs(weights, landscape.inputs)
-            self._conjugation.observe([h.mT for h in hidden], self._linears)
-            with self._conjugation.whitened(self._linears):
+            self._scaled = self._capture.columns(flat.dtype)
+            landscapes = self._landscapes()
+            usable = bool(landscapes) and bool(torch.isfinite(flat).all() & torch.isfinite(landscapes[0].inputs).all())
+            if usable:
+                hidden = self._mlp.layer_inputs(self._mlp.unflatten(flat), landscapes[0].inputs)
+                self._conjugation.observe([h.mT for h in hidden], self._linears)
+                with self._conjugation.whitened(self._linears):
+                    self.base.step()
+            else:
                 self.base.step()
             self.param_groups[0]["teleport_steps"] += 1
-            self.param_groups[0]["teleports"] += 1
+            self.param_groups[0]["teleports"] += usable
+        self._scaled = None
         self._capture.clear()
         return loss
 
     def _moving(self) -> list[bool]:
         """Which parameters of the model a step changes."""
-        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        rates = {id(p): float(group.get("lr", 1.0)) for group in self.param_groups for p in group["params"]}
         return [p.grad is not None and rates.get(id(p), 0.0) != 0 for p in self.model.parameters()]
 
     def _teleport(self, moving: Sequence[bool]) -> None:
@@ -238,10 +272,16 @@ class TeleportOptimizer(torch.optim.Optimizer):
         parameters = list(self.model.parameters())
         flat = self._flat()
         move = self._with_metric(parameters, flat.dtype)
-        for landscape in self._landscapes(flat.dtype):
+        for landscape in self._landscapes():
+            group = self.param_groups[0]
+            if not all(bool(torch.isfinite(t).all()) for t in (landscape.inputs, flat)):
+                group["teleports_rolled_back"] += 1  # nothing to be made of such a batch
+                continue
             result = move(landscape, flat, movable)
             self.report = result.report
-            group = self.param_groups[0]
+            if self.batches is None:
+                unknown = torch.full_like(result.report.drift, torch.nan)
+                self.report = result.report._replace(loss_before=unknown, loss_after=unknown)
             group["teleports"] += int(bool(result.path) and not torch.equal(result.weights, flat))
             group["teleports_rolled_back"] += int(bool(result.report.rolled_back))
             carry_state(self.base, self.strategy, parameters, self._mlp, landscape, flat, result)
@@ -268,10 +308,13 @@ class TeleportOptimizer(torch.optim.Optimizer):
         metric = metric_of(self.base, parameters).to(dtype)
         return dataclasses.replace(self.teleport, objective=GradientNorm(metric))  # type: ignore[call-arg]
 
-    def _landscapes(self, dtype: torch.dtype) -> list[Landscape]:
+    def _landscapes(self) -> list[Landscape]:
         if self.batches is not None and self.loss_fn is not None:
+            dtype = self._flat().dtype
             return [batch_landscape(self.model, x, y, self.loss_fn, dtype) for x, y in self.batches()]
-        captured = self._capture.columns(dtype)
+        captured = self._scaled
+        if captured is None and self._capture.passes:
+            return []  # the batch was empty
         if captured is None:
             raise MetateleError(
                 "a teleport needs the layer inputs, and no gradient was taken through a forward pass of the model "
@@ -296,6 +339,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and listen to the copied model."""
         self.__dict__.update(state)
+        self._scaled = None
         super().__setstate__({})
         self._linears, self._mlp = read_sequential(self.model, framed=True)
         self._capture.attach(self)
@@ -321,7 +365,7 @@ def batch_landscape(
         dtype: Of the computation; the parameters' own if not given.
     """
     linears, mlp = read_sequential(model, framed=True)
-    modules = list(_leaves(model))
+    modules = [module for _, module in flat_modules(model)]
     begin, end = (next(i for i, m in enumerate(modules) if m is linear) for linear in (linears[0], linears[-1]))
     with torch.no_grad():
         first = inputs
@@ -332,6 +376,7 @@ def batch_landscape(
     tail = modules[end + 1 :]
 
     def loss(outputs: Tensor, wanted: Tensor) -> Tensor:
+        outputs = outputs.reshape(*first.shape[:-1], outputs.shape[-1])
         for module in tail:
             outputs = module(outputs)
         result = loss_fn(outputs, wanted)
@@ -339,16 +384,9 @@ def batch_landscape(
             raise ShapeMismatchError(f"loss_fn must give a scalar, got shape {tuple(result.shape)}")
         return result
 
-    dtype = dtype or linears[0].weight.dtype
+    own = linears[0].weight.dtype
+    dtype = dtype or (own if own in (torch.float32, torch.float64) else torch.float32)
     return Landscape(mlp, first.flatten(0, -2).to(dtype).T, targets, Differentiable(loss))
-
-
-def _leaves(module: nn.Module) -> Iterable[nn.Module]:
-    for child in module.children() if isinstance(module, nn.Sequential) else ():
-        if isinstance(child, nn.Sequential):
-            yield from _leaves(child)
-        else:
-            yield child
 
 
 @torch.no_grad()
@@ -384,7 +422,7 @@ def teleport_(
     linears, _ = read_sequential(model, framed=True)
     move = _move(objective, settings)
     parameters = [p for linear in linears for p in linear.parameters()]
-    flat = torch.cat([p.detach().flatten() for p in parameters])
+    flat = torch.cat([p.detach().flatten() for p in parameters]).to(landscape.inputs.dtype)
     free = [all(p.requires_grad for p in linear.parameters()) for linear in linears]
     movable = [free[m] and free[m + 1] for m in range(len(free) - 1)]
     result: Teleport = move(landscape, flat, movable)
@@ -400,4 +438,7 @@ def _move(wanted: str | TeleportMove, settings: dict[str, Any]) -> TeleportMove:
         return wanted
     if "lr" in settings:
         settings = {"rate": "fixed", **settings}
+    known = {f.name for f in dataclasses.fields(Ascent)} - {"objective"}
+    if unknown := sorted(set(settings) - known):
+        raise ConfigError(f"an ascent has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
     return Ascent(objective=objective(wanted), **settings)

@@ -42,6 +42,10 @@ def whitening(second_moment: Tensor, damping: float) -> GroupElement:
 class Whitening(TeleportMove):
     r"""``g = (AAᵀ + λ‖AAᵀ‖ I)^{-1/2}`` with ``A = f(VH)``: hidden units become orthonormal over the batch.
 
+    That holds with the exact action. The approximate one (which ``auto`` takes for more samples than inputs)
+    moves ``V`` to ``gV``, and ``f(gVH)`` is only roughly ``g f(VH)``: it is then a heuristic that often drifts
+    past the bound.
+
     At the teleported point the loss is as well conditioned in the outgoing weights as it can be, and
     a gradient step on them is a Gauss-Newton step (PAPER §4).
 
