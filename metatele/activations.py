@@ -27,6 +27,7 @@ class Activation(ABC):
         range: Open interval of values; the exact action must stay inside it.
         invertible: Whether :meth:`inverse` exists on ``range``.
         positively_homogeneous: Whether ``f(c z) = c f(z)`` for every ``c > 0``.
+        piecewise_linear: Whether the second derivative is zero wherever it exists.
 
     Example:
         >>> f = LeakyReLU(0.1)
@@ -38,6 +39,7 @@ class Activation(ABC):
     range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
     invertible: ClassVar[bool] = True
     positively_homogeneous: ClassVar[bool] = False
+    piecewise_linear: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, z: Tensor) -> Tensor:
@@ -85,6 +87,7 @@ class Identity(Activation):
 
     name: ClassVar[str] = "identity"
     positively_homogeneous: ClassVar[bool] = True
+    piecewise_linear: ClassVar[bool] = True
 
     def __call__(self, z: Tensor) -> Tensor:
         """Value at ``z``."""
@@ -111,6 +114,7 @@ class LeakyReLU(Activation):
     slope: float = 0.01
     name: ClassVar[str] = "leaky_relu"
     positively_homogeneous: ClassVar[bool] = True
+    piecewise_linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse slopes without an inverse."""
@@ -147,6 +151,7 @@ class ReLU(Activation):
     range: ClassVar[tuple[float, float]] = (0.0, math.inf)
     invertible: ClassVar[bool] = False
     positively_homogeneous: ClassVar[bool] = True
+    piecewise_linear: ClassVar[bool] = True
 
     def __call__(self, z: Tensor) -> Tensor:
         """Value at ``z``."""

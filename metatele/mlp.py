@@ -230,10 +230,13 @@ class Pass:
         error = loss.gradient(self.pre[-1], targets)
         self.errors = [error]
         self._back: list[Tensor] = []  # the errors before the activation's derivative
+        self._slopes: list[Tensor] = []
         for layer in reversed(range(1, len(self.pre))):
             back = self.weights.matrices[layer].mT @ error
-            error = back * self.mlp.activations[layer - 1].derivative(self.pre[layer - 1])
+            slope = self.mlp.activations[layer - 1].derivative(self.pre[layer - 1])
+            error = back * slope
             self._back.insert(0, back)
+            self._slopes.insert(0, slope)
             self.errors.insert(0, error)
 
     @torch.no_grad()
@@ -255,15 +258,14 @@ class Pass:
         Args:
             direction: ``v`` in the shape of the weights.
         """
-        derivatives = [f.derivatives(z)[:2] for f, z in zip(self.mlp.activations, self.pre[:-1], strict=True)]
         moving: list[Tensor | None] = [None]  # R h of each layer's input; the data do not move
         r_pre: list[Tensor] = []
         for layer, v in enumerate(direction.matrices):
             r = affine(v, direction.biases[layer], self.hidden[layer])
             flowing = moving[layer]
             r_pre.append(r if flowing is None else r + self.weights.matrices[layer] @ flowing)
-            if layer < len(derivatives):
-                moving.append(derivatives[layer][0] * r_pre[-1])
+            if layer < len(self._slopes):
+                moving.append(self._slopes[layer] * r_pre[-1])
         r_error = self._loss.curvature(self.pre[-1], self._targets, r_pre[-1])
         matrices: list[Tensor] = []
         biases: list[Tensor | None] = []
@@ -273,9 +275,12 @@ class Pass:
             flowing = moving[layer]
             matrices.append(r_matrix if flowing is None else r_matrix + self.errors[layer] @ flowing.mT)
             if layer:
-                slope, bend = derivatives[layer - 1]
                 r_back = direction.matrices[layer].mT @ self.errors[layer] + self.weights.matrices[layer].mT @ r_error
-                r_error = r_back * slope + self._back[layer - 1] * bend * r_pre[layer - 1]
+                r_error = r_back * self._slopes[layer - 1]
+                activation = self.mlp.activations[layer - 1]
+                if not activation.piecewise_linear:
+                    bend = activation.derivatives(self.pre[layer - 1])[1]
+                    r_error = r_error + self._back[layer - 1] * bend * r_pre[layer - 1]
         return Weights(tuple(matrices[::-1]), tuple(biases[::-1]))
 
 
