@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 from metatele.command_line import OneLineParser, device_named, make_folder, whole_number
 from metatele.errors import RunFolderError
 from metatele.files import write_atomically
+from metatele.intervals import half_width
 
 if TYPE_CHECKING:
     from metatele.training.replicas import Arm, History, Replicas
 
 FORMAT = 1
 IMAGE_SETS = ("digits", "mnist", "fashion-mnist", "cifar10")
-# By sample size; from 11 on the one for 10 is a safe upper bound.
-_STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def parser(name: str, description: str | None, epochs: int = 40) -> argparse.ArgumentParser:
@@ -146,8 +145,7 @@ def interval(values: Sequence[float | None]) -> tuple[float, float]:
         return math.inf, math.inf
     if len(known) < 2:
         return known[0], math.nan
-    half = _STUDENT_T[min(len(known), 10)] * statistics.stdev(known) / math.sqrt(len(known))
-    return statistics.mean(known), half
+    return statistics.mean(known), half_width(known)
 
 
 def cell(values: Sequence[float | None], digits: int = 4) -> str:

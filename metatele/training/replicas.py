@@ -23,7 +23,7 @@ from metatele.geometry import Landscape
 from metatele.losses import CrossEntropy
 from metatele.mlp import MLP, Pass, Weights
 from metatele.random import generator
-from metatele.teleport import TeleportMove
+from metatele.teleport import TeleportMove, in_sequence
 
 _CHUNK = 10_000  # samples in one evaluation pass
 
@@ -229,11 +229,9 @@ class Replicas:
             ]
             for seed in self.seeds
         ]
-        reports = []
-        for index in torch.stack(draws).to(self.device).split(arm.batch_size, 1):
-            inputs, labels = self._batch(index)
-            flat, report, _ = move(Landscape(self.mlp, inputs.squeeze(1), labels.squeeze(1), self.loss), flat)
-            reports.append(report)
+        batches = [self._batch(index) for index in torch.stack(draws).to(self.device).split(arm.batch_size, 1)]
+        landscapes = [Landscape(self.mlp, x.squeeze(1), y.squeeze(1), self.loss) for x, y in batches]
+        flat, reports = in_sequence(move, landscapes, flat)
         moved = self.mlp.unflatten(flat)
         for target, source in zip(self._tensors(slices), self._tensors(moved), strict=True):
             target.copy_(source)

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import platform
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from metatele.checkpoint import versions
 from metatele.config import TaskConfig, to_dict
 from metatele.files import write_atomically
+from metatele.intervals import half_width
 from metatele.training.curves import Curves
 
 FORMAT = 1
@@ -32,8 +32,6 @@ _COLOURS = {
     "Adam": "#009E73",
     "L-BFGS": "#A6761D",
 }
-# 97.5 % quantiles of Student's t by sample size; from 11 on the one for 10 is a safe upper bound.
-_STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 _MARKERS = {"LSTM(update,tele)": "o", "LSTM(lr,tele)": "s", "LSTM(update)": "^"}
 
 
@@ -84,11 +82,7 @@ def _interval(method: dict[str, Any], step: int) -> str:
     values = [means[step] for means in method.get("seed_means", [])]
     if len(values) < 2 or None in values:
         return ""
-    return f" ±{_number(_student_t(len(values)) * statistics.stdev(values) / math.sqrt(len(values)))}"
-
-
-def _student_t(size: int) -> float:
-    return _STUDENT_T[min(size, 10)]
+    return f" ±{_number(half_width(values))}"
 
 
 def _label(method: dict[str, Any], doc: dict[str, Any]) -> str:
