@@ -9,14 +9,13 @@ log loss over these arms at the end, on other problems, is the least. A minute o
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metatele.command_line import OneLineParser, make_folder, whole_number
+from metatele.command_line import make_folder
 from metatele.experiments import images as common
 
 _STEPS = 300
@@ -184,20 +183,9 @@ def figure(doc: dict[str, Any]) -> bytes:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print the table."""
-    p = OneLineParser(prog="metatele.experiments fig12", description=__doc__, allow_abbrev=False)
-    p.add_argument("--seeds", type=whole_number(1), default=5, metavar="N", help="runs of each arm (default 5)")
-    p.add_argument("--steps", type=whole_number(10), default=_STEPS, metavar="N", help=f"(default {_STEPS})")
-    p.add_argument(
-        "--device", choices=("auto", "cpu"), default="auto", help="the problems are tiny: cpu (default auto)"
-    )
-    p.add_argument("--out", metavar="FOLDER", default="results/fig12", help="(default results/fig12)")
-    p.add_argument("--redraw", action="store_true", help="table and figure again from the stored results.json")
-    args = p.parse_args(arguments)
+    args = common.small_parser("fig12", __doc__, 5, _STEPS).parse_args(arguments)
     out = Path(args.out)
-    if args.redraw:
-        doc = common.stored(out)
-    else:
+    if not args.redraw:
         make_folder(out)
-        doc = json.loads(json.dumps(run(args.seeds, args.steps)))
-    print(common.write(doc, out, table(doc), figure(doc)), end="")
-    print(f"{doc['seconds']:.0f} s\nfigure: {out / 'loss.png'}")
+    doc = common.stored(out) if args.redraw else run(args.seeds, args.steps)
+    common.finish(doc, out, table, figure)

@@ -4,7 +4,7 @@ MLP d-16-10-10, LeakyReLU 0.1, no biases, cross-entropy, batches of 20; teleport
 gradient norm on 8 batches of 200, 10 steps each; the optimizer's state is forgotten at a teleport, and an arm
 shows what that does alone where there is state to forget. --settings ref (default) has the rates of the reference
 implementation, which drew the paper's figure; text has those the paper prints. MNIST with 5 seeds and 40
-epochs takes about 5 minutes on 2 cores, digits under one. Figure 13 is the same against time.
+epochs takes 5 to 8 minutes on 2 cores, digits under one. Figure 13 is the same against time.
 """
 
 from __future__ import annotations
@@ -101,13 +101,8 @@ def main(arguments: Sequence[str], experiment: str = "fig5", description: str | 
     out = common.folder(experiment, args)
     earlier = out if args.redraw else getattr(args, "runs", None)
     doc = run(args) if earlier is None else common.stored(Path(earlier))
-    drawn = figure(doc) if experiment == "fig5" else runtime_figure(doc)
-    print(common.write(doc, out, common.final_table(doc), drawn), end="")
-    seconds = doc["seconds"]
-    print(
-        f"training {seconds['steps']:.0f} s, teleports {seconds['teleports']:.1f} s, "
-        f"evaluation {seconds['evaluation']:.0f} s\nfigure: {out / 'loss.png'}"
-    )
+    common.finish(doc, out, common.final_table, figure if experiment == "fig5" else runtime_figure)
+    print(", ".join(f"{name} {seconds:.0f} s" for name, seconds in doc["seconds"].items()))
 
 
 def _panels(doc: dict[str, Any], x_label: str, abscissa: Any) -> bytes:

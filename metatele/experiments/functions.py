@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metatele.command_line import OneLineParser, make_folder, whole_number
+from metatele.command_line import make_folder
 from metatele.experiments import images as common
 
 _GRID = [10 ** (e / 8) for e in range(-48, 5)]
@@ -135,20 +135,9 @@ def figure(doc: dict[str, Any]) -> bytes:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print the table."""
-    p = OneLineParser(prog="metatele.experiments functions", description=__doc__, allow_abbrev=False)
-    p.add_argument("--steps", type=whole_number(1), default=100, metavar="N", help="(default 100)")
-    p.add_argument("--seeds", type=whole_number(1), default=1, metavar="N", help="nothing here is random")
-    p.add_argument(
-        "--device", choices=("auto", "cpu"), default="auto", help="the problems are tiny: cpu (default auto)"
-    )
-    p.add_argument("--out", metavar="FOLDER", default="results/functions", help="(default results/functions)")
-    p.add_argument("--redraw", action="store_true", help="table and figure again from the stored results.json")
-    args = p.parse_args(arguments)
+    args = common.small_parser("functions", __doc__, 1, 100).parse_args(arguments)
     out = Path(args.out)
-    if args.redraw:
-        doc = common.stored(out)
-    else:
+    if not args.redraw:
         make_folder(out)
-        doc = run(args.steps)
-    print(common.write(doc, out, table(doc), figure(doc)), end="")
-    print(f"{doc['seconds']:.0f} s\nfigure: {out / 'loss.png'}")
+    doc = common.stored(out) if args.redraw else run(args.steps)
+    common.finish(doc, out, table, figure)

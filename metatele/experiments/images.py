@@ -8,7 +8,7 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,6 +199,28 @@ def write(doc: dict[str, Any], out: Path, table: list[list[str]], figure: bytes)
     write_atomically(out / "table.md", text.encode())
     write_atomically(out / "loss.png", figure)
     return text
+
+
+def small_parser(name: str, description: str | None, seeds: int, steps: int) -> argparse.ArgumentParser:
+    """The flags of an experiment on tiny problems, without images."""
+    p = OneLineParser(prog=f"metatele.experiments {name}", description=description, allow_abbrev=False)
+    p.add_argument("--seeds", type=whole_number(1), default=seeds, metavar="N", help=f"runs (default {seeds})")
+    p.add_argument("--steps", type=whole_number(10), default=steps, metavar="N", help=f"(default {steps})")
+    p.add_argument("--device", choices=("auto", "cpu"), default="auto", help="the problems are tiny: cpu")
+    p.add_argument("--out", metavar="FOLDER", default=f"results/{name}", help=f"(default results/{name})")
+    p.add_argument("--redraw", action="store_true", help="table and figure again from the stored results.json")
+    return p
+
+
+def finish(
+    doc: dict[str, Any],
+    out: Path,
+    table: Callable[[dict[str, Any]], list[list[str]]],
+    figure: Callable[[dict[str, Any]], bytes],
+) -> None:
+    """Write everything, print the table and where the figure lies."""
+    print(write(doc, out, table(doc), figure(doc)), end="")
+    print(f"figure: {out / 'loss.png'}")
 
 
 def draw_band(axes: Any, xs: Sequence[float], runs: list[list[float | None]], **style: Any) -> None:

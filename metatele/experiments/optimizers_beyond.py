@@ -185,5 +185,4 @@ def main(arguments: Sequence[str]) -> None:
     args = p.parse_args(arguments)
     out = common.folder("optimizers-beyond", args)
     doc = common.stored(out) if args.redraw else run(args)
-    print(common.write(doc, out, table(doc), figure(doc)), end="")
-    print(f"figure: {out / 'loss.png'}")
+    common.finish(doc, out, table, figure)

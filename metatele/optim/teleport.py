@@ -139,7 +139,6 @@ class TeleportOptimizer(torch.optim.Optimizer):
             base.param_groups[0].setdefault(name, value)
         self._conjugation = Conjugation(move, self._linears) if isinstance(move, Whitening) and conjugate else None
         self._capture = PassCapture(self._linears)
-        self._scaled: tuple[Tensor, Tensor] | None = None
         self._listen()
 
     # --- the wrapped optimizer's own things
@@ -218,20 +217,15 @@ class TeleportOptimizer(torch.optim.Optimizer):
                 self._capture.clear()
                 return given()
 
-        moving = self._moving()
-        if closure is None and due:
-            # The gradients' own scale is known before the step alone.
-            self._scaled = self._capture.columns(self._flat().dtype)
+        # Without a closure gradients and passes are there before the step, with one they come in it.
+        seen = self._seen(due) if closure is None else None
         loss = self.base.step() if closure is None else self.base.step(closure)
-        if closure is not None:
-            moving = self._moving()
-            self._scaled = self._capture.columns(self._flat().dtype) if due else None
+        moving, captured = self._seen(due) if seen is None else seen
         try:
             if any(moving) and due:
-                self._teleport(moving)
+                self._teleport(moving, captured)
         finally:
             self.param_groups[0]["teleport_steps"] += any(moving)
-            self._scaled = None
             self._capture.clear()
         return loss
 
@@ -241,11 +235,10 @@ class TeleportOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moving = self._moving()
+        moving, captured = self._seen(due=True)
         if any(moving) and self._conjugation is not None:
             flat = self._flat()
-            self._scaled = self._capture.columns(flat.dtype)
-            landscapes = self._landscapes()
+            landscapes = self._landscapes(captured)
             usable = bool(landscapes) and bool(torch.isfinite(flat).all() & torch.isfinite(landscapes[0].inputs).all())
             if usable:
                 hidden = self._mlp.layer_inputs(self._mlp.unflatten(flat), landscapes[0].inputs)
@@ -256,23 +249,26 @@ class TeleportOptimizer(torch.optim.Optimizer):
                 self.base.step()
             self.param_groups[0]["teleport_steps"] += 1
             self.param_groups[0]["teleports"] += usable
-        self._scaled = None
         self._capture.clear()
         return loss
+
+    def _seen(self, due: bool) -> tuple[list[bool], tuple[Tensor, Tensor] | None]:
+        """Which parameters a step moves, and if a teleport is due the passes, scaled as their gradients now are."""
+        return self._moving(), self._capture.columns(self._flat().dtype) if due else None
 
     def _moving(self) -> list[bool]:
         """Which parameters of the model a step changes."""
         rates = {id(p): float(group.get("lr", 1.0)) for group in self.param_groups for p in group["params"]}
         return [p.grad is not None and rates.get(id(p), 0.0) != 0 for p in self.model.parameters()]
 
-    def _teleport(self, moving: Sequence[bool]) -> None:
+    def _teleport(self, moving: Sequence[bool], captured: tuple[Tensor, Tensor] | None) -> None:
         movable = self._movable(moving)
         if not any(movable):
             return
         parameters = list(self.model.parameters())
         flat = self._flat()
         move = self._with_metric(parameters, flat.dtype)
-        for landscape in self._landscapes():
+        for landscape in self._landscapes(captured):
             group = self.param_groups[0]
             if not all(bool(torch.isfinite(t).all()) for t in (landscape.inputs, flat)):
                 group["teleports_rolled_back"] += 1  # nothing to be made of such a batch
@@ -308,11 +304,10 @@ class TeleportOptimizer(torch.optim.Optimizer):
         metric = metric_of(self.base, parameters).to(dtype)
         return dataclasses.replace(self.teleport, objective=GradientNorm(metric))  # type: ignore[call-arg]
 
-    def _landscapes(self) -> list[Landscape]:
+    def _landscapes(self, captured: tuple[Tensor, Tensor] | None) -> list[Landscape]:
         if self.batches is not None and self.loss_fn is not None:
             dtype = self._flat().dtype
             return [batch_landscape(self.model, x, y, self.loss_fn, dtype) for x, y in self.batches()]
-        captured = self._scaled
         if captured is None and self._capture.passes:
             return []  # the batch was empty
         if captured is None:
@@ -339,7 +334,6 @@ class TeleportOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and listen to the copied model."""
         self.__dict__.update(state)
-        self._scaled = None
         super().__setstate__({})
         self._linears, self._mlp = read_sequential(self.model, framed=True)
         self._capture.attach(self)
