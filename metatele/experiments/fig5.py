@@ -114,12 +114,21 @@ def _panels(doc: dict[str, Any], x_label: str, abscissa: Any) -> bytes:
     fig, grid = plt.subplots(2, 2, figsize=(10, 7.6), layout="constrained")
     by_name = {arm["name"]: arm for arm in doc["arms"]}
     for axes, (name, colour) in zip(grid.flat, COLOURS.items(), strict=True):
-        tones = {name: "#555555", f"{name} teleport": colour, f"{name} reset only": "#E69F00"}
+        # The reset goes under the teleport, which it all but equals, and is wider.
+        tones = {f"{name} reset only": "#F0E442", name: "#555555", f"{name} teleport": colour}
         for arm, tone in ((by_name[label], tone) for label, tone in tones.items() if label in by_name):
-            xs = abscissa(arm)
-            common.draw_band(axes, xs, arm["train_loss"], color=tone, linewidth=1.8, label=f"{arm['name']}, train")
+            xs, extra = abscissa(arm), 3.0 if arm["name"].endswith("reset only") else 0.0
             common.draw_band(
-                axes, xs, arm["test_loss"], color=tone, linewidth=1.4, linestyle="--", label=f"{arm['name']}, test"
+                axes, xs, arm["train_loss"], color=tone, linewidth=1.8 + extra, label=f"{arm['name']}, train"
+            )
+            common.draw_band(
+                axes,
+                xs,
+                arm["test_loss"],
+                color=tone,
+                linewidth=1.4 + extra,
+                linestyle="--",
+                label=f"{arm['name']}, test",
             )
         axes.set_yscale("log")
         axes.set_xlabel(x_label)
