@@ -197,6 +197,7 @@ class Pass:
         mlp: Shape of the networks.
         weights: With any batch dimensions.
         inputs: ``[..., in, n]``.
+        known: ``z_m`` and ``h_m`` of the hidden layers, if they are known.
 
     Attributes:
         pre: ``z_1 … z_L``.
@@ -213,12 +214,13 @@ class Pass:
     """
 
     @torch.no_grad()
-    def __init__(self, mlp: MLP, weights: Weights, inputs: Tensor) -> None:
+    def __init__(self, mlp: MLP, weights: Weights, inputs: Tensor, known: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         self.mlp, self.weights = mlp, weights
-        self.pre: list[Tensor] = []
-        self.hidden = [inputs]
+        self.pre = [pre for pre, _ in known]
+        self.hidden = [inputs, *(hidden for _, hidden in known)]
         self.errors: list[Tensor] = []
-        for layer, (matrix, bias) in enumerate(zip(weights.matrices, weights.biases, strict=True)):
+        layers = list(zip(weights.matrices, weights.biases, strict=True))
+        for layer, (matrix, bias) in enumerate(layers[len(known) :], len(known)):
             self.pre.append(affine(matrix, bias, self.hidden[-1]))
             if layer < len(mlp.activations):
                 self.hidden.append(mlp.activations[layer](self.pre[-1]))
@@ -230,14 +232,16 @@ class Pass:
         error = loss.gradient(self.pre[-1], targets)
         self.errors = [error]
         self._back: list[Tensor] = []  # the errors before the activation's derivative
-        self._slopes: list[Tensor] = []
         for layer in reversed(range(1, len(self.pre))):
             back = self.weights.matrices[layer].mT @ error
-            slope = self.mlp.activations[layer - 1].derivative(self.pre[layer - 1])
-            error = back * slope
+            error = back * self.slopes[layer - 1]
             self._back.insert(0, back)
-            self._slopes.insert(0, slope)
             self.errors.insert(0, error)
+
+    @cached_property
+    def slopes(self) -> list[Tensor]:
+        """``f'(z_m)`` of the hidden layers."""
+        return [f.derivative(z) for f, z in zip(self.mlp.activations, self.pre, strict=False)]
 
     @torch.no_grad()
     def gradient(self) -> Weights:
@@ -264,8 +268,8 @@ class Pass:
             r = affine(v, direction.biases[layer], self.hidden[layer])
             flowing = moving[layer]
             r_pre.append(r if flowing is None else r + self.weights.matrices[layer] @ flowing)
-            if layer < len(self._slopes):
-                moving.append(self._slopes[layer] * r_pre[-1])
+            if layer < len(self.slopes):
+                moving.append(self.slopes[layer] * r_pre[-1])
         r_error = self._loss.curvature(self.pre[-1], self._targets, r_pre[-1])
         matrices: list[Tensor] = []
         biases: list[Tensor | None] = []
@@ -276,7 +280,7 @@ class Pass:
             matrices.append(r_matrix if flowing is None else r_matrix + self.errors[layer] @ flowing.mT)
             if layer:
                 r_back = direction.matrices[layer].mT @ self.errors[layer] + self.weights.matrices[layer].mT @ r_error
-                r_error = r_back * self._slopes[layer - 1]
+                r_error = r_back * self.slopes[layer - 1]
                 activation = self.mlp.activations[layer - 1]
                 if not activation.piecewise_linear:
                     bend = activation.derivatives(self.pre[layer - 1])[1]

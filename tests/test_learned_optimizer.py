@@ -259,15 +259,32 @@ def test_a_copy_of_the_model_alone_keeps_no_data():
     for _ in range(3):
         lonely(x)
     (hook,) = lonely[0]._forward_hooks.values()
-    assert hook.batches == []
+    assert hook.passes == []
     (mine,) = model[0]._forward_hooks.values()
     closure()
-    assert len(mine.batches) == 1
+    assert len(mine.passes) == 1
     twin_model, twin = pickle.loads(pickle.dumps((model, optimizer)))
     del optimizer, closure, twin
     gc.collect()
-    assert not model[0]._forward_hooks
-    assert not twin_model[0]._forward_hooks
+    assert not any(layer._forward_hooks for layer in (*model, *twin_model))
+
+
+def test_input_buffers_may_be_used_again_and_gradients_cleared_to_zero():
+    (one, first, _, (x, y)), (two, second, _, _) = make(), make()
+    buffer = torch.empty_like(x[:2])
+    for part in (slice(0, 2), slice(2, 4)):
+        buffer.copy_(x[part])
+        (0.5 * (one(buffer) - y[part]).square().sum()).backward()
+        (0.5 * (two(x[part]) - y[part]).square().sum()).backward()
+    buffer.zero_()
+    first.step(), second.step()
+    assert torch.equal(flat(one), flat(two))
+    (0.5 * (one(x) + y).square().sum()).backward()  # abandoned: the model's own zero_grad follows
+    for model, optimizer in ((one, first), (two, second)):
+        model.zero_grad(set_to_none=False)
+        (0.5 * (model(x[:2]) - y[:2]).square().sum()).backward()
+        optimizer.step()
+    assert torch.equal(flat(one), flat(two))
 
 
 def test_distributed_checkpoints_of_the_state_go_on_to_the_same_bits():

@@ -14,6 +14,7 @@ from metatele.symmetry import (
     Exact,
     Pair,
     Rescaling,
+    Site,
     action,
     cayley,
     compose,
@@ -280,8 +281,8 @@ def test_actions_pass_gradcheck_and_mutate_nothing(act, bias):
     copies = [t.clone() for t in tensors]
 
     def run(T, V, U, *rest):
-        moved = act.move(Pair(V, U, rest[0] if bias else None), rest[-1], element(act, T), LeakyReLU(0.1))
-        return tuple(t for t in moved if t is not None)
+        moved = act.move(Site(Pair(V, U, rest[0] if bias else None), rest[-1], LeakyReLU(0.1)), element(act, T))
+        return tuple(t for t in moved.pair if t is not None)
 
     assert torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in (T, *tensors)])
     act.act(pair, H, element(act, T), LeakyReLU(0.1))
@@ -303,10 +304,11 @@ def test_sweep_reports_drift_and_keeps_dtype(dtype):
 def test_a_positive_scale_may_differ_for_every_unit_and_network():
     pair, _ = pair_and_inputs((2,))
     scale = torch.rand(2, 4, dtype=D) + 0.1
-    moved = Rescaling().move(pair, torch.empty(0), from_matrix(torch.diag_embed(scale)), ReLU())
-    close(moved.V, scale[..., None] * pair.V)
+    site = Site(pair, torch.empty(0), ReLU())
+    moved = Rescaling().move(site, from_matrix(torch.diag_embed(scale)))
+    close(moved.pair.V, scale[..., None] * pair.V)
     with pytest.raises(NotExactError, match="positive diagonal"):
-        Rescaling().move(pair, torch.empty(0), from_matrix(-torch.eye(4, dtype=D)), ReLU())
+        Rescaling().move(site, from_matrix(-torch.eye(4, dtype=D)))
 
 
 def test_actions_that_do_not_exist_are_refused_with_the_reason():

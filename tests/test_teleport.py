@@ -7,7 +7,7 @@ import torch
 
 from metatele.activations import Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from metatele.errors import ConfigError, NotExactError
-from metatele.geometry import GradientNorm, Landscape, objective
+from metatele.geometry import GradientNorm, Landscape, Objective, objective
 from metatele.losses import CrossEntropy, FixedGradient, SquaredError
 from metatele.mlp import MLP
 from metatele.symmetry import Approximate, Exact, Pair, Rescaling, exponential, sweep
@@ -52,16 +52,10 @@ def test_pullback_is_the_derivative_along_the_orbit(activation, action, biases, 
     random = torch.Generator().manual_seed(1)
     covector = torch.randn(w.shape, generator=random, dtype=torch.float64)
     mlp = landscape.mlp
-    weights, q = mlp.unflatten(w), mlp.unflatten(covector)
-    hidden = mlp.layer_inputs(weights, landscape.inputs)
+    q = mlp.unflatten(covector)
     pulled = [
-        action.pullback(
-            Pair(weights.matrices[m], weights.matrices[m + 1], weights.biases[m]),
-            hidden[m],
-            Pair(q.matrices[m], q.matrices[m + 1], q.biases[m]),
-            mlp.activations[m],
-        )
-        for m in range(2)
+        action.pullback(site, Pair(q.matrices[m], q.matrices[m + 1], q.biases[m]))
+        for m, site in enumerate(landscape.at(w).sites(action))
     ]
     direction = [torch.randn(p.shape, generator=random, dtype=torch.float64) for p in pulled]
     expected = sum((p * d).sum() for p, d in zip(pulled, direction, strict=True))
@@ -305,12 +299,51 @@ def naive_ascent(landscape, w, lr, steps):
 def test_ascent_is_the_paper_s_procedure(samples, loss):
     landscape, w = problem(Tanh(), samples=samples, biases=False, loss=loss)
     first = Ascent(action="approximate").direction(
-        Approximate(), landscape.at(w), GradientNorm().value_and_gradient(landscape.at(w))[1], [True, True]
+        Approximate(), landscape.at(w), GradientNorm().value_and_derivative(landscape.at(w))[1], [True, True]
     )
     lr = 0.03 / float(torch.cat(first).norm())
     move = GradientNormAscent(lr, steps=4, action="approximate", parametrisation="first-order", max_drift=math.inf)
     expected = naive_ascent(landscape, w, lr, 4)
     torch.testing.assert_close(move(landscape, w).weights, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("action", [Exact(), Approximate(), Rescaling()], ids=lambda a: a.name)
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_a_teleport_hands_on_the_passes_of_the_point_it_leads_to(action, batch):
+    landscape, w = problem(batch=batch, widths=(8, 6, 5, 5, 4))
+    point = landscape.at(w)
+    for step in range(3):
+        random = torch.Generator().manual_seed(step)
+        elements = [
+            exponential(torch.diag_embed(0.1 * torch.randn(*batch, k, generator=random, dtype=torch.float64)))
+            for k in landscape.mlp.hidden_widths
+        ]
+        elements[1] = None
+        point = point.teleported(action, elements)
+    fresh = landscape.at(point.flat)
+    for carried, anew in ((point.forward.pre, fresh.forward.pre), (point.forward.hidden, fresh.forward.hidden)):
+        for a, b in zip(carried, anew, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(point.gradient, fresh.gradient, rtol=1e-10, atol=1e-12)
+    for a, b in zip(point.sites(action), fresh.sites(action), strict=True):
+        assert all(
+            torch.equal(x, y) for x, y in zip(a.pair, (b.pair.V, b.pair.U, b.pair.bias), strict=True) if x is not None
+        )
+
+
+@pytest.mark.parametrize("samples", [5, 7])
+def test_auto_takes_the_exact_action_by_rank(samples):
+    landscape, w = problem(samples=samples)
+    twice = torch.cat([landscape.inputs, landscape.inputs[:, :1]], -1)
+    doubled = Landscape(
+        landscape.mlp, twice, torch.cat([landscape.targets, landscape.targets[:, :1]], -1), SquaredError()
+    )
+    move = GradientNormAscent()
+    assert move.chosen_action(landscape).name == ("exact" if samples <= 8 else "approximate")
+    assert move.chosen_action(doubled).name == "approximate"
+    report = GradientNormAscent(steps=5)(doubled, w).report
+    assert float(report.objective_after) > 1.05 * float(report.objective_before)
+    assert float(report.drift) < 0.01
 
 
 # --- what a teleport keeps
@@ -348,7 +381,7 @@ def test_transport_is_the_differential_of_the_teleport(name):
 
 
 def test_any_objective_can_be_raised():
-    class Distance:
+    class Distance(Objective):
         """How far the weights are from the origin."""
 
         name = "distance"

@@ -369,7 +369,7 @@ def test_conjugated_gradient_descent_is_preconditioned_by_the_inputs_second_mome
     gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
     loss.backward()
     optimizer.step()
-    h, names = x, iter(zip(start, gradients, model.parameters(), strict=True))
+    h, inside, names = x, 0.0, iter(zip(start, gradients, model.parameters(), strict=True))
     reference = copy.deepcopy(model)
     with torch.no_grad():
         for p, s in zip(reference.parameters(), start, strict=True):
@@ -383,6 +383,11 @@ def test_conjugated_gradient_descent_is_preconditioned_by_the_inputs_second_mome
             torch.testing.assert_close(new_W.detach(), W - 0.1 * joined[:, :-1], rtol=1e-5, atol=1e-6)
             h = reference[layer](h)
             h = nn.functional.leaky_relu(h, 0.1)
+            change = torch.cat([dW, db[:, None]], 1)
+            inside += float((joined * change).sum())
+    assert float(optimizer.report.objective_before) == pytest.approx(sum(float(g.square().sum()) for g in gradients))
+    assert float(optimizer.report.objective_after) == pytest.approx(inside, rel=1e-4)
+    assert float(optimizer.report.drift) == 0
 
 
 def test_conjugation_solves_what_plain_descent_cannot():
@@ -511,10 +516,14 @@ def test_half_precision_models_are_teleported_in_single():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 6), nn.LeakyReLU(0.1), nn.Linear(6, 3)).bfloat16()
     x, y = torch.randn(5, 8).bfloat16(), torch.randn(5, 3).bfloat16()
-    before = flat(model)
+    before, single = flat(model), copy.deepcopy(model).float()
     report = metatele.teleport_(model, x, y, lambda a, b: nn.functional.mse_loss(a.float(), b.float()))
     assert float(report.objective_after) > 2 * float(report.objective_before)
     assert not torch.equal(flat(model), before)
+    # The drift is that of the weights as they are stored.
+    old, new = (float(nn.functional.mse_loss(m(x.float()), y.float())) for m in (single, model.float()))
+    assert float(report.drift) == pytest.approx(abs(new - old) / old, rel=1e-3)
+    assert 1e-5 < float(report.drift) <= 0.01
 
 
 def test_what_cannot_be_teleported_on_is_skipped_and_the_loop_goes_on():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
+from metatele.errors import NotExactError, SingularInputError
 from metatele.losses import Loss
 from metatele.mlp import MLP, Pass, Weights
+from metatele.symmetry import Action, Exact, GroupElement, Pair, Site, walk
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,28 @@ class Landscape:
 
     def at(self, flat: Tensor) -> Point:
         """The loss and its derivatives at weights ``[..., P]``."""
-        return Point(self, flat.detach())
+        point = Point(self, self.mlp.unflatten(flat.detach()))
+        point.flat = flat.detach()
+        return point
+
+    def prepared(self, action: Action) -> Tensor | None:
+        """What an action needs of the inputs alone, computed once."""
+        if action not in self._prepared:
+            self._prepared[action] = action.prepare(self.inputs, self.mlp.biases[0])
+        return self._prepared[action]
+
+    @cached_property
+    def independent(self) -> bool:
+        """Whether the samples (of every network) are linearly independent, as the exact action needs them."""
+        try:
+            self._prepared[Exact(strict=False)] = Exact().prepare(self.inputs, self.mlp.biases[0])
+        except (NotExactError, SingularInputError):
+            return False
+        return True
+
+    @cached_property
+    def _prepared(self) -> dict[Action, Tensor | None]:
+        return {}
 
     def value(self, flat: Tensor) -> Tensor:
         """``L(w)``, ``[...]``; differentiable."""
@@ -51,18 +75,54 @@ class Landscape:
 class Point:
     """A landscape at given weights; passes are made when first needed, and once.
 
-    Attributes:
+    Args:
         landscape: The landscape.
-        flat: The weights ``[..., P]``.
+        weights: The weights, layer by layer.
+        sites: Its hidden layers as an action left them, if one led here.
     """
 
-    def __init__(self, landscape: Landscape, flat: Tensor) -> None:
-        self.landscape, self.flat = landscape, flat
+    def __init__(self, landscape: Landscape, weights: Weights, sites: Sequence[Site] | None = None) -> None:
+        self.landscape, self.weights, self._sites = landscape, weights, sites
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """The weights as one vector ``[..., P]``."""
+        return self.landscape.mlp.flatten(self.weights)
 
     @cached_property
     def forward(self) -> Pass:
-        """The forward pass."""
-        return Pass(self.landscape.mlp, self.landscape.mlp.unflatten(self.flat), self.landscape.inputs)
+        """The forward pass; the hidden layers of a point come to by a teleport are those the teleport saw."""
+        known = [] if self._sites is None else [(site.pre, site.hidden) for site in self._sites]
+        return Pass(self.landscape.mlp, self.weights, self.landscape.inputs, known)
+
+    def sites(self, action: Action) -> list[Site]:
+        """Each hidden layer as an action sees it."""
+        matrices, done = self.weights.matrices, self.forward
+        parts = zip(
+            matrices,
+            matrices[1:],
+            self.weights.biases,
+            done.hidden,
+            done.hidden[1:],
+            done.pre,
+            done.slopes,
+            strict=False,
+        )
+        sites = []
+        for m, (V, U, bias, inputs, hidden, pre, slope) in enumerate(parts):
+            if self._sites is None:
+                prepared = self.landscape.prepared(action) if m == 0 else None
+                activation = self.landscape.mlp.activations[m]
+                sites.append(Site(Pair(V, U, bias), inputs, activation, prepared, pre=pre, hidden=hidden, slope=slope))
+            else:
+                sites.append(self._sites[m])
+        return sites
+
+    def teleported(self, action: Action, elements: Sequence[GroupElement | None]) -> Point:
+        """The point that group elements, one for each hidden layer, move this one to."""
+        mlp = self.landscape.mlp
+        weights, sites = walk(action, mlp, self.weights, self.sites(action)[0], elements)
+        return Point(self.landscape, weights, sites)
 
     @cached_property
     def _backward(self) -> Pass:
@@ -80,16 +140,20 @@ class Point:
         return self.forward.pre[-1]
 
     @cached_property
+    def derivative(self) -> Weights:
+        """``∇L(w)``, layer by layer."""
+        return self._backward.gradient()
+
+    @cached_property
     def gradient(self) -> Tensor:
         """``∇L(w)``, flat ``[..., P]``."""
-        return self.landscape.mlp.flatten(self._backward.gradient())
+        return self.landscape.mlp.flatten(self.derivative)
+
+    def curvature(self, direction: Weights) -> Weights:
+        """``∇²L(w) v``, layer by layer."""
+        return self._backward.hessian_product(direction)
 
     def hessian_product(self, direction: Tensor) -> Tensor:
         """``∇²L(w) v``, flat ``[..., P]``."""
         mlp = self.landscape.mlp
-        return mlp.flatten(self._backward.hessian_product(mlp.unflatten(direction)))
-
-    @property
-    def weights(self) -> Weights:
-        """The weights, layer by layer."""
-        return self.forward.weights
+        return mlp.flatten(self.curvature(mlp.unflatten(direction)))

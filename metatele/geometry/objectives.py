@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from metatele.errors import ConfigError
 from metatele.geometry.landscape import Point
+from metatele.mlp import Weights
 
 
 class Objective(ABC):
@@ -24,6 +26,11 @@ class Objective(ABC):
     @abstractmethod
     def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
         """Its value ``[...]`` and its derivative with respect to the weights ``[..., P]``."""
+
+    def value_and_derivative(self, point: Point) -> tuple[Tensor, Weights]:
+        """The same, layer by layer; what an ascent asks for."""
+        value, gradient = self.value_and_gradient(point)
+        return value, point.landscape.mlp.unflatten(gradient)
 
 
 @dataclass(frozen=True)
@@ -52,15 +59,38 @@ class GradientNorm(Objective):
 
     def value(self, point: Point) -> Tensor:
         """See the class."""
-        return (point.gradient * self._scaled(point.gradient)).sum(-1)
+        return _inner(point.derivative, self._scaled(point))
 
     def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
         """See the class."""
-        scaled = self._scaled(point.gradient)
-        return (point.gradient * scaled).sum(-1), 2 * point.hessian_product(scaled)
+        value, derivative = self.value_and_derivative(point)
+        return value, point.landscape.mlp.flatten(derivative)
 
-    def _scaled(self, gradient: Tensor) -> Tensor:
-        return gradient if self.metric is None else self.metric * gradient
+    def value_and_derivative(self, point: Point) -> tuple[Tensor, Weights]:
+        """See the class."""
+        scaled = self._scaled(point)
+        return _inner(point.derivative, scaled), _map(lambda t: 2 * t, point.curvature(scaled))
+
+    def _scaled(self, point: Point) -> Weights:
+        if self.metric is None:
+            return point.derivative
+        return point.landscape.mlp.unflatten(self.metric * point.gradient)
+
+
+def _map(function: Callable[[Tensor], Tensor], weights: Weights) -> Weights:
+    return Weights(
+        tuple(function(W) for W in weights.matrices),
+        tuple(None if b is None else function(b) for b in weights.biases),
+    )
+
+
+def _inner(left: Weights, right: Weights) -> Tensor:
+    """Sum over all entries of the products, ``[...]``."""
+    parts = [(a * b).sum((-2, -1)) for a, b in zip(left.matrices, right.matrices, strict=True)]
+    parts += [
+        (a * b).sum(-1) for a, b in zip(left.biases, right.biases, strict=True) if a is not None and b is not None
+    ]
+    return sum(parts[1:], parts[0])
 
 
 OBJECTIVES: dict[str, type[Objective]] = {GradientNorm.name: GradientNorm}

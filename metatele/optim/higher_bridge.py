@@ -18,7 +18,7 @@ from higher.optim import DifferentiableOptimizer
 
 from metatele.errors import MetateleError
 from metatele.optim.learned import LearnedOptimizer, read_states
-from metatele.optim.modules import InputCapture, read_sequential
+from metatele.optim.modules import PassCapture, read_sequential
 
 
 class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
@@ -34,11 +34,16 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
         super().__init__(other, reference_params, fmodel=fmodel, **settings)
         self._meta = other.meta
         self._states = read_states(other.state.get(other.param_groups[0]["params"][0], {}), other.meta)
-        self._capture = InputCapture()
+        linears = read_sequential(other.model)[0]
+        paths = {module: path for path, module in other.model.named_modules()}
+        patched = dict(fmodel.named_modules())
+        self._capture = PassCapture([patched[paths[linear]] for linear in linears])
         self._capture.attach(self)
-        first = read_sequential(other.model)[0][0]
-        path = next(name for name, module in other.model.named_modules() if module is first)
-        dict(fmodel.named_modules())[path].register_forward_hook(self._capture)
+
+    @property
+    def teleport_due(self) -> bool:
+        """Whether a step teleports."""
+        return self._meta.teleport is not None
 
     def step(self, loss: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
         """As higher's; only the passes that this loss came from are teleported on."""
@@ -56,7 +61,7 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
         dtype = next(self._meta.parameters()).dtype
         inputs = None
         if self._meta.teleport is not None and all(float(group["lr"]) != 0 for group in self.param_groups):
-            inputs = self._capture.columns(dtype)
+            inputs = self._capture.inputs(dtype)
             if inputs is None:
                 raise MetateleError("a teleport needs the layer inputs, and the loss did not come from the model")
         scale = torch.cat(

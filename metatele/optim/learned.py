@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from metatele import checkpoint as checkpoints
 from metatele.errors import MetateleError, ShapeMismatchError
 from metatele.metaopt import LSTMState, MetaOptimizer, MoveStates, Stepped
-from metatele.optim.modules import InputCapture, describe, read_sequential
+from metatele.optim.modules import PassCapture, describe, read_sequential
 from metatele.symmetry import drift
 
 
@@ -82,12 +81,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         linears, mlp = read_sequential(model)
         if mlp != self.meta.mlp:
             raise ShapeMismatchError(f"the model is {describe(mlp)}, the checkpoint is for {describe(self.meta.mlp)}")
-        self._capture = InputCapture()
+        self._capture = PassCapture(linears)
         defaults = {"lr": lr, "max_drift": max_drift, "drift": 0.0, "rolled_back": 0}
         super().__init__(model.parameters() if params is None else params, defaults)
         self._capture.attach(self)
-        handle = linears[0].register_forward_hook(self._capture)
-        weakref.finalize(self, handle.remove)
+
+    @property
+    def teleport_due(self) -> bool:
+        """Whether a step teleports, and so needs the layer inputs: with a method that does, always."""
+        return self.meta.teleport is not None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model that were left out so far."""
@@ -149,7 +151,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         )
         inputs = None
         if self.meta.teleport is not None and all(moving):
-            inputs = self._capture.columns(dtype)
+            inputs = self._capture.inputs(dtype)
             if inputs is None:
                 raise MetateleError(
                     "a teleport needs the layer inputs, and no gradient was taken through a forward pass "
@@ -219,12 +221,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_capture" in state:
             self._capture.attach(self)
-            for hook, found in list(self._first_linear()._forward_hooks.items()):
-                if found is self._capture:
-                    weakref.finalize(self, self._first_linear()._forward_hooks.pop, hook, None)
-
-    def _first_linear(self) -> nn.Linear:
-        return read_sequential(self.model)[0][0]
 
 
 def read_states(stored: dict[str, Any], meta: MetaOptimizer) -> MoveStates:

@@ -133,59 +133,13 @@ def describe(mlp: MLP) -> str:
     return f"{widths} {activations} {biases} bias"
 
 
-class InputCapture:
-    """A forward hook that keeps the inputs of the passes whose gradients were taken.
-
-    A pass counts when a gradient flows back through the layer's output, so evaluations, metrics and
-    abandoned passes are never mixed in. The capture lives as long as its owner: a copy of the model
-    carries one that does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.batches: list[Tensor] = []
-        self._owner: weakref.ref[Any] | None = None
-
-    def attach(self, owner: object) -> None:
-        """Keep inputs for as long as ``owner`` lives."""
-        self._owner = weakref.ref(owner)
-
-    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        """Hook for ``register_forward_hook``."""
-        if self._owner is None or self._owner() is None:
-            self.batches = []
-        elif output.requires_grad:
-            if not any(p.is_leaf and p.grad is not None for p in module.parameters()):
-                self.batches = []  # gradients were cleared since: by the model's zero_grad, say
-            batch = arguments[0].detach()
-
-            def count(_: Tensor) -> None:
-                if all(kept is not batch for kept in self.batches):  # one pass, several backward passes
-                    self.batches.append(batch)
-
-            output.register_hook(count)
-
-    def clear(self) -> None:
-        """Forget what was kept."""
-        self.batches = []
-
-    def columns(self, dtype: torch.dtype) -> Tensor | None:
-        """All inputs kept, one column per sample ``[d, n]``; ``None`` if there are none."""
-        if not sum(batch.numel() for batch in self.batches):
-            return None
-        return (
-            torch.cat([batch.flatten(0, -2) if batch.ndim > 1 else batch[None] for batch in self.batches]).to(dtype).T
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Neither data nor owner travel with a copy."""
-        return {"batches": [], "_owner": None}
-
-
 class PassCapture:
     """What a teleport needs of the passes whose gradients were taken: inputs and output gradients.
 
     Forward hooks on the first and on the last Linear; the owner's ``teleport_due`` decides at each pass
-    whether it is kept, so a step without a teleport costs nothing.
+    whether it is kept, so a step without a teleport costs nothing. A pass counts when a gradient flows back
+    through the last layer's output, so evaluations, metrics and abandoned passes are never mixed in. The
+    capture lives as long as its owner: a copy of the model carries one that does nothing.
     """
 
     def __init__(self, linears: list[nn.Linear]) -> None:
@@ -195,8 +149,17 @@ class PassCapture:
         self._owner: weakref.ref[Any] | None = None
 
     def attach(self, owner: Any) -> None:
-        """Keep passes for as long as ``owner`` lives and its ``teleport_due`` is true."""
+        """Keep passes for as long as ``owner`` lives and its ``teleport_due`` is true.
+
+        A copy of the owner finds its hooks in the copied layers; for another owner they are made here.
+        """
         self._owner = weakref.ref(owner)
+        for linear in dict.fromkeys((self.linears[0], self.linears[-1])):
+            hooks = [number for number, hook in linear._forward_hooks.items() if hook is self]
+            if not hooks:
+                hooks = [linear.register_forward_hook(self).id]
+            for number in hooks:
+                weakref.finalize(owner, linear._forward_hooks.pop, number, None)
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         """Hook for ``register_forward_hook`` of both layers."""
@@ -204,9 +167,9 @@ class PassCapture:
         if owner is None or not owner.teleport_due or not torch.is_grad_enabled():
             return
         if module is self.linears[0]:
-            gradients = [p.grad for linear in self.linears for p in linear.parameters() if p.grad is not None]
-            if not any(bool(gradient.any()) for gradient in gradients):
-                self.passes = []  # gradients were cleared since
+            leaves = [p for linear in self.linears for p in linear.parameters() if p.is_leaf]
+            if not any(p.grad is not None and bool(p.grad.any()) for p in leaves):
+                self.passes = []  # gradients were cleared since: by the model's zero_grad, say
             self._inputs = arguments[0].detach().clone()  # a training loop may use its buffer again
         if module is self.linears[-1] and self._inputs is not None and output.requires_grad:
             kept: tuple[Tensor, Tensor, list[Tensor]] = (self._inputs, arguments[0].detach(), [])
@@ -221,6 +184,11 @@ class PassCapture:
     def clear(self) -> None:
         """Forget what was kept."""
         self.passes, self._inputs = [], None
+
+    def inputs(self, dtype: torch.dtype) -> Tensor | None:
+        """Inputs of all passes, one column per sample ``[d, n]``; ``None`` if there are none."""
+        kept = [_rows(x) for x, _, _ in self.passes if x.numel()]
+        return torch.cat(kept).to(dtype).T if kept else None
 
     def columns(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Inputs ``[d, n]`` and output gradients ``[o, n]`` of all passes, one column per sample.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import weakref
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,7 +40,8 @@ class TeleportOptimizer(torch.optim.Optimizer):
     one in no group, stays as it is, and so does the hidden layer before it and behind it.
 
     ``param_groups[0]`` counts ``teleports`` and ``teleports_rolled_back`` (a move, or a step of an ascent,
-    taken back because it drifted past the move's ``max_drift``); :attr:`report` is that of the last one.
+    taken back because it drifted past the move's ``max_drift``); :attr:`report` is that of the last one (with
+    mode ``conjugate``: ``‖∇L‖²`` at the weights and in the whitened coordinates; nothing drifts there).
 
     Args:
         base: The optimizer of the model's parameters.
@@ -139,7 +140,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
             base.param_groups[0].setdefault(name, value)
         self._conjugation = Conjugation(move, self._linears) if isinstance(move, Whitening) and conjugate else None
         self._capture = PassCapture(self._linears)
-        self._listen()
+        self._capture.attach(self)
 
     # --- the wrapped optimizer's own things
 
@@ -235,6 +236,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        begin_s = time.perf_counter()
         moving, captured = self._seen(due=True)
         if any(moving) and self._conjugation is not None:
             flat = self._flat()
@@ -243,14 +245,25 @@ class TeleportOptimizer(torch.optim.Optimizer):
             if usable:
                 hidden = self._mlp.layer_inputs(self._mlp.unflatten(flat), landscapes[0].inputs)
                 self._conjugation.observe([h.mT for h in hidden], self._linears)
+                before = self._squared_gradient(flat)
                 with self._conjugation.whitened(self._linears):
+                    inside = self._squared_gradient(flat)
+                    seconds = time.perf_counter() - begin_s
                     self.base.step()
+                unknown, zero = torch.full_like(before, torch.nan), torch.zeros_like(before)
+                # A change of coordinates alone: nothing drifts, and nothing can be rolled back.
+                self.report = Report(unknown, unknown, before, inside, zero, zero.bool(), 1, seconds)
             else:
                 self.base.step()
             self.param_groups[0]["teleport_steps"] += 1
             self.param_groups[0]["teleports"] += usable
         self._capture.clear()
         return loss
+
+    def _squared_gradient(self, like: Tensor) -> Tensor:
+        """``‖∇L‖²`` of all parameters, as they and their gradients now are."""
+        squares = [p.grad.square().sum().to(like) for p in self.model.parameters() if p.grad is not None]
+        return torch.stack(squares).sum()
 
     def _seen(self, due: bool) -> tuple[list[bool], tuple[Tensor, Tensor] | None]:
         """Which parameters a step moves, and if a teleport is due the passes, scaled as their gradients now are."""
@@ -273,7 +286,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
             if not all(bool(torch.isfinite(t).all()) for t in (landscape.inputs, flat)):
                 group["teleports_rolled_back"] += 1  # nothing to be made of such a batch
                 continue
-            result = move(landscape, flat, movable)
+            result = move(landscape, flat, movable, stored=parameters[0].dtype)
             self.report = result.report
             if self.batches is None:
                 unknown = torch.full_like(result.report.drift, torch.nan)
@@ -320,12 +333,6 @@ class TeleportOptimizer(torch.optim.Optimizer):
 
     # --- copies
 
-    def _listen(self) -> None:
-        self._capture.attach(self)
-        for linear in {id(m): m for m in (self._linears[0], self._linears[-1])}.values():
-            handle = linear.register_forward_hook(self._capture)
-            weakref.finalize(self, handle.remove)
-
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry: wrapped optimizer and model together."""
         kept = ("base", "model", "teleport", "at", "every", "strategy", "metric", "batches", "loss_fn", "report")
@@ -337,10 +344,6 @@ class TeleportOptimizer(torch.optim.Optimizer):
         super().__setstate__({})
         self._linears, self._mlp = read_sequential(self.model, framed=True)
         self._capture.attach(self)
-        for linear in (self._linears[0], self._linears[-1]):
-            for hook, found in list(linear._forward_hooks.items()):
-                if found is self._capture:
-                    weakref.finalize(self, linear._forward_hooks.pop, hook, None)
 
     def __repr__(self) -> str:
         return f"TeleportOptimizer({self.base!r}, teleport={type(self.teleport).__name__})"
@@ -419,7 +422,7 @@ def teleport_(
     flat = torch.cat([p.detach().flatten() for p in parameters]).to(landscape.inputs.dtype)
     free = [all(p.requires_grad for p in linear.parameters()) for linear in linears]
     movable = [free[m] and free[m + 1] for m in range(len(free) - 1)]
-    result: Teleport = move(landscape, flat, movable)
+    result: Teleport = move(landscape, flat, movable, stored=parameters[0].dtype)
     for p, part in zip(parameters, result.weights.split([p.numel() for p in parameters]), strict=True):
         p.copy_(part.view_as(p))
     return result.report

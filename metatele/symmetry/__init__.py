@@ -8,9 +8,11 @@ from metatele.symmetry.actions import (
     Exact,
     Pair,
     Rescaling,
+    Site,
     action,
     drift,
     sweep,
+    walk,
 )
 from metatele.symmetry.group import (
     PARAMETRISATIONS,
@@ -36,6 +38,7 @@ __all__ = [
     "GroupElement",
     "Pair",
     "Rescaling",
+    "Site",
     "action",
     "cayley",
     "compose",
@@ -49,4 +52,5 @@ __all__ = [
     "pseudo_inverse",
     "random_algebra",
     "sweep",
+    "walk",
 ]

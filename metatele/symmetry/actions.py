@@ -18,9 +18,11 @@ A bias travels with ``V``: it is one more column, whose input is constantly 1.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -31,8 +33,8 @@ from metatele.errors import ConfigError, NotExactError, ShapeMismatchError
 from metatele.mlp import MLP, Weights, affine
 from metatele.symmetry.group import GroupElement
 from metatele.symmetry.least_squares import (
-    damped_pseudo_inverse,
-    damped_right_solve,
+    damped_factors,
+    damped_solution,
     default_damping,
     pseudo_inverse,
 )
@@ -60,6 +62,52 @@ class Acted(NamedTuple):
 
     pair: Pair
     drift: Tensor
+
+
+class Site:
+    """A pair of layers on a batch, as an action sees it; what is asked for is computed once.
+
+    Args:
+        pair: The weights around the hidden layer.
+        inputs: ``H``, ``[..., d, n]``, one column per sample.
+        activation: Between the two layers.
+        prepared: :meth:`Action.prepare` of the inputs, if it is known.
+        known: ``pre``, ``hidden`` and ``slope``, if they are known.
+    """
+
+    def __init__(
+        self, pair: Pair, inputs: Tensor, activation: Activation, prepared: Tensor | None = None, **known: Tensor
+    ) -> None:
+        self.pair, self.inputs, self.activation, self.prepared = pair, inputs, activation, prepared
+        self.__dict__.update(known)
+        self._fits: dict[float, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def pre(self) -> Tensor:
+        """``Z = VH + b``, ``[..., k, n]``."""
+        return affine(self.pair.V, self.pair.bias, self.inputs)
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """``f(Z)``, ``[..., k, n]``."""
+        return self.activation(self.pre)
+
+    @cached_property
+    def slope(self) -> Tensor:
+        """``f'(Z)``, ``[..., k, n]``."""
+        return self.activation.derivative(self.pre)
+
+    def fit(self, damping: float) -> tuple[Tensor, Tensor]:
+        """Factors of the damped least squares on ``f(Z)``; see :func:`damped_factors`."""
+        if damping not in self._fits:
+            self._fits[damping] = damped_factors(self.hidden, damping)
+        return self._fits[damping]
+
+    def between(self, pair: Pair) -> Site:
+        """The same hidden layer with other weights behind it."""
+        other = copy.copy(self)
+        other.pair = pair
+        return other
 
 
 class Action(ABC):
@@ -93,27 +141,11 @@ class Action(ABC):
         """Raise :class:`NotExactError` where the action does not exist for an activation."""
 
     @abstractmethod
-    def move(
-        self,
-        pair: Pair,
-        inputs: Tensor,
-        g: GroupElement,
-        activation: Activation,
-        prepared: Tensor | None = None,
-        pre: Tensor | None = None,
-    ) -> Pair:
-        """The new pair; nothing is mutated. ``pre`` is ``VH + b``, if it is known."""
+    def move(self, site: Site, g: GroupElement) -> Site:
+        """The site with the new pair; nothing is mutated."""
 
     @abstractmethod
-    def pullback(
-        self,
-        pair: Pair,
-        inputs: Tensor,
-        covector: Pair,
-        activation: Activation,
-        prepared: Tensor | None = None,
-        pre: Tensor | None = None,
-    ) -> Tensor:
+    def pullback(self, site: Site, covector: Pair) -> Tensor:
         r"""Adjoint of the action's differential at the identity: a covector on weights, seen by the algebra.
 
         .. math:: ⟨\text{pullback}(q), τ⟩ = \tfrac{d}{dt} ⟨q, \exp(t τ)·w⟩ \;\text{at}\; t = 0
@@ -121,12 +153,8 @@ class Action(ABC):
         With q the gradient of an objective, this is the objective's gradient along the orbit.
 
         Args:
-            pair: Weights with any batch dimensions.
-            inputs: ``H``, ``[..., d, n]``.
+            site: Weights with any batch dimensions, and the batch.
             covector: Derivative of the objective by the pair, of the pair's shapes.
-            activation: Between the two layers.
-            prepared: :meth:`prepare` of the inputs.
-            pre: ``VH + b``, if it is known.
 
         Returns:
             Coordinates ``[..., algebra_size(k)]``.
@@ -155,7 +183,7 @@ class Action(ABC):
             >>> bool(acted.drift < 1e-14)
             True
         """
-        moved = self.move(pair, inputs, g, activation)
+        moved = self.move(Site(pair, inputs, activation), g).pair
         with torch.no_grad():
             before = pair.output(inputs, activation)
             change = (moved.output(inputs, activation) - before).norm(dim=(-2, -1))
@@ -201,43 +229,29 @@ class Exact(Action):
         tolerance = self.rank_tolerance if self.strict else 0.0
         return pseudo_inverse(_with_ones(inputs) if bias else inputs, rank_tolerance=tolerance)
 
-    def move(
-        self,
-        pair: Pair,
-        inputs: Tensor,
-        g: GroupElement,
-        activation: Activation,
-        prepared: Tensor | None = None,
-        pre: Tensor | None = None,
-    ) -> Pair:
+    def move(self, site: Site, g: GroupElement) -> Site:
         """See the module's table."""
-        self.check(activation)
-        V, U, bias = pair
-        inverse = self.prepare(inputs, bias is not None) if prepared is None else prepared
-        Z = affine(V, bias, inputs) if pre is None else pre
-        preimage = activation.inverse if self.strict else activation.unchecked_inverse
-        step = (preimage(g.matrix @ activation(Z)) - Z) @ inverse
-        if bias is None:
-            return Pair(V + step, U @ g.inverse)
-        return Pair(V + step[..., :-1], U @ g.inverse, bias + step[..., -1])
+        self.check(site.activation)
+        V, U, bias = site.pair
+        preimage = site.activation.inverse if self.strict else site.activation.unchecked_inverse
+        prepared = self._prepared(site)
+        step = (preimage(g.matrix @ site.hidden) - site.pre) @ prepared
+        moved = (
+            Pair(V + step, U @ g.inverse)
+            if bias is None
+            else Pair(V + step[..., :-1], U @ g.inverse, bias + step[..., -1])
+        )
+        return Site(moved, site.inputs, site.activation, prepared)
 
-    def pullback(
-        self,
-        pair: Pair,
-        inputs: Tensor,
-        covector: Pair,
-        activation: Activation,
-        prepared: Tensor | None = None,
-        pre: Tensor | None = None,
-    ) -> Tensor:
+    def pullback(self, site: Site, covector: Pair) -> Tensor:
         """``[(q_V H⁺ᵀ)/f'(Z)] f(Z)ᵀ - Uᵀ q_U``, from ``δV = [(T f(Z))/f'(Z)] H⁺`` and ``δU = -U T``."""
-        self.check(activation)
-        V, U, bias = pair
-        inverse = self.prepare(inputs, bias is not None) if prepared is None else prepared
-        Z = affine(V, bias, inputs) if pre is None else pre
+        self.check(site.activation)
         incoming = covector.V if covector.bias is None else torch.cat([covector.V, covector.bias.unsqueeze(-1)], -1)
-        through = (incoming @ inverse.mT) / activation.derivative(Z)
-        return (through @ activation(Z).mT - U.mT @ covector.U).flatten(-2)
+        through = (incoming @ self._prepared(site).mT) / site.slope
+        return (through @ site.hidden.mT - site.pair.U.mT @ covector.U).flatten(-2)
+
+    def _prepared(self, site: Site) -> Tensor:
+        return self.prepare(site.inputs, site.pair.bias is not None) if site.prepared is None else site.prepared
 
 
 @dataclass(frozen=True)
@@ -265,44 +279,29 @@ class Approximate(Action):
     def check(self, activation: Activation) -> None:
         """Every activation will do."""
 
-    def move(
-        self,
-        pair: Pair,
-        inputs: Tensor,
-        g: GroupElement,
-        activation: Activation,
-        prepared: Tensor | None = None,
-        pre: Tensor | None = None,
-    ) -> Pair:
+    def move(self, site: Site, g: GroupElement) -> Site:
         """See the module's table."""
-        V, U, bias = pair
-        moved_V = g.matrix @ V
+        V, U, bias = site.pair
+        # g VH is what gV makes of the inputs: they are not needed.
+        pre = g.matrix @ site.pre
+        after = Site(site.pair, site.inputs, site.activation, pre=pre)
+        Q, R = after.fit(self._damping(pre.dtype))
+        change = damped_solution(Q, R, U @ (site.hidden - after.hidden))
         moved_bias = None if bias is None else (g.matrix @ bias.unsqueeze(-1)).squeeze(-1)
-        before = activation(affine(V, bias, inputs) if pre is None else pre)
-        after = activation(affine(moved_V, moved_bias, inputs))
-        return Pair(moved_V, U + damped_right_solve(U @ (before - after), after, self._damping(after)), moved_bias)
+        return after.between(Pair(g.matrix @ V, U + change, moved_bias))
 
-    def pullback(
-        self,
-        pair: Pair,
-        inputs: Tensor,
-        covector: Pair,
-        activation: Activation,
-        prepared: Tensor | None = None,
-        pre: Tensor | None = None,
-    ) -> Tensor:
+    def pullback(self, site: Site, covector: Pair) -> Tensor:
         """``q_V Vᵀ + q_b bᵀ - [(Uᵀ q_U A⁺ᵀ)∘f'(Z)] Zᵀ``: ``δV = T V``, ``δU = -U [f'(Z)∘(T Z)] A⁺``, A = f(Z)."""
-        V, U, bias = pair
-        Z = affine(V, bias, inputs) if pre is None else pre
-        A = activation(Z)
-        spread = (U.mT @ covector.U) @ damped_pseudo_inverse(A, self._damping(A)).mT
-        result = covector.V @ V.mT - (spread * activation.derivative(Z)) @ Z.mT
+        V, U, bias = site.pair
+        Q, R = site.fit(self._damping(U.dtype))
+        spread = damped_solution(Q, R, U.mT @ covector.U, transposed=True)
+        result = covector.V @ V.mT - (spread * site.slope) @ site.pre.mT
         if bias is not None and covector.bias is not None:
             result = result + covector.bias.unsqueeze(-1) * bias.unsqueeze(-2)
         return result.flatten(-2)
 
-    def _damping(self, A: Tensor) -> float:
-        return default_damping(A.dtype) if self.damping is None else self.damping
+    def _damping(self, dtype: torch.dtype) -> float:
+        return default_damping(dtype) if self.damping is None else self.damping
 
 
 @dataclass(frozen=True)
@@ -336,38 +335,21 @@ class Rescaling(Action):
                 f"got {activation.describe()}"
             )
 
-    def move(
-        self,
-        pair: Pair,
-        inputs: Tensor,
-        g: GroupElement,
-        activation: Activation,
-        prepared: Tensor | None = None,
-        pre: Tensor | None = None,
-    ) -> Pair:
+    def move(self, site: Site, g: GroupElement) -> Site:
         """See the module's table; raises ``NotExactError`` for a scale that is not positive."""
-        self.check(activation)
+        self.check(site.activation)
         scale = g.matrix.diagonal(dim1=-2, dim2=-1)
         if self.strict and not bool((scale > 0).all()):
             raise NotExactError("rescaling needs a positive diagonal; use exp of the logarithms of the scales")
-        V, U, bias = pair
-        return Pair(
-            scale.unsqueeze(-1) * V,
-            U / scale.unsqueeze(-2),
-            None if bias is None else scale * bias,
-        )
+        V, U, bias = site.pair
+        column = scale.unsqueeze(-1)
+        pair = Pair(column * V, U / scale.unsqueeze(-2), None if bias is None else scale * bias)
+        return Site(pair, site.inputs, site.activation)
 
-    def pullback(
-        self,
-        pair: Pair,
-        inputs: Tensor,
-        covector: Pair,
-        activation: Activation,
-        prepared: Tensor | None = None,
-        pre: Tensor | None = None,
-    ) -> Tensor:
+    def pullback(self, site: Site, covector: Pair) -> Tensor:
         """``⟨q_V, V⟩ + q_b b - ⟨q_U, U⟩`` for each hidden unit."""
-        self.check(activation)
+        self.check(site.activation)
+        pair = site.pair
         result = (covector.V * pair.V).sum(-1) - (covector.U * pair.U).sum(-2)
         return result if pair.bias is None or covector.bias is None else result + covector.bias * pair.bias
 
@@ -394,7 +376,6 @@ def sweep(
     inputs: Tensor,
     elements: Sequence[GroupElement | None],
     prepared: Tensor | None = None,
-    pre: Tensor | None = None,
 ) -> Weights:
     """Act on all hidden layers, input to output, each with the inputs left by the one before.
 
@@ -405,7 +386,6 @@ def sweep(
         inputs: Data ``[..., in, n]``.
         elements: One group element per hidden layer; ``None`` leaves that layer alone.
         prepared: ``action.prepare(inputs)`` of the first layer, if the data stay the same.
-        pre: What the first layer makes of the inputs, before its activation, if it is known.
 
     Returns:
         New weights; drift is reported by :func:`drift`.
@@ -421,21 +401,36 @@ def sweep(
         >>> torch.allclose(mlp.forward(sweep(Exact(), mlp, w, X, g), X), mlp.forward(w, X))
         True
     """
+    first = Site(
+        Pair(weights.matrices[0], weights.matrices[1], weights.biases[0]), inputs, mlp.activations[0], prepared
+    )
+    return walk(action, mlp, weights, first, elements)[0]
+
+
+def walk(
+    action: Action, mlp: MLP, weights: Weights, first: Site, elements: Sequence[GroupElement | None]
+) -> tuple[Weights, list[Site]]:
+    """:func:`sweep` from what is known of the first hidden layer, with what becomes known of all."""
     if len(elements) != len(mlp.hidden_widths):
         raise ShapeMismatchError(
             f"expected one group element for each of {len(mlp.hidden_widths)} hidden layers, got {len(elements)}"
         )
     matrices, biases = list(weights.matrices), list(weights.biases)
-    hidden = inputs
+    sites: list[Site] = []
     for layer, g in enumerate(elements):
-        pair = Pair(matrices[layer], matrices[layer + 1], biases[layer])
+        if layer:
+            pair = Pair(matrices[layer], matrices[layer + 1], biases[layer])
+            site = Site(pair, sites[-1].hidden, mlp.activations[layer])
+        else:
+            site = first
         if g is not None:
-            known = (prepared, pre) if layer == 0 else (None, None)
-            pair = action.move(pair, hidden, g, mlp.activations[layer], *known)
-            matrices[layer], matrices[layer + 1], biases[layer] = pair
-        if layer + 1 < len(elements):
-            hidden = mlp.activations[layer](affine(pair.V, pair.bias, hidden))
-    return Weights(tuple(matrices), tuple(biases))
+            site = action.move(site, g)
+            matrices[layer], matrices[layer + 1], biases[layer] = site.pair
+        sites.append(site)
+    pairs = zip(matrices, matrices[1:], biases, strict=False)
+    return Weights(tuple(matrices), tuple(biases)), [
+        site.between(Pair(*pair)) for site, pair in zip(sites, pairs, strict=True)
+    ]
 
 
 def drift(mlp: MLP, before: Weights, after: Weights, inputs: Tensor) -> Tensor:

@@ -71,34 +71,37 @@ def damped_right_solve(B: Tensor, A: Tensor, damping: float) -> Tensor:
     Returns:
         ``X`` of shape ``[..., m, k]``.
     """
-    Q, R = _damped_qr(A, damping)
-    right = Q[..., : A.shape[-1], :].mT @ B.mT
-    return torch.linalg.solve_triangular(R, right, upper=True).mT
+    return damped_solution(*damped_factors(A, damping), B)
 
 
-def damped_pseudo_inverse(A: Tensor, damping: float) -> Tensor:
-    r"""``Aᵀ (A Aᵀ + λI)⁻¹`` with ``λ = damping · ‖A‖²_F``, ``[..., k, n] -> [..., n, k]``.
+def damped_factors(A: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """``Q₁ [..., n, k]`` and ``R [..., k, k]`` of the QR factorisation of ``[Aᵀ; √λ I]``.
 
-    ``Q₁ R⁻ᵀ`` of the QR factorisation of ``[Aᵀ; √λ I]``, of which Q₁ is the upper part.
-
-    Args:
-        A: ``[..., k, n]``, of any rank.
-        damping: Relative damping, positive.
-
-    Example:
-        >>> damped_pseudo_inverse(torch.tensor([[3.0, 4.0]]), damping=1.0)  # Aᵀ/(25 + 25)
-        tensor([[0.0600],
-                [0.0800]])
+    So ``RᵀR = A Aᵀ + λI`` with ``λ = damping · ‖A‖²_F``, and the damped pseudo-inverse of A is ``Q₁ R⁻ᵀ``.
     """
-    Q, R = _damped_qr(A, damping)
-    return torch.linalg.solve_triangular(R, Q[..., : A.shape[-1], :].mT, upper=True).mT
-
-
-def _damped_qr(A: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """QR of ``[Aᵀ; √λ I]``, so that ``RᵀR = A Aᵀ + λI``."""
     k = A.shape[-2]
     # The floor keeps an all-zero A solvable: X = 0, with a zero derivative.
     root = (damping * A.square().sum((-2, -1), keepdim=True)).clamp_min(torch.finfo(A.dtype).tiny).sqrt()
     eye = torch.eye(k, dtype=A.dtype, device=A.device)
     Q, R = torch.linalg.qr(torch.cat([A.mT, root * eye], -2))
-    return Q, R
+    return Q[..., : A.shape[-1], :], R
+
+
+def damped_solution(Q: Tensor, R: Tensor, B: Tensor, *, transposed: bool = False) -> Tensor:
+    """``B A⁺`` for ``B [..., m, n]``, or ``B (A⁺)ᵀ`` for ``B [..., m, k]``, with A⁺ damped.
+
+    Args:
+        Q: See :func:`damped_factors`.
+        R: See :func:`damped_factors`.
+        B: Right sides, one in each row.
+        transposed: Whether A⁺ is transposed.
+
+    Example:
+        >>> Q, R = damped_factors(torch.tensor([[3.0, 4.0]]), damping=1.0)  # A⁺ = Aᵀ/(25 + 25)
+        >>> damped_solution(Q, R, torch.eye(2))
+        tensor([[0.0600],
+                [0.0800]])
+    """
+    if transposed:
+        return torch.linalg.solve_triangular(R, B, upper=True, left=False) @ Q.mT
+    return torch.linalg.solve_triangular(R, Q.mT @ B.mT, upper=True).mT

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metatele.errors import ConfigError
 from metatele.geometry import GradientNorm, Landscape, Objective, Point
+from metatele.mlp import Weights
 from metatele.symmetry import PARAMETRISATIONS, Action, Pair
 from metatele.teleport.move import Leg, TeleportMove, finite_radius
 
@@ -76,18 +77,18 @@ class Ascent(TeleportMove):
         path: list[Leg] = []
         bounded = math.isfinite(self.max_drift)
         for _ in range(self.steps):
-            value, gradient = self.objective.value_and_gradient(point)
+            value, derivative = self.objective.value_and_derivative(point)
             if math.isfinite(self.cap):
                 active = active & ((value > self.cap) if self.descend else (value < self.cap))
                 if not bool(active.any()):
                     break
-            direction = self.direction(chosen, point, gradient, movable)
+            direction = self.direction(chosen, point, derivative, movable)
             tries = _TRIES if self.rate == "line-search" else 1
             waiting = active
             for _ in range(tries):
                 leg = self.step(chosen, landscape, direction, radius, waiting)
-                moved = landscape.at(leg.apply(landscape.mlp, point.flat, point.forward.pre[0]))
-                good = waiting & torch.isfinite(moved.flat).all(-1)
+                moved = leg.move(point)
+                good = waiting & torch.isfinite(moved.outputs.sum((-2, -1)))  # the weights are looked at in the end
                 if bounded:
                     drift = landscape.loss.drift(start.outputs, moved.outputs, landscape.targets)
                     good = good & (drift <= self.max_drift)
@@ -114,21 +115,14 @@ class Ascent(TeleportMove):
                 break
         return point.flat, [leg for leg in path if bool(leg.active.any())], undone
 
-    def direction(self, chosen: Action, point: Point, gradient: Tensor, movable: Sequence[bool]) -> list[Tensor | None]:
-        """Gradient of the objective with respect to each layer's coordinates at T = 0."""
-        mlp, weights, done = point.landscape.mlp, point.weights, point.forward
-        covector = mlp.unflatten(gradient)
+    def direction(
+        self, chosen: Action, point: Point, covector: Weights, movable: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradient of the objective with respect to each layer's coordinates at T = 0, from that by the weights."""
+        pairs = zip(covector.matrices, covector.matrices[1:], covector.biases, strict=False)
         return [
-            chosen.pullback(
-                Pair(weights.matrices[m], weights.matrices[m + 1], weights.biases[m]),
-                done.hidden[m],
-                Pair(covector.matrices[m], covector.matrices[m + 1], covector.biases[m]),
-                mlp.activations[m],
-                pre=done.pre[m],
-            )
-            if move
-            else None
-            for m, move in enumerate(movable)
+            chosen.pullback(site, Pair(*pair)) if move else None
+            for site, pair, move in zip(point.sites(chosen), pairs, movable, strict=True)
         ]
 
     def step(

@@ -233,4 +233,4 @@ def _once(move: TeleportMove, start: Point, elements: list[GroupElement | None])
     landscape, flat = start.landscape, start.flat
     undone = torch.zeros(flat.shape[:-1], dtype=torch.bool, device=flat.device)
     leg = Leg(move.chosen_action(landscape), landscape.inputs, elements, ~undone)
-    return leg.apply(landscape.mlp, flat, start.forward.pre[0]), [leg], undone
+    return leg.move(start).flat, [leg], undone

@@ -34,10 +34,17 @@ class Leg(NamedTuple):
     elements: list[GroupElement | None]
     active: Tensor
 
-    def apply(self, mlp: MLP, flat: Tensor, pre: Tensor | None = None) -> Tensor:
-        """The weights ``[..., P]`` moved; differentiable in them. ``pre``: see :func:`sweep`."""
-        moved = mlp.flatten(sweep(self.action, mlp, mlp.unflatten(flat), self.inputs, self.elements, pre=pre))
+    def apply(self, mlp: MLP, flat: Tensor) -> Tensor:
+        """The weights ``[..., P]`` moved; differentiable in them."""
+        moved = mlp.flatten(sweep(self.action, mlp, mlp.unflatten(flat), self.inputs, self.elements))
         return torch.where(self.active.unsqueeze(-1), moved, flat)
+
+    def move(self, point: Point) -> Point:
+        """The same of a point, whose passes are made use of."""
+        moved = point.teleported(self.action, self.elements)
+        if bool(self.active.all()):
+            return moved
+        return point.landscape.at(torch.where(self.active.unsqueeze(-1), moved.flat, point.flat))
 
 
 class Report(NamedTuple):
@@ -85,7 +92,7 @@ class TeleportMove(ABC):
 
     Args:
         action: ``exact``, ``approximate``, ``rescaling``, or ``auto``: exact where it exists for the
-            activations and the number of samples, else approximate.
+            activations and the samples (linearly independent, no more than a layer has inputs), else approximate.
         parametrisation: From T to g: ``exp``, ``cayley``, ``first-order`` or ``direct``.
         max_drift: Largest accepted relative change of the loss on the batch; past it, the move (of an
             ascent, the step) is taken back. Infinity accepts everything that is finite.
@@ -112,13 +119,20 @@ class TeleportMove(ABC):
         """Weights, path and which networks had a step taken back."""
 
     @torch.no_grad()
-    def __call__(self, landscape: Landscape, flat: Tensor, movable: Sequence[bool] | None = None) -> Teleport:
+    def __call__(
+        self,
+        landscape: Landscape,
+        flat: Tensor,
+        movable: Sequence[bool] | None = None,
+        stored: torch.dtype | None = None,
+    ) -> Teleport:
         """Teleport flat weights ``[..., P]`` on a batch; nothing is mutated.
 
         Args:
             landscape: Data and loss.
             flat: The weights.
             movable: Which hidden layers may be moved; all, if not given.
+            stored: The weights are rounded to this dtype before they are judged, if it is not theirs.
         """
         begin_s = time.perf_counter()
         hidden = len(landscape.mlp.hidden_widths)
@@ -130,6 +144,8 @@ class TeleportMove(ABC):
         start = landscape.at(flat)
         before = self.measured.value(start)
         moved, path, undone = self.legs(start, chosen)
+        if stored is not None:
+            moved = moved.to(stored).to(flat.dtype)
         end = landscape.at(moved)
         drift = landscape.loss.drift(start.outputs, end.outputs, landscape.targets)
         accepted = torch.isfinite(moved).all(-1) & (drift <= self.max_drift)
@@ -157,7 +173,8 @@ class TeleportMove(ABC):
         if name == "auto":
             inputs = zip(mlp.widths[:-2], mlp.biases, strict=False)
             fits = all(landscape.inputs.shape[-1] <= width + bias for width, bias in inputs)
-            name = Exact.name if fits and all(a.invertible for a in mlp.activations) else "approximate"
+            fits = fits and all(a.invertible for a in mlp.activations) and landscape.independent
+            name = Exact.name if fits else "approximate"
         chosen = ACTIONS[name]
         for activation in mlp.activations:
             chosen.check(activation)
