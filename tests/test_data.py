@@ -53,14 +53,18 @@ def test_cifar_records_are_read_as_written(tmp_path):
     folder.mkdir()
     written = []
     for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
-        rows = np.concatenate([rng.integers(0, 10, (4, 1), np.uint8), rng.integers(0, 256, (4, 3072), np.uint8)], 1)
-        rows.tofile(folder / name)
+        rows = np.tile(rng.integers(0, 256, (100, 3073), np.uint8), (100, 1))
+        rows[:, 0] = rng.integers(0, 10, 10_000, np.uint8)
+        if name == "data_batch_2.bin":
+            (folder / (name + ".gz")).write_bytes(gzip.compress(rows.tobytes(), 1))
+        else:
+            rows.tofile(folder / name)
         written.append(rows)
     images = load_images("cifar10", tmp_path)
     rows = np.concatenate(written[:5])
     assert torch.equal((images.train_images * 255).round().byte(), torch.from_numpy(rows[:, 1:]))
     assert torch.equal(images.train_labels, torch.from_numpy(rows[:, 0]).long())
-    assert len(images.test_labels) == 4
+    assert len(images.test_labels) == 10_000
 
 
 def test_data_root_may_come_from_the_environment(tmp_path, monkeypatch):
@@ -112,11 +116,14 @@ def test_damaged_idx_files_are_one_clear_error(tmp_path, damage, words):
 def test_records_must_be_whole(tmp_path):
     path = tmp_path / "batch.bin"
     path.write_bytes(bytes(3073 * 2 - 1))
-    with pytest.raises(DataError, match="whole records"):
-        read_records(path, 1, 3072)
-    path.write_bytes(b"")
-    with pytest.raises(DataError, match="whole records"):
-        read_records(path, 1, 3072)
+    with pytest.raises(DataError, match="2 records of 3073 bytes, it has 6145"):
+        read_records(path, 1, 3072, 2)
+    path.write_bytes(bytes(3073))
+    with pytest.raises(DataError, match="2 records"):
+        read_records(path, 1, 3072, 2)
+    path.write_bytes(gzip.compress(bytes(3073 * 2))[:-5])
+    with pytest.raises(DataError, match="damaged or truncated"):
+        read_records(path, 1, 3072, 2)
 
 
 def test_wrong_contents_are_named(tmp_path):

@@ -11,7 +11,7 @@ from cases import METHODS, TASK, small_optimizer, small_problems
 from torch import nn
 
 import metatele
-from metatele.errors import MetateleError, NotExactError, ShapeMismatchError, SingularInputError, UnsupportedModelError
+from metatele.errors import MetateleError, NotExactError, ShapeMismatchError, UnsupportedModelError
 from metatele.optim.modules import read_sequential
 from metatele.unroll import start, unroll
 
@@ -398,8 +398,8 @@ def test_what_cannot_be_done_is_one_clear_error():
         metatele.LearnedOptimizer(make()[0], 5)
     model, optimizer, _, (x, _) = make()
     model(x * float("nan")).sum().backward()
-    with pytest.raises(SingularInputError, match="not all finite"):
-        optimizer.step()
+    optimizer.step()  # no teleport on such a batch; the local move is the trainer's own affair
+    assert optimizer.param_groups[0]["rolled_back"] == 1
     model, optimizer, closure, _ = make()
     closure()
     model[0].weight = nn.Parameter(torch.ones(5, 4))

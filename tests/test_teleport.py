@@ -87,18 +87,18 @@ def test_objective_s_gradient_is_that_of_finite_differences(metric, loss):
 
 
 MOVES = {
-    "ascent": GradientNormAscent(),
+    "ascent": GradientNormAscent(action="auto"),
     "normalised": GradientNormAscent(rate="normalised", radius=1e-3),
     "fixed": GradientNormAscent(lr=1e-6),
     "descent": GradientNormAscent(descend=True),
-    "cayley": GradientNormAscent(parametrisation="cayley"),
+    "cayley": GradientNormAscent(parametrisation="cayley", action="auto"),
     "rescaled": GradientNormAscent(action="rescaling"),
     "approximate": GradientNormAscent(action="approximate", rate="line-search"),
     "whitening": Whitening(),
     "balance": Rescale(),
     "balance-gradients": Rescale(goal="balance-gradients"),
     "raise-gradients": Rescale(goal="raise-gradients", radius=0.5),
-    "random": Random(radius=0.1, generator=torch.Generator().manual_seed(0)),
+    "random": Random(radius=0.1, action="auto", generator=torch.Generator().manual_seed(0)),
 }
 
 
@@ -338,12 +338,40 @@ def test_auto_takes_the_exact_action_by_rank(samples):
     doubled = Landscape(
         landscape.mlp, twice, torch.cat([landscape.targets, landscape.targets[:, :1]], -1), SquaredError()
     )
-    move = GradientNormAscent()
+    move = GradientNormAscent(action="auto")
     assert move.chosen_action(landscape).name == ("exact" if samples <= 8 else "approximate")
     assert move.chosen_action(doubled).name == "approximate"
-    report = GradientNormAscent(steps=5)(doubled, w).report
+    report = GradientNormAscent(steps=5, action="auto")(doubled, w).report
     assert float(report.objective_after) > 1.05 * float(report.objective_before)
     assert float(report.drift) < 0.01
+
+
+def test_steps_that_pass_the_bound_are_not_taken_back_together():
+    """The sum of a step's rounding and of the whole move's must not differ: every step is judged as the whole is."""
+    for seed in range(20):
+        random = torch.Generator().manual_seed(seed)
+        mlp = MLP((64, 32, 10), LeakyReLU(0.01), True)
+        x, y = torch.randn(64, 200, generator=random), torch.randint(10, (200,), generator=random)
+        w = (torch.rand(mlp.num_parameters, generator=random) - 0.5) / 4
+        for stored in (None, torch.bfloat16):
+            scene = Landscape(mlp, x, y, CrossEntropy(), stored)
+            result = GradientNormAscent()(scene, scene.at(w).flat)
+            assert not bool(result.report.rolled_back)
+            assert float(result.report.drift) <= 0.01
+            if stored is None:
+                assert float(result.report.objective_after) > 1.5 * float(result.report.objective_before)
+            else:
+                assert torch.equal(result.weights, result.weights.bfloat16().float())
+
+
+def test_whitening_leaves_networks_alone_that_are_not_finite():
+    landscape, w = problem(batch=(3,))
+    broken = w.clone()
+    broken[1] *= 1e200
+    result = Whitening()(landscape, broken)
+    assert torch.equal(result.weights[1], broken[1])
+    assert result.report.rolled_back.tolist() == [False, True, False]
+    torch.testing.assert_close(result.weights[::2], Whitening()(landscape, w).weights[::2])
 
 
 # --- what a teleport keeps

@@ -27,12 +27,7 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
     Raises:
         DataError: Unreadable, truncated, too long, or not such a file.
     """
-    try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read, it is damaged or truncated: {error}") from error
+    content = _content(path)
     if len(content) < 4 or content[:2] != b"\0\0":
         raise DataError(f"{path} is not an IDX file: it should begin with two zero bytes")
     if content[2] != _UNSIGNED_BYTE or content[3] != rank:
@@ -50,21 +45,27 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
 
 
-def read_records(path: Path, label_bytes: int, image_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """CIFAR's binary layout: for each image its label, then its bytes, channel by channel.
+def _content(path: Path) -> bytes:
+    """A file's bytes, gunzipped if its first bytes say so."""
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read, it is damaged or truncated: {error}") from error
+
+
+def read_records(path: Path, label_bytes: int, image_bytes: int, records: int) -> tuple[np.ndarray, np.ndarray]:
+    """CIFAR's binary layout, raw or gzipped: for each image its label, then its bytes, channel by channel.
 
     Returns:
         Images ``[n, image_bytes]`` and labels ``[n]`` (the last label byte), both uint8.
 
     Raises:
-        DataError: Unreadable, empty, or not a whole number of records.
+        DataError: Unreadable, truncated or too long.
     """
-    try:
-        content = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    content = np.frombuffer(_content(path), np.uint8)
     size = label_bytes + image_bytes
-    if not len(content) or len(content) % size:
-        raise DataError(f"{path} should hold whole records of {size} bytes, it has {len(content)} bytes")
+    if len(content) != records * size:
+        raise DataError(f"{path} should hold {records} records of {size} bytes, it has {len(content)} bytes")
     rows = content.reshape(-1, size)
     return rows[:, label_bytes:], rows[:, label_bytes - 1]

@@ -81,7 +81,7 @@ def load_images(name: str = "digits", root: str | Path | None = None, download: 
         except _MissingError as error:
             if not download:
                 raise DataError(
-                    f"{error}; give the folder with --data-root or {ROOT_VARIABLE}, or let it be downloaded"
+                    f"{error}; give the folder with --data-root or {ROOT_VARIABLE}, or let it be downloaded (--download)"
                 ) from None
             arrays = _download(name)
     return _checked(name, arrays)
@@ -141,7 +141,7 @@ def _idx(folders: tuple[str, ...], what: str) -> Callable[[Path | None], _Arrays
 def _cifar10(root: Path | None) -> _Arrays:
     files = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
     paths = _find(root, ("cifar-10-batches-bin", "cifar10/cifar-10-batches-bin", "."), files, "CIFAR-10")
-    parts = [read_records(path, 1, 3 * 32 * 32) for path in paths]
+    parts = [read_records(path, 1, 3 * 32 * 32, 10_000) for path in paths]
     images, labels = (np.concatenate([part[k] for part in parts[:-1]]) for k in (0, 1))
     return images, labels, *parts[-1]
 

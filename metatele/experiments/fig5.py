@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metatele.errors import ConfigError
 from metatele.experiments import images as common
 
 if TYPE_CHECKING:
@@ -81,6 +82,13 @@ def run(args: Any) -> dict[str, Any]:
     data, device = common.prepare(args, common.folder(args.experiment, args))
     count = min(_TRAIN_SAMPLES.get(args.dataset, len(data.train_labels)), len(data.train_labels))
     chosen = arms(args.settings, count)
+    late = [
+        arm.name
+        for arm in chosen
+        if max((*arm.resets, *arm.epochs) if arm.teleport else arm.resets, default=0) >= args.epochs
+    ]
+    if late:
+        raise ConfigError(f"--epochs {args.epochs} ends before {' and '.join(late)} would act")
     mlp = MLP((data.features, 16, 10, data.classes), LeakyReLU(0.1))
     replicas = Replicas(data, mlp, chosen, range(args.seeds), count, 20, device)
     doc = common.document("fig5", args, data, chosen, common.run_arms(replicas, args.epochs), replicas)
@@ -101,6 +109,9 @@ def main(arguments: Sequence[str], experiment: str = "fig5", description: str | 
     out = common.folder(experiment, args)
     earlier = out if args.redraw else getattr(args, "runs", None)
     doc = run(args) if earlier is None else common.stored(Path(earlier))
+    if earlier is not None and not args.redraw:
+        args.dataset = doc["dataset"]
+        out = common.folder(experiment, args)
     common.finish(doc, out, common.final_table, figure if experiment == "fig5" else runtime_figure)
     print(", ".join(f"{name} {seconds:.0f} s" for name, seconds in doc["seconds"].items()))
 

@@ -62,10 +62,11 @@ def stored(out: Path) -> dict[str, Any]:
 def prepare(args: argparse.Namespace, out: Path) -> tuple[Any, Any]:
     """The image set and the device, with the folder made."""
     device = device_named(args.device)
-    make_folder(out)
     from metatele.data import load_images
 
-    return load_images(args.dataset, args.data_root, args.download), device
+    images = load_images(args.dataset, args.data_root, args.download)  # first: what is missing leaves no folder
+    make_folder(out)
+    return images, device
 
 
 def run_arms(replicas: Replicas, epochs: int) -> History:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from metatele.errors import NotExactError, SingularInputError
@@ -23,6 +24,7 @@ class Landscape:
         inputs: ``[..., d, n]``, one column per sample; a batch dimension of 1 is shared by the networks.
         targets: As the loss takes them.
         loss: Of the outputs.
+        stored: The weights are kept in this dtype: those of a point are rounded to it.
 
     Example:
         >>> import torch
@@ -37,11 +39,13 @@ class Landscape:
     inputs: Tensor
     targets: Tensor
     loss: Loss
+    stored: torch.dtype | None = None
 
     def at(self, flat: Tensor) -> Point:
         """The loss and its derivatives at weights ``[..., P]``."""
-        point = Point(self, self.mlp.unflatten(flat.detach()))
-        point.flat = flat.detach()
+        kept = flat.detach() if self.stored is None else flat.detach().to(self.stored).to(flat.dtype)
+        point = Point(self, self.mlp.unflatten(kept))
+        point.flat = kept
         return point
 
     def prepared(self, action: Action) -> Tensor | None:

@@ -34,14 +34,22 @@ class Conjugation:
         self.elements: list[GroupElement | None] = [None] * len(linears)
         self.updates = 0
 
-    def observe(self, hidden: list[Tensor], linears: list[nn.Linear]) -> None:
-        """Take in the inputs ``[n, d]`` of each layer, and renew g where it is time."""
+    def observe(self, hidden: list[Tensor], linears: list[nn.Linear]) -> bool:
+        """Take in the inputs ``[n, d]`` of each layer, and renew g where it is time.
+
+        Returns:
+            Whether it did: a batch whose second moments are not finite would spoil the averages for good.
+        """
         keep = self.move.averaging
+        moments: dict[int, Tensor] = {}
         for layer in self.layers:
             h = hidden[layer]
             if linears[layer].bias is not None:
                 h = torch.cat([h, torch.ones_like(h[:, :1])], 1)
-            second = h.mT @ h / h.shape[0]
+            moments[layer] = h.mT @ h / h.shape[0]
+        if not all(bool(torch.isfinite(second).all()) for second in moments.values()):
+            return False
+        for layer, second in moments.items():
             old = self.moments[layer]
             self.moments[layer] = (1 - keep) * second if old is None else keep * old + (1 - keep) * second
         if self.updates % self.move.refresh == 0:
@@ -51,6 +59,7 @@ class Conjugation:
                 assert moment is not None
                 self.elements[layer] = whitening(moment / corrected, self.move.damping)
         self.updates += 1
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """The running averages and the elements in use."""

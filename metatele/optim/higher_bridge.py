@@ -37,7 +37,7 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
         linears = read_sequential(other.model)[0]
         paths = {module: path for path, module in other.model.named_modules()}
         patched = dict(fmodel.named_modules())
-        self._capture = PassCapture([patched[paths[linear]] for linear in linears])
+        self._capture = PassCapture([patched[paths[linear]] for linear in linears], accumulated=False)
         self._capture.attach(self)
 
     @property

@@ -152,12 +152,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         inputs = None
         if self.meta.teleport is not None and all(moving):
             inputs = self._capture.inputs(dtype)
+            if inputs is None and self._capture.passes:
+                raise MetateleError("a teleport needs the layer inputs, and the batch was empty")
             if inputs is None:
                 raise MetateleError(
                     "a teleport needs the layer inputs, and no gradient was taken through a forward pass "
                     "of the model since the last step or zero_grad"
                 )
             inputs = inputs.unsqueeze(0)
+            if not bool(torch.isfinite(inputs).all()):
+                self.param_groups[0]["rolled_back"] += 1
+                inputs = None
         done = self.meta.step(weights[None], gradient[None], states, inputs, local_scale=scale)
         new = done.weights[0] if inputs is None else self._accepted(done, inputs)
         for p, part, m in zip(parameters, new.split([p.numel() for p in parameters]), moving, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,8 @@ def read_sequential(model: nn.Module, framed: bool = False) -> tuple[list[nn.Lin
             if id(module.weight) in paths:
                 raise UnsupportedModelError(f"layers {paths[id(module.weight)]!r} and {path!r} share a weight")
             paths[id(module.weight)] = path
+            if module.bias is not None and any(module.bias is other.bias for other in linears):
+                raise UnsupportedModelError(f"layer {path!r} shares its bias with another layer")
             linears.append(module)
         elif found is None:
             reason = next((f": {why}" for kind, why in _REASONS.items() if isinstance(module, kind)), "")
@@ -133,18 +135,44 @@ def describe(mlp: MLP) -> str:
     return f"{widths} {activations} {biases} bias"
 
 
+class _Kept(NamedTuple):
+    """A forward pass: what went into the first and into the last layer, and the gradients at its output."""
+
+    inputs: Tensor
+    last: Tensor
+    gradients: list[Tensor]
+
+
+def _backward_number() -> int:
+    """Number of the backward pass that is running, negative outside of one."""
+    return int(torch._C._current_graph_task_id())
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor exists inside a torch.func transform only."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
 class PassCapture:
     """What a teleport needs of the passes whose gradients were taken: inputs and output gradients.
 
     Forward hooks on the first and on the last Linear; the owner's ``teleport_due`` decides at each pass
     whether it is kept, so a step without a teleport costs nothing. A pass counts when a gradient flows back
-    through the last layer's output, so evaluations, metrics and abandoned passes are never mixed in. The
-    capture lives as long as its owner: a copy of the model carries one that does nothing.
+    through the last layer's output and is accumulated in the parameters, so evaluations, metrics, penalties on
+    inputs and abandoned passes are never mixed in. The capture lives as long as its owner: a copy of the model
+    carries one that does nothing.
+
+    Args:
+        linears: The layers.
+        accumulated: Gradients come into ``p.grad``; without, those of ``autograd.grad`` count.
     """
 
-    def __init__(self, linears: list[nn.Linear]) -> None:
-        self.linears = linears
-        self.passes: list[tuple[Tensor, Tensor, list[Tensor]]] = []  # inputs, last layer's inputs, gradients
+    __name__ = "pass_capture"  # TorchScript asks every hook for its name
+
+    def __init__(self, linears: list[nn.Linear], accumulated: bool = True) -> None:
+        self.linears, self.accumulated = linears, accumulated
+        self._pending: dict[int, list[tuple[_Kept, Tensor]]] = {}  # by backward pass
+        self.passes: list[_Kept] = []
         self._inputs: Tensor | None = None
         self._owner: weakref.ref[Any] | None = None
 
@@ -160,30 +188,42 @@ class PassCapture:
                 hooks = [linear.register_forward_hook(self).id]
             for number in hooks:
                 weakref.finalize(owner, linear._forward_hooks.pop, number, None)
+        if self.accumulated:
+            for weight in (linear.weight for linear in self.linears if linear.weight.requires_grad):
+                weakref.finalize(owner, weight.register_post_accumulate_grad_hook(self._count).remove)
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         """Hook for ``register_forward_hook`` of both layers."""
         owner = None if self._owner is None else self._owner()
-        if owner is None or not owner.teleport_due or not torch.is_grad_enabled():
+        if owner is None or not owner.teleport_due or not torch.is_grad_enabled() or _is_transformed(output):
             return
-        if module is self.linears[0]:
+        # A forward pass inside a backward one recomputes what checkpointing had dropped.
+        if module is self.linears[0] and _backward_number() < 0:
             leaves = [p for linear in self.linears for p in linear.parameters() if p.is_leaf]
             if not any(p.grad is not None and bool(p.grad.any()) for p in leaves):
                 self.passes = []  # gradients were cleared since: by the model's zero_grad, say
+        if module is self.linears[0]:
             self._inputs = arguments[0].detach().clone()  # a training loop may use its buffer again
         if module is self.linears[-1] and self._inputs is not None and output.requires_grad:
-            kept: tuple[Tensor, Tensor, list[Tensor]] = (self._inputs, arguments[0].detach(), [])
+            kept = _Kept(self._inputs, arguments[0].detach(), [])
 
             def keep(gradient: Tensor) -> None:
-                if not kept[2]:  # the first of perhaps several backward passes through this forward pass
-                    self.passes.append(kept)
-                kept[2].append(gradient.detach())
+                self._pending.setdefault(_backward_number(), []).append((kept, gradient.detach()))
+                if not self.accumulated:
+                    self._count()
 
             output.register_hook(keep)
 
+    def _count(self, _: Tensor | None = None) -> None:
+        """The running backward pass reaches the parameters: its passes count."""
+        for kept, gradient in self._pending.pop(_backward_number(), []):
+            if not kept.gradients:  # the first of perhaps several backward passes through this forward pass
+                self.passes.append(kept)
+            kept.gradients.append(gradient)
+
     def clear(self) -> None:
         """Forget what was kept."""
-        self.passes, self._inputs = [], None
+        self.passes, self._inputs, self._pending = [], None, {}
 
     def inputs(self, dtype: torch.dtype) -> Tensor | None:
         """Inputs of all passes, one column per sample ``[d, n]``; ``None`` if there are none."""
@@ -211,7 +251,7 @@ class PassCapture:
 
     def __getstate__(self) -> dict[str, Any]:
         """The layers travel with a copy, data and owner do not."""
-        return {**self.__dict__, "passes": [], "_inputs": None, "_owner": None}
+        return {**self.__dict__, "passes": [], "_inputs": None, "_owner": None, "_pending": {}}
 
 
 def _rows(tensor: Tensor) -> Tensor:

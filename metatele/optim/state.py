@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metatele.errors import ConfigError
 from metatele.geometry import Landscape
 from metatele.mlp import MLP
 from metatele.teleport import Teleport, transport
@@ -65,17 +64,28 @@ def _is_like(value: Any, p: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point()
 
 
+ADAPTIVE = (
+    torch.optim.Adagrad,
+    torch.optim.RMSprop,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+)
+
+
 def metric_of(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Tensor:
     r"""Diagonal of A in an adaptive optimizer's step ``-η A ∇L``, from its real state, flat.
 
-    AdaGrad ``1/(√sum + ε)``, RMSprop ``1/(√square_avg + ε)``, Adam ``1/(√(v/(1-β₂^t)) + ε)`` (PAPER §5). A
-    parameter without state yet has 1.
+    AdaGrad ``1/(√sum + ε)``, RMSprop ``1/(√square_avg + ε)``, centered ``1/(√(square_avg - grad_avg²) + ε)``, Adam
+    and its kin ``1/(√(v/(1-β₂^t)) + ε)``, with amsgrad the largest v so far (PAPER §5). A parameter without state
+    yet has 1.
 
-    Raises:
-        ConfigError: The optimizer keeps no second moments.
+    Args:
+        optimizer: One of :data:`ADAPTIVE`.
+        parameters: Of the model, in its order.
     """
     parts = []
-    found = False
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for p in parameters:
         entry, group = optimizer.state.get(p, {}), groups.get(id(p), {})
@@ -83,10 +93,9 @@ def metric_of(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) 
         if moment is None:
             parts.append(torch.ones_like(p).detach().flatten())
             continue
-        found = True
+        if _is_like(entry.get("grad_avg"), p):
+            moment = (moment - entry["grad_avg"].square()).clamp_min(0)
         if "exp_avg_sq" in entry:
-            moment = moment / (1 - group["betas"][1] ** float(entry["step"]))
+            moment = entry.get("max_exp_avg_sq", moment) / (1 - group["betas"][1] ** float(entry["step"]))
         parts.append(1 / (moment.sqrt() + group.get("eps", 1e-8)).flatten())
-    if not found:
-        raise ConfigError(f"metric adaptive needs second moments, and {type(optimizer).__name__} keeps none")
     return torch.cat(parts)

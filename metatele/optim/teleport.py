@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
+from metatele.errors import ConfigError, MetateleError, ShapeMismatchError, UnsupportedModelError
 from metatele.geometry import GradientNorm, Landscape, objective
 from metatele.losses import Differentiable, FixedGradient
 from metatele.optim.conjugate import Conjugation
 from metatele.optim.modules import PassCapture, flat_modules, read_sequential
-from metatele.optim.state import STRATEGIES, carry_state, metric_of
+from metatele.optim.state import ADAPTIVE, STRATEGIES, carry_state, metric_of
 from metatele.symmetry import action
 from metatele.teleport import Ascent, GradientNormAscent, Report, Teleport, TeleportMove, Whitening
 
@@ -92,10 +93,14 @@ class TeleportOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(base, torch.optim.Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
+        if isinstance(base, TeleportOptimizer):
+            raise ConfigError("base teleports already: give one TeleportOptimizer all the steps in at or every")
         move = GradientNormAscent() if teleport is None else teleport
         if not isinstance(move, TeleportMove):
             raise TypeError(f"teleport must be a teleport move, got {type(move).__name__}")
         linears, mlp = read_sequential(model, framed=True)
+        if not mlp.hidden_widths:
+            raise UnsupportedModelError("a teleport needs a hidden layer, and the model has a single Linear")
         if move.action != "auto":
             for activation in mlp.activations:
                 action(move.action).check(activation)
@@ -104,13 +109,17 @@ class TeleportOptimizer(torch.optim.Optimizer):
             every = 1
         if (at is None) == (every is None):
             raise ConfigError("give either at or every: the steps after which to teleport")
-        if every is not None and (not isinstance(every, int) or every < 1):
+        try:
+            every = None if every is None else operator.index(every)
+        except TypeError:
+            every = 0
+        if every is not None and every < 1:
             raise ConfigError(f"every must be a whole number of at least 1, got {every!r}")
         try:
             steps = None if at is None else frozenset(at)
         except TypeError:
             raise ConfigError(f"at must be a collection of steps, got {at!r}") from None
-        if steps is not None and not all(isinstance(s, int) and s >= 0 for s in steps):
+        if steps is not None and not all(hasattr(s, "__index__") and operator.index(s) >= 0 for s in steps):
             raise ConfigError(f"at must hold whole numbers, zero or more, got {at!r}")
         if state not in STRATEGIES:
             raise ConfigError(f"state must be one of {', '.join(STRATEGIES)}, got {state!r}")
@@ -118,10 +127,15 @@ class TeleportOptimizer(torch.optim.Optimizer):
             raise ConfigError(f"metric must be euclidean or adaptive, got {metric!r}")
         if metric == "adaptive" and not (isinstance(move, Ascent) and isinstance(move.objective, GradientNorm)):
             raise ConfigError("metric adaptive needs an ascent of the gradient norm as teleport")
+        if metric == "adaptive" and not isinstance(base, ADAPTIVE):
+            known = ", ".join(kind.__name__ for kind in ADAPTIVE)
+            raise ConfigError(f"metric adaptive is known for {known}, not for {type(base).__name__}")
         if conjugate and isinstance(base, torch.optim.LBFGS):
             raise ConfigError("mode conjugate takes one gradient for a step, and LBFGS evaluates several")
         if (batches is None) != (loss_fn is None):
             raise ConfigError("batches and loss_fn belong together")
+        if not (batches is None or callable(batches)):
+            raise ConfigError(f"batches must be a function that gives (inputs, targets) pairs, got {batches!r}")
         if conjugate and batches is not None:
             raise ConfigError("mode conjugate whitens the batch whose gradient is taken: it takes no batches")
         self.base = base
@@ -132,10 +146,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
         self.batches, self.loss_fn = batches, loss_fn
         self.report: Report | None = None
         self._linears, self._mlp = linears, mlp
-        known = {id(p) for p in model.parameters()}
-        for p in (p for group in base.param_groups for p in group["params"]):
-            if id(p) not in known:
-                raise ValueError(f"a parameter of shape {tuple(p.shape)} does not belong to the model")
+        self._require_own(base.param_groups)
         for name, value in _COUNTERS.items():
             base.param_groups[0].setdefault(name, value)
         self._conjugation = Conjugation(move, self._linears) if isinstance(move, Whitening) and conjugate else None
@@ -172,8 +183,19 @@ class TeleportOptimizer(torch.optim.Optimizer):
         self.base.defaults = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As the wrapped optimizer's."""
+        """Add parameters of the model that were left out so far."""
         self.base.add_param_group(param_group)
+        try:
+            self._require_own(self.param_groups[-1:])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _require_own(self, groups: Sequence[dict[str, Any]]) -> None:
+        own = {id(p) for p in self.model.parameters()}
+        for p in (p for group in groups for p in group["params"]):
+            if id(p) not in own:
+                raise ValueError(f"a parameter of shape {tuple(p.shape)} does not belong to the model")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and forget the passes they came from."""
@@ -244,7 +266,8 @@ class TeleportOptimizer(torch.optim.Optimizer):
             usable = bool(landscapes) and bool(torch.isfinite(flat).all() & torch.isfinite(landscapes[0].inputs).all())
             if usable:
                 hidden = self._mlp.layer_inputs(self._mlp.unflatten(flat), landscapes[0].inputs)
-                self._conjugation.observe([h.mT for h in hidden], self._linears)
+                usable = self._conjugation.observe([h.mT for h in hidden], self._linears)
+            if usable:
                 before = self._squared_gradient(flat)
                 with self._conjugation.whitened(self._linears):
                     inside = self._squared_gradient(flat)
@@ -286,7 +309,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
             if not all(bool(torch.isfinite(t).all()) for t in (landscape.inputs, flat)):
                 group["teleports_rolled_back"] += 1  # nothing to be made of such a batch
                 continue
-            result = move(landscape, flat, movable, stored=parameters[0].dtype)
+            result = move(landscape, flat, movable)
             self.report = result.report
             if self.batches is None:
                 unknown = torch.full_like(result.report.drift, torch.nan)
@@ -301,6 +324,9 @@ class TeleportOptimizer(torch.optim.Optimizer):
     def _flat(self) -> Tensor:
         """The model's parameters as one vector, in float32 at least."""
         parameters = list(self.model.parameters())
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        if len(known & {id(p) for p in parameters}) < len(known):
+            raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
         if [p.shape for p in parameters] != [torch.Size(s) for s in self._mlp.shapes]:
             raise ShapeMismatchError("the model's parameters are not those of its Linear layers alone")
         joined = torch.cat([p.detach().flatten() for p in parameters])
@@ -329,7 +355,8 @@ class TeleportOptimizer(torch.optim.Optimizer):
                 "since the last step or zero_grad"
             )
         inputs, gradient = captured
-        return [Landscape(self._mlp, inputs, gradient, FixedGradient())]
+        stored = next(self.model.parameters()).dtype
+        return [Landscape(self._mlp, inputs, gradient, FixedGradient(), None if stored == inputs.dtype else stored)]
 
     # --- copies
 
@@ -362,6 +389,8 @@ def batch_landscape(
         dtype: Of the computation; the parameters' own if not given.
     """
     linears, mlp = read_sequential(model, framed=True)
+    if not inputs.numel() or inputs.ndim < 2:
+        raise ShapeMismatchError(f"a teleport needs a batch [n, ...] of at least one sample, got {tuple(inputs.shape)}")
     modules = [module for _, module in flat_modules(model)]
     begin, end = (next(i for i, m in enumerate(modules) if m is linear) for linear in (linears[0], linears[-1]))
     with torch.no_grad():
@@ -383,7 +412,8 @@ def batch_landscape(
 
     own = linears[0].weight.dtype
     dtype = dtype or (own if own in (torch.float32, torch.float64) else torch.float32)
-    return Landscape(mlp, first.flatten(0, -2).to(dtype).T, targets, Differentiable(loss))
+    stored = None if own == dtype else own
+    return Landscape(mlp, first.flatten(0, -2).to(dtype).T, targets, Differentiable(loss), stored)
 
 
 @torch.no_grad()
@@ -422,7 +452,7 @@ def teleport_(
     flat = torch.cat([p.detach().flatten() for p in parameters]).to(landscape.inputs.dtype)
     free = [all(p.requires_grad for p in linear.parameters()) for linear in linears]
     movable = [free[m] and free[m + 1] for m in range(len(free) - 1)]
-    result: Teleport = move(landscape, flat, movable, stored=parameters[0].dtype)
+    result: Teleport = move(landscape, flat, movable)
     for p, part in zip(parameters, result.weights.split([p.numel() for p in parameters]), strict=True):
         p.copy_(part.view_as(p))
     return result.report

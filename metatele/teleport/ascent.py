@@ -57,10 +57,10 @@ class Ascent(TeleportMove):
         if self.rate == "fixed" and not 0 < self.lr < math.inf:
             raise ConfigError(f"lr must be positive, got {self.lr}")
         finite_radius(self.radius)
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {self.steps}")
-        if self.parametrisation not in PARAMETRISATIONS:
-            raise ConfigError(f"parametrisation must be one of {', '.join(PARAMETRISATIONS)}")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ConfigError(f"steps must be a whole number of at least 1, got {self.steps!r}")
+        if self.rate != "fixed" and self.lr:
+            raise ConfigError(f"lr is that of rate fixed, and rate is {self.rate!r}: give radius")
 
     @property
     def measured(self) -> Objective:
@@ -88,6 +88,8 @@ class Ascent(TeleportMove):
             for _ in range(tries):
                 leg = self.step(chosen, landscape, direction, radius, waiting)
                 moved = leg.move(point)
+                if bounded:  # judged as the whole move will be, from the weights alone and as they are stored
+                    moved = landscape.at(moved.flat)
                 good = waiting & torch.isfinite(moved.outputs.sum((-2, -1)))  # the weights are looked at in the end
                 if bounded:
                     drift = landscape.loss.drift(start.outputs, moved.outputs, landscape.targets)
@@ -153,7 +155,7 @@ def GradientNormAscent(
     radius: float = 0.1,
     cap: float = math.inf,
     descend: bool = False,
-    action: str = "auto",
+    action: str = "approximate",
     parametrisation: str = "exp",
     max_drift: float = 0.01,
 ) -> Ascent:

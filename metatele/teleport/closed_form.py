@@ -42,9 +42,10 @@ def whitening(second_moment: Tensor, damping: float) -> GroupElement:
 class Whitening(TeleportMove):
     r"""``g = (AAᵀ + λ‖AAᵀ‖ I)^{-1/2}`` with ``A = f(VH)``: hidden units become orthonormal over the batch.
 
-    That holds with the exact action. The approximate one (which ``auto`` takes for more samples than inputs)
-    moves ``V`` to ``gV``, and ``f(gVH)`` is only roughly ``g f(VH)``: it is then a heuristic that often drifts
-    past the bound.
+    That holds with the exact action, so with a batch that is all there is. The approximate one (which ``auto``,
+    here the default, takes for more samples than inputs) moves ``V`` to ``gV``, and ``f(gVH)`` is only roughly
+    ``g f(VH)``: it is then a heuristic that often drifts past the bound. A network whose hidden units are not
+    finite stays where it is.
 
     At the teleported point the loss is as well conditioned in the outgoing weights as it can be, and
     a gradient step on them is a Gauss-Newton step (PAPER §4).
@@ -75,6 +76,7 @@ class Whitening(TeleportMove):
 
     damping: float = 1e-4
     mode: str = "move"
+    action: str = "auto"
     averaging: float = 0.95
     inputs: bool = False
     refresh: int = 1
@@ -96,9 +98,14 @@ class Whitening(TeleportMove):
         if self.mode != "move":
             raise ConfigError("mode conjugate is for TeleportOptimizer: a teleport that stays needs mode move")
         hidden = start.forward.hidden[1:]
-        elements = [
-            whitening(A @ A.mT, self.damping) if move else None for A, move in zip(hidden, movable, strict=True)
-        ]
+        elements: list[GroupElement | None] = []
+        for A, move in zip(hidden, movable, strict=True):
+            moment = A @ A.mT
+            finite = torch.isfinite(moment).all(-1).all(-1)
+            # Of what cannot be whitened comes what cannot be accepted: that network stays.
+            g = whitening(torch.where(finite[..., None, None], moment, 1.0), self.damping)
+            lost = torch.where(finite, 1.0, torch.nan).to(moment)[..., None, None]
+            elements.append(GroupElement(g.matrix * lost, g.inverse * lost) if move else None)
         return _once(self, start, elements)
 
 

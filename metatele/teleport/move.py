@@ -16,7 +16,7 @@ from torch import Tensor
 from metatele.errors import ConfigError
 from metatele.geometry import GradientNorm, Landscape, Objective, Point
 from metatele.mlp import MLP
-from metatele.symmetry import ACTIONS, Action, Exact, GroupElement, action, sweep
+from metatele.symmetry import ACTIONS, PARAMETRISATIONS, Action, Exact, GroupElement, action, sweep
 
 
 class Leg(NamedTuple):
@@ -91,14 +91,17 @@ class TeleportMove(ABC):
     """A choice of group elements for given weights and data.
 
     Args:
-        action: ``exact``, ``approximate``, ``rescaling``, or ``auto``: exact where it exists for the
-            activations and the samples (linearly independent, no more than a layer has inputs), else approximate.
+        action: ``approximate`` (any batch and activation; the least change of the outgoing weights that fits the
+            batch), ``rescaling``, ``exact``, or ``auto``: exact where it exists for the activations and the samples
+            (linearly independent, no more than a layer has inputs), else approximate. The exact action keeps
+            the outputs on its batch and **changes them at will elsewhere**: for problems whose data are one
+            batch, as in the paper's regression, not for mini-batches.
         parametrisation: From T to g: ``exp``, ``cayley``, ``first-order`` or ``direct``.
         max_drift: Largest accepted relative change of the loss on the batch; past it, the move (of an
             ascent, the step) is taken back. Infinity accepts everything that is finite.
     """
 
-    action: str = "auto"
+    action: str = "approximate"
     parametrisation: str = "exp"
     max_drift: float = 0.01
 
@@ -106,6 +109,8 @@ class TeleportMove(ABC):
         """Check settings."""
         if self.action != "auto":
             action(self.action)
+        if self.parametrisation not in PARAMETRISATIONS:
+            raise ConfigError(f"parametrisation must be one of {', '.join(PARAMETRISATIONS)}")
         if not self.max_drift > 0:
             raise ConfigError(f"max_drift must be positive, got {self.max_drift}")
 
@@ -119,20 +124,13 @@ class TeleportMove(ABC):
         """Weights, path and which networks had a step taken back."""
 
     @torch.no_grad()
-    def __call__(
-        self,
-        landscape: Landscape,
-        flat: Tensor,
-        movable: Sequence[bool] | None = None,
-        stored: torch.dtype | None = None,
-    ) -> Teleport:
+    def __call__(self, landscape: Landscape, flat: Tensor, movable: Sequence[bool] | None = None) -> Teleport:
         """Teleport flat weights ``[..., P]`` on a batch; nothing is mutated.
 
         Args:
             landscape: Data and loss.
             flat: The weights.
             movable: Which hidden layers may be moved; all, if not given.
-            stored: The weights are rounded to this dtype before they are judged, if it is not theirs.
         """
         begin_s = time.perf_counter()
         hidden = len(landscape.mlp.hidden_widths)
@@ -144,9 +142,8 @@ class TeleportMove(ABC):
         start = landscape.at(flat)
         before = self.measured.value(start)
         moved, path, undone = self.legs(start, chosen)
-        if stored is not None:
-            moved = moved.to(stored).to(flat.dtype)
         end = landscape.at(moved)
+        moved = end.flat
         drift = landscape.loss.drift(start.outputs, end.outputs, landscape.targets)
         accepted = torch.isfinite(moved).all(-1) & (drift <= self.max_drift)
         if not bool(accepted.all()):
