@@ -81,7 +81,7 @@ def load_images(name: str = "digits", root: str | Path | None = None, download: 
         except _MissingError as error:
             if not download:
                 raise DataError(
-                    f"{error}; give the folder with --data-root or {ROOT_VARIABLE}, or let it be downloaded (--download)"
+                    f"{error}; give the folder with --data-root or {ROOT_VARIABLE}, or fetch them with --download"
                 ) from None
             arrays = _download(name)
     return _checked(name, arrays)
