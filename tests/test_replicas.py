@@ -124,17 +124,19 @@ def test_interval_is_student_s():
 @pytest.mark.parametrize("name", ["fig5", "fig13"])
 def test_experiments_on_images_leave_raw_results_a_table_and_a_figure(tmp_path, capsys, name):
     out = tmp_path / name
-    main([name, "--epochs", "1", "--seeds", "2", "--out", str(out)])
+    main([name, "--epochs", "3", "--seeds", "2", "--out", str(out)])
     printed = capsys.readouterr().out
     assert "| Adam teleport" in printed
     doc = json.loads((out / "results.json").read_text())
     assert len(doc["arms"]) == 9
-    assert all(len(arm["test_loss"]) == 2 and len(arm["test_loss"][0]) == 2 for arm in doc["arms"])
+    assert all(len(arm["test_loss"]) == 2 and len(arm["test_loss"][0]) == 4 for arm in doc["arms"])
     first = (out / "table.md").read_text(), (out / "loss.png").read_bytes()[:4]
     main([name, "--out", str(out), "--redraw"])
     assert ((out / "table.md").read_text(), (out / "loss.png").read_bytes()[:4]) == first == (first[0], b"\x89PNG")
     with pytest.raises(RunFolderError, match=r"results\.json"):
         main([name, "--out", str(tmp_path / "nothing"), "--redraw"])
+    with pytest.raises(ConfigError, match="--epochs 2 ends before AdaGrad"):
+        main([name, "--epochs", "2", "--out", str(tmp_path / "short")])
 
 
 def test_tuned_comparison_pairs_every_arm_with_the_one_without_teleport(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from metatele.errors import NotExactError, SingularInputError
 from metatele.losses import Loss
 from metatele.mlp import MLP, Pass, Weights
-from metatele.symmetry import Action, Exact, GroupElement, Pair, Site, walk
+from metatele.symmetry import Action, Exact, GroupElement, Pair, Site, inverse_factor, walk, with_ones
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,23 @@ class Landscape:
         except (NotExactError, SingularInputError):
             return False
         return True
+
+    def inverse_factor(self, rank_tolerance: float) -> Tensor:
+        """``R⁻¹ [..., n, n]`` of the inputs' ``QR`` (with ones below them for a bias), for n ≤ d.
+
+        ``S H⁺ = S R⁻¹ Qᵀ`` has the norm of ``S R⁻¹``. Computed once.
+
+        Raises:
+            SingularInputError: The inputs are rank deficient.
+        """
+        if rank_tolerance not in self._factors:
+            inputs = with_ones(self.inputs) if self.mlp.biases[0] else self.inputs
+            self._factors[rank_tolerance] = inverse_factor(inputs, rank_tolerance)
+        return self._factors[rank_tolerance]
+
+    @cached_property
+    def _factors(self) -> dict[float, Tensor]:
+        return {}
 
     @cached_property
     def _prepared(self) -> dict[Action, Tensor | None]:

@@ -13,6 +13,7 @@ from metatele.symmetry.actions import (
     drift,
     sweep,
     walk,
+    with_ones,
 )
 from metatele.symmetry.group import (
     PARAMETRISATIONS,
@@ -26,7 +27,7 @@ from metatele.symmetry.group import (
     identity,
     random_algebra,
 )
-from metatele.symmetry.least_squares import damped_right_solve, pseudo_inverse
+from metatele.symmetry.least_squares import damped_right_solve, inverse_factor, pseudo_inverse
 
 __all__ = [
     "ACTIONS",
@@ -49,8 +50,10 @@ __all__ = [
     "first_order",
     "from_matrix",
     "identity",
+    "inverse_factor",
     "pseudo_inverse",
     "random_algebra",
     "sweep",
     "walk",
+    "with_ones",
 ]

@@ -191,7 +191,8 @@ class Action(ABC):
         return Acted(moved, drift)
 
 
-def _with_ones(inputs: Tensor) -> Tensor:
+def with_ones(inputs: Tensor) -> Tensor:
+    """A row of ones below the inputs ``[..., d, n]``: what a bias sees."""
     return torch.cat([inputs, torch.ones_like(inputs[..., :1, :])], -2)
 
 
@@ -227,7 +228,7 @@ class Exact(Action):
                 "use a smaller batch (accumulated ones count together) or the approximate action"
             )
         tolerance = self.rank_tolerance if self.strict else 0.0
-        return pseudo_inverse(_with_ones(inputs) if bias else inputs, rank_tolerance=tolerance)
+        return pseudo_inverse(with_ones(inputs) if bias else inputs, rank_tolerance=tolerance)
 
     def move(self, site: Site, g: GroupElement) -> Site:
         """See the module's table."""

@@ -43,6 +43,20 @@ def pseudo_inverse(H: Tensor, *, rank_tolerance: float | None = None) -> Tensor:
     return inverse + 0.0 if tall is H else inverse.mT + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
+def inverse_factor(H: Tensor, rank_tolerance: float) -> Tensor:
+    """``R⁻¹`` of ``H = QR`` for tall constant matrices ``[..., d, n]``, in double precision, rounded once.
+
+    Raises:
+        SingularInputError: Some ``H`` is rank deficient to rounding.
+    """
+    R = torch.linalg.qr(H.double(), mode="r")[1]
+    if not bool(torch.isfinite(H).all()):
+        raise SingularInputError(f"layer inputs of shape {tuple(H.shape)} are not all finite")
+    _require_full_rank(R, H, rank_tolerance)
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    return torch.linalg.solve_triangular(R, eye.expand_as(R), upper=True).to(H.dtype)
+
+
 def _require_full_rank(R: Tensor, H: Tensor, limit: float) -> None:
     diagonal = R.detach().diagonal(dim1=-2, dim2=-1).abs()
     ratio = diagonal.amin(-1) / diagonal.amax(-1).clamp_min(torch.finfo(R.dtype).tiny)

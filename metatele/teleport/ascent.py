@@ -180,7 +180,7 @@ def GradientNormAscent(
         >>> _ = torch.manual_seed(0)
         >>> mlp = MLP((5, 4, 3), LeakyReLU(0.1))
         >>> landscape = Landscape(mlp, torch.randn(5, 4), torch.randn(3, 4), SquaredError())
-        >>> w, report, _ = GradientNormAscent(lr=0.001)(landscape, 0.5 * torch.randn(mlp.num_parameters))
+        >>> w, report, _ = GradientNormAscent(lr=0.001, action="auto")(landscape, 0.5 * torch.randn(mlp.num_parameters))
         >>> bool(report.objective_after > 2 * report.objective_before), bool(report.drift < 1e-5)
         (True, True)
     """

@@ -209,7 +209,7 @@ class Random(TeleportMove):
         >>> from metatele.mlp import MLP
         >>> _ = torch.manual_seed(0)
         >>> landscape = Landscape(MLP((5, 4, 3), Tanh()), torch.randn(5, 4), torch.randn(3, 4), SquaredError())
-        >>> report = Random(radius=0.01)(landscape, 0.5 * torch.randn(32)).report
+        >>> report = Random(radius=0.01, action="auto")(landscape, 0.5 * torch.randn(32)).report
         >>> bool(report.drift < 1e-4)
         True
     """

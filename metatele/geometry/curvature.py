@@ -1,0 +1,374 @@
+r"""Curvature of the curves ``γ(t) = exp(tM)·w`` on a level set of the loss (PAPER §3, Eq. 5, 47, 51-60).
+
+Their derivatives at t = 0 come from carrying the first few derivatives of every quantity through the action,
+layer by layer: products by Leibniz's rule, the activation by Faà di Bruno's. With ``Z = VH``, ``A = f(Z)`` and
+one hidden layer this is
+
+.. math::
+    γ_U' = -UM, \quad γ_U'' = UM^2, \quad γ_U''' = -UM^3, \qquad γ_V^{(j)} = Y_j H^+,
+    Y_1 = \frac{MA}{f'}, \quad Y_2 = \frac{M^2A - f''\,Y_1^2}{f'}, \quad
+    Y_3 = \frac{M^3A - 3 f''\,Y_1 Y_2 - f'''\,Y_1^3}{f'}
+
+(elementwise; the paper's Eq. 58 and 60 print other coefficients, which lack the 1/j! of a Taylor series). With
+several hidden layers each layer's inputs move as the layers before it are acted on, and so does their
+pseudo-inverse; the curve is that of all layers together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metatele.activations import Activation
+from metatele.errors import ConfigError, NotExactError
+from metatele.geometry.landscape import Landscape, Point
+from metatele.geometry.objectives import Objective
+from metatele.mlp import MLP, Weights, affine
+from metatele.symmetry import pseudo_inverse
+
+_RANK = 1e-6  # least ratio of the diagonal entries of R, in double precision, of layer inputs
+_CHUNK_BYTES = 64 << 20  # of hidden units and their derivatives in one chunk
+
+# A quantity along the curve: itself and its derivatives at t = 0, None where one is zero for all curves.
+Jet = list[Tensor | None]
+
+
+class Curvatures(NamedTuple):
+    """Curvature of curves and how it changes along them, a value for each network and curve ``[..., curves]``.
+
+    Attributes:
+        kappa: ``κ(0)``.
+        slope: ``κ'(0)``, with respect to t, or ``None``.
+    """
+
+    kappa: Tensor
+    slope: Tensor | None
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _scaled(factor: int, a: Tensor) -> Tensor:
+    return a if factor == 1 else factor * a
+
+
+def _times(a: Jet, b: Jet) -> Jet:
+    """Leibniz: ``(ab)⁽ʲ⁾ = Σ C(j, i) a⁽ⁱ⁾ b⁽ʲ⁻ⁱ⁾``."""
+    result: Jet = []
+    for j in range(len(a)):
+        total: Tensor | None = None
+        for i in range(j + 1):
+            left, right = a[i], b[j - i]
+            if left is not None and right is not None:
+                total = _add(total, _scaled(comb(j, i), left @ right))
+        result.append(total)
+    return result
+
+
+def _through(f: Activation, z: Jet) -> Jet:
+    """``f(z)``: Faà di Bruno's rule."""
+    start = z[0]
+    assert start is not None
+    f1, f2, f3 = (f.derivative(start), None, None) if f.piecewise_linear else f.derivatives(start)
+    z1, z2, z3 = (*z[1:], None, None, None)[:3]
+    result: Jet = [f(start), None if z1 is None else f1 * z1]
+    second = None if z2 is None else f1 * z2
+    if f2 is not None and z1 is not None:
+        second = _add(second, f2 * z1.square())
+    result.append(second)
+    third = None if z3 is None else f1 * z3
+    if f2 is not None and f3 is not None and z1 is not None:
+        third = _add(third, f3 * z1 * z1.square())
+        if z2 is not None:
+            third = _add(third, 3 * f2 * z1 * z2)
+    result.append(third)
+    return result[: len(z)]
+
+
+def _back(f: Activation, z: Tensor, b: Jet) -> Jet:
+    """``y`` with ``f(y) = b`` and ``y(0) = z``: Faà di Bruno's rule solved for the derivatives of y."""
+    f1, f2, f3 = (f.derivative(z), None, None) if f.piecewise_linear else f.derivatives(z)
+    y: Jet = [z]
+    for j, target in enumerate(b[1:], 1):
+        assert target is not None  # MA is among its terms
+        first, second = (*y[1:], None, None)[:2]
+        if f2 is not None and first is not None and j == 2:
+            target = target - f2 * first.square()
+        if f2 is not None and f3 is not None and first is not None and second is not None and j == 3:
+            target = target - 3 * f2 * first * second - f3 * first * first.square()
+        y.append(target / f1)
+    return y
+
+
+def _acted(powers: Sequence[Tensor], A: Jet) -> Jet:
+    """``exp(tM) A``, from ``M, M², …``."""
+    result: Jet = []
+    for j in range(len(A)):
+        total = A[j]
+        for i in range(1, j + 1):
+            a = A[j - i]
+            if a is not None:
+                total = _add(total, _scaled(comb(j, i), powers[i - 1] @ a))
+        result.append(total)
+    return result
+
+
+def _inverse(G: Jet) -> Jet:
+    """Inverse matrices: ``P⁽ʲ⁾ = -P Σ_{i≥1} C(j, i) G⁽ⁱ⁾ P⁽ʲ⁻ⁱ⁾``."""
+    start = G[0]
+    assert start is not None
+    first = torch.linalg.inv(start)
+    P: Jet = [first]
+    for j in range(1, len(G)):
+        total: Tensor | None = None
+        for i in range(1, j + 1):
+            g, p = G[i], P[j - i]
+            if g is not None and p is not None:
+                total = _add(total, _scaled(comb(j, i), g @ p))
+        P.append(None if total is None else -(first @ total))
+    return P
+
+
+def _pseudo_inverse(H: Jet) -> Jet:
+    """Of full rank, tall or wide: ``(HᵀH)⁻¹Hᵀ`` or ``Hᵀ(HHᵀ)⁻¹``, in double precision as it squares H."""
+    start = H[0]
+    assert start is not None
+    if all(t is None for t in H[1:]):
+        return [pseudo_inverse(start, rank_tolerance=_RANK), *H[1:]]
+    pseudo_inverse(start.detach(), rank_tolerance=_RANK)  # refuses what is rank deficient
+    precise: Jet = [None if t is None else t.double() for t in H]
+    turned: Jet = [None if t is None else t.mT for t in precise]
+    if start.shape[-1] >= start.shape[-2]:
+        P = _times(turned, _inverse(_times(precise, turned)))
+    else:
+        P = _times(_inverse(_times(turned, precise)), turned)
+    return [None if t is None else t.to(start.dtype) for t in P]
+
+
+def _joined(W: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A matrix with a column for the bias, if the layer has one: a derivative's is zero, as the bias stays."""
+    if W is None or bias is None:
+        return W
+    return torch.cat([W, torch.zeros_like(W[..., :1])], -1)
+
+
+def derivatives(
+    landscape: Landscape, weights: Weights, M: Sequence[Tensor], order: int = 3, coordinates: bool = False
+) -> list[list[Tensor]]:
+    """``γ', γ'', γ'''`` at t = 0 of ``γ(t) = exp(tM)·w``, the exact action on every hidden layer.
+
+    Args:
+        landscape: Data; the loss plays no part.
+        weights: With any batch dimensions.
+        M: For each hidden layer ``[curves, k, k]``.
+        order: How many derivatives, 1 to 3.
+        coordinates: Give the first layer's part in an orthonormal basis of the span of the inputs, if they are
+            fewer than the features: inner products are the same, and nothing is as large as the layer.
+
+    Returns:
+        For each order the layers' parts ``[..., curves, o, i]``, a bias as last column. With more samples than a
+        layer has inputs the exact action does not exist; its formula is then a least-squares fit, as in the paper.
+
+    Raises:
+        NotExactError: No hidden layer, or an activation that has no inverse.
+        SingularInputError: Layer inputs are rank deficient.
+    """
+    mlp = landscape.mlp
+    if not mlp.hidden_widths:
+        raise NotExactError("curves on a level set need a hidden layer")
+    for f in mlp.activations:
+        if not f.invertible:
+            raise NotExactError(f"curves of the exact action need an invertible activation, got {f.describe()}")
+    if not 1 <= order <= 3:
+        raise ConfigError(f"order must be 1, 2 or 3, got {order}")
+    if len(M) != len(mlp.hidden_widths):
+        raise ConfigError(f"expected one M for each of {len(mlp.hidden_widths)} hidden layers, got {len(M)}")
+    still: Jet = [None] * order
+    H: Jet = [landscape.inputs.unsqueeze(-3), *still]
+    Z: Jet = [affine(weights.matrices[0], weights.biases[0], landscape.inputs).unsqueeze(-3), *still]
+    W: Jet = [weights.matrices[0].unsqueeze(-3), *still]
+    parts: list[list[Tensor]] = [[] for _ in range(order)]
+    for layer, m in enumerate(M):
+        f, bias = mlp.activations[layer], weights.biases[layer]
+        start = Z[0]
+        assert start is not None
+        powers = [m]
+        while len(powers) < order:
+            powers.append(powers[-1] @ m)
+        B = _acted(powers, _through(f, Z))
+        Y = _back(f, start, B)
+        S: Jet = [None, *(_difference(y, z) for y, z in zip(Y[1:], Z[1:], strict=True))]
+        seen = H if bias is None else _with_ones(H)
+        given = seen[0]
+        assert given is not None
+        tall = given.shape[-1] <= given.shape[-2]
+        if layer == 0 and tall and coordinates:
+            turn = landscape.inverse_factor(_RANK).unsqueeze(-3)
+            moved: Jet = [None, *(None if s is None else s @ turn for s in S[1:])]
+        else:
+            moved = _times(S, _pseudo_inverse(seen))
+        for j in range(order):
+            # Behind the first layer the weights already move: they are U g⁻¹ of the layer before.
+            part = _add(moved[j + 1], _joined(W[j + 1], bias))
+            assert part is not None
+            parts[j].append(part)
+        U, next_bias = weights.matrices[layer + 1].unsqueeze(-3), weights.biases[layer + 1]
+        W = [U, *((-1) ** (j + 1) * (U @ p) for j, p in enumerate(powers))]
+        if tall:  # f(Z) is met exactly, so the hidden units become g f(Z) and U g⁻¹ makes of them what U made
+            H = B
+            hidden = B[0]
+            assert hidden is not None
+            Z = [U @ hidden, *still]
+        else:
+            change = _times(moved, seen)
+            H = _through(f, [start, *(_add(z, c) for z, c in zip(Z[1:], change[1:], strict=True))])
+            Z = _times(W, H)
+        if next_bias is not None and Z[0] is not None:
+            Z[0] = Z[0] + next_bias.unsqueeze(-2).unsqueeze(-1)
+    for j in range(order):
+        last = _joined(W[j + 1], weights.biases[-1])
+        assert last is not None
+        parts[j].append(last)
+    return parts
+
+
+def _difference(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else -b if a is None else a - b
+
+
+def _with_ones(H: Jet) -> Jet:
+    start = H[0]
+    assert start is not None
+    ones = torch.ones_like(start[..., :1, :])
+    rest: Jet = [None if t is None else torch.cat([t, torch.zeros_like(t[..., :1, :])], -2) for t in H[1:]]
+    return [torch.cat([start, ones], -2), *rest]
+
+
+def curvatures(landscape: Landscape, weights: Weights, M: Sequence[Tensor], slope: bool = False) -> Curvatures:
+    r"""Curvature at t = 0 of ``γ(t) = exp(tM)·w`` (Eq. 47) and its derivative (Eq. 51).
+
+    .. math::
+        κ = \frac{‖γ''_⊥‖}{‖γ'‖^2}, \qquad
+        κ' = \frac{γ''_⊥·γ'''}{‖γ''_⊥‖\,‖γ'‖^2} - 3κ\frac{γ'·γ''}{‖γ'‖^2}
+
+    with ``γ''_⊥`` the part of γ'' orthogonal to γ'. This is the paper's N/‖γ'‖³ without the cancellation in N
+    (and with ‖γ'‖³ under the first term of κ', where the paper prints ‖γ'‖²). The limits are taken: a curve that
+    does not move (γ' = 0) is a point and has κ = κ' = 0; where κ = 0, κ' is that for t → 0 from above.
+
+    Args:
+        landscape: Data; the loss plays no part.
+        weights: With any batch dimensions.
+        M: For each hidden layer ``[curves, k, k]``.
+        slope: Also κ'.
+
+    Example:
+        >>> from metatele.activations import Identity
+        >>> from metatele.losses import SquaredError
+        >>> mlp = MLP((1, 1, 1), Identity())  # γ = (v exp(t), u exp(-t)): the hyperbola through (v, u)
+        >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> curvatures(scene, mlp.unflatten(torch.tensor([1.0, 1.0])), [torch.ones(1, 1, 1)]).kappa  # 1/√2
+        tensor([0.7071])
+    """
+    order = 3 if slope else 2
+    rows = derivatives(landscape, weights, M, order, coordinates=True)
+    first, second = rows[0], rows[1]
+    squared = _inner(first, first)
+    moving = squared > 0
+    safe = torch.where(moving, squared, 1.0)
+    along = _inner(first, second) / safe
+    bend = [b - along[..., None, None] * a for a, b in zip(first, second, strict=True)]
+    size = _root(_inner(bend, bend))
+    kappa = torch.where(moving, size / safe, 0.0)
+    if not slope:
+        return Curvatures(kappa, None)
+    third = rows[2]
+    straight = size == 0
+    ahead = _inner(first, third) / safe
+    rest = [c - ahead[..., None, None] * a for a, c in zip(first, third, strict=True)]
+    turning = torch.where(straight, _root(_inner(rest, rest)), _inner(bend, third) / torch.where(straight, 1.0, size))
+    return Curvatures(kappa, torch.where(moving, turning / safe - 3 * kappa * along, 0.0))
+
+
+def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    parts = [(a * b).sum((-2, -1)) for a, b in zip(left, right, strict=True)]
+    return sum(parts[1:], parts[0])
+
+
+def _root(square: Tensor) -> Tensor:
+    """Square root with derivative zero at zero."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+@dataclass(frozen=True)
+class Curvature(Objective):
+    """``ψ(w, k)``: mean over k random M of the curvature of ``exp(tM)·w`` at t = 0 (Eq. 5).
+
+    The M are the same for every network and every call. Entries are uniform on [0, 1] and the Frobenius norm is 1,
+    as in the reference implementation, one M for each hidden layer, all layers in one curve. Memory is
+    bounded by chunks.
+
+    Args:
+        curves: k.
+        seed: Of the M.
+
+    Example:
+        >>> from metatele.activations import LeakyReLU
+        >>> from metatele.losses import SquaredError
+        >>> _ = torch.manual_seed(0)
+        >>> mlp = MLP((5, 4, 3), LeakyReLU(0.1))
+        >>> scene = Landscape(mlp, torch.randn(5, 4), torch.randn(3, 4), SquaredError())
+        >>> point = scene.at(torch.randn(2, mlp.num_parameters))
+        >>> Curvature(curves=3).value(point).shape
+        torch.Size([2])
+    """
+
+    curves: int = 1
+    seed: int = 0
+    name: ClassVar[str] = "curvature"
+
+    def __post_init__(self) -> None:
+        """Check settings."""
+        if self.curves < 1:
+            raise ConfigError(f"curves must be at least 1, got {self.curves}")
+
+    def draw(self, mlp: MLP, like: Tensor) -> list[Tensor]:
+        """The M of each hidden layer ``[curves, k, k]``."""
+        random = torch.Generator().manual_seed(self.seed)
+        drawn = [torch.rand(self.curves, k, k, generator=random) for k in mlp.hidden_widths]
+        return [(M / M.norm(dim=(-2, -1), keepdim=True)).to(like) for M in drawn]
+
+    @torch.no_grad()
+    def value(self, point: Point) -> Tensor:
+        """See the class."""
+        total = torch.zeros(point.flat.shape[:-1]).to(point.flat)
+        for M in self._chunks(point):
+            total += curvatures(point.landscape, point.weights, M).kappa.sum(-1)
+        return total / self.curves
+
+    def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        mlp = point.landscape.mlp
+        total, gradient = torch.zeros(point.flat.shape[:-1]).to(point.flat), torch.zeros_like(point.flat)
+        for M in self._chunks(point):
+            with torch.enable_grad():
+                flat = point.flat.detach().requires_grad_()
+                kappa = curvatures(point.landscape, mlp.unflatten(flat), M).kappa.sum(-1)
+                (part,) = torch.autograd.grad(kappa.sum(), flat)
+            total += kappa.detach()
+            gradient += part
+        return total / self.curves, gradient / self.curves
+
+    def _chunks(self, point: Point) -> Iterator[list[Tensor]]:
+        mlp, networks = point.landscape.mlp, point.flat.shape[:-1].numel()
+        size = 12 * networks * point.landscape.inputs.shape[-1] * max(mlp.hidden_widths) * point.flat.element_size()
+        group = max(1, _CHUNK_BYTES // size)
+        drawn = self.draw(mlp, point.flat)
+        for begin in range(0, self.curves, group):
+            yield [M[begin : begin + group] for M in drawn]
