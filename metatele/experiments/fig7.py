@@ -18,14 +18,17 @@ from metatele.experiments import images as common
 from metatele.geometry.displacement import CURVES, STRAIGHT, circle_closed_form, expected_displacement
 
 # Curve -> (largest curvature drawn, shifts), as in the paper.
-_PANELS = {"parabola": (80.0, (2.0, 1.0, 0.5, 0.2, 0.1)), "circle": (10.0, (0.1, 0.05, 0.02, 0.01, 0.005))}
+_PANELS: dict[str, tuple[float, tuple[float, ...]]] = {
+    "parabola": (80.0, (2.0, 1.0, 0.5, 0.2, 0.1)),
+    "circle": (10.0, (0.1, 0.05, 0.02, 0.01, 0.005)),
+}
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
 
 
 def run(steps: int) -> dict[str, Any]:
     """The content of ``results.json``; an arm is a curve with a shift."""
     begin_s = time.perf_counter()
-    arms = []
+    arms: list[dict[str, Any]] = []
     for curve, (largest, shifts) in _PANELS.items():
         curvatures = [largest * i / steps for i in range(steps + 1)]
         arms += [
