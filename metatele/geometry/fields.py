@@ -223,8 +223,8 @@ def teleport_along(loss: LossFunction, w: Tensor, fields: Sequence[Field] | Tens
 
     A step follows ``Σ θᵢAᵢ`` for a unit of time. With c the slopes of ``f = log ‖∇L‖²`` along the fields and K its
     second derivatives, ``θ = |K|⁻¹c``, halved until f rises; near the end these are Newton's steps, which bring
-    c to rounding. Matrices are followed by the exponential; functions by Runge and Kutta's method of order 4,
-    and brought back to the level set. A point that is critical already stays.
+    c to rounding. Matrices are followed by the exponential; functions by Runge and Kutta's method of order 4.
+    Each step ends with one of Newton back to the level set. A point that is critical already stays.
 
     Args:
         loss: Differentiable function ``[P] → []``.
@@ -292,9 +292,8 @@ def _moved(
     w = _follow(here.w.detach(), step, fields, matrices)
     try:
         there = LocalLoss(loss, w)
-        if matrices is None:  # back to the level set, along the gradient
-            g = there.gradient.detach()
-            there = LocalLoss(loss, w - ratio((there.value - level) * g, g.square().sum()))
+        g = there.gradient.detach()  # back to the level set, along the gradient
+        there = LocalLoss(loss, w - ratio((there.value - level) * g, g.square().sum()))
     except ConfigError:
         return None
     length = (there.w - here.w).detach().norm() * here.gradient.detach().norm()

@@ -33,6 +33,7 @@ __all__ = [
     "OptimalityReport",
     "commutator",
     "gradient_and_hessian",
+    "level_set_fields",
     "newton_angle",
     "one_teleport_is_enough",
     "sgd_bound",
@@ -170,6 +171,42 @@ def _brackets(here: LocalLoss, fields: list[VelocityFunction], orders: int) -> T
             row.append(ratio(value.detach(), size * rate**order))
         rows.append(torch.stack(row))
     return torch.stack(rows)
+
+
+def level_set_fields(loss: LossFunction, size: int) -> list[VelocityFunction]:
+    r"""``w ↦ M∇L(w)`` for the antisymmetric M with two entries, ``½P(P - 1)`` fields: the set S of Prop. 3.6.
+
+    They keep any loss and span all directions in its level sets (Lemma C.2), for those whose symmetries are not
+    known, or are all of the level set's.
+
+    Args:
+        loss: Differentiable function ``[P] → []``.
+        size: P, at least 2.
+
+    Raises:
+        ConfigError: P is below 2.
+
+    Example:
+        >>> ellipse = lambda w: w[0] ** 2 + 9 * w[1] ** 2
+        >>> fields = level_set_fields(ellipse, 2)
+        >>> one_teleport_is_enough(ellipse, torch.tensor([3.0, 0.1]).double(), fields).enough
+        True
+    """
+    if size < 2:
+        raise ConfigError(f"size must be at least 2, got {size}")
+
+    def turned(i: int, j: int) -> VelocityFunction:
+        def field(w: Tensor) -> Tensor:
+            with torch.enable_grad():
+                at = w if w.requires_grad else w.detach().requires_grad_()
+                g = derivative(loss(at), at)
+                signs = torch.zeros(size, size, dtype=g.dtype, device=g.device)
+                signs[i, j], signs[j, i] = -1.0, 1.0
+                return signs @ g
+
+        return field
+
+    return [turned(i, j) for j in range(size) for i in range(j)]
 
 
 @torch.enable_grad()
