@@ -15,7 +15,6 @@ from typing import Any
 
 from metatele.command_line import make_folder
 from metatele.experiments import images as common
-from metatele.geometry.displacement import CURVES, STRAIGHT, circle_closed_form, expected_displacement
 
 # Curve -> (largest curvature drawn, shifts), as in the paper.
 _PANELS: dict[str, tuple[float, tuple[float, ...]]] = {
@@ -27,6 +26,8 @@ _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
 
 def run(steps: int) -> dict[str, Any]:
     """The content of ``results.json``; an arm is a curve with a shift."""
+    from metatele.geometry.displacement import STRAIGHT, circle_closed_form, expected_displacement
+
     begin_s = time.perf_counter()
     arms: list[dict[str, Any]] = []
     for curve, (largest, shifts) in _PANELS.items():
@@ -72,7 +73,7 @@ def table(doc: dict[str, Any]) -> list[list[str]]:
 
 def note(doc: dict[str, Any]) -> str:
     """Agreement with the paper, in words."""
-    least = {c: min(min(arm["displacement"]) for arm in doc["arms"] if arm["curve"] == c) for c in CURVES}
+    least = {c: min(min(arm["displacement"]) for arm in doc["arms"] if arm["curve"] == c) for c in _PANELS}
     return (
         "Agrees with the paper's figure: from 2/π the parabola's lines rise at large curvature, the circle's fall; "
         f"but where κr is small the parabola's fall too (to {least['parabola']:.4f}, here), "
@@ -89,8 +90,10 @@ def figure(doc: dict[str, Any]) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    from metatele.geometry.displacement import STRAIGHT
+
     fig, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for axes, curve in zip(panels, CURVES, strict=True):
+    for axes, curve in zip(panels, _PANELS, strict=True):
         chosen = [arm for arm in doc["arms"] if arm["curve"] == curve]
         for arm, colour in zip(chosen, _COLOURS, strict=True):
             axes.plot(arm["curvature"], arm["displacement"], color=colour, label=f"r = {arm['shift']:g}")

@@ -349,7 +349,7 @@ def flows() -> list[dict[str, Any]]:
         w = torch.tensor(start, dtype=torch.float64)
         report = one_teleport_is_enough(loss, w, fields)
         points = flow(loss, report.points)
-        along = one_teleport_is_enough(loss, points, fields, move=False)
+        along = one_teleport_is_enough(loss, points, fields, move=False, orders=1)
         arms.append(
             {
                 "part": "flow",
@@ -478,10 +478,10 @@ def note(doc: dict[str, Any]) -> str:
         f"Theorem 3.1: the bound is {min(factors):.2g} to {max(factors):.2g} times what is measured.\n\n"
         "Proposition 3.2: after the optimal teleport the gradient has Newton's direction, and a step with γ = 1/λ₀ "
         f"contracts with order {order_of_contraction(doc):.2f}. Two things do not hold as printed: λ₀ is an eigenvalue "
-        "of the Hessian at w', not bounded by those at w₀, and the linear term needs L/μ, not L/(2μ) (Lemma B.1 integrates s dt where "
-        "there is no s), which shows where the condition number is below 2.\n\n"
-        "Propositions 3.4 to 3.6: on quadratics, and on a monotone function of one, one teleport is enough; on others "
-        "it is not. The condition of 3.5 and 3.6 alone does not suffice: x/√(1 - 8x²y) meets it at each of its "
+        "of the Hessian at w', not bounded by those at w₀, and the linear term needs L/μ, not L/(2μ): Lemma B.1 "
+        "integrates s where there is 1, which shows where the condition number is below 2.\n\n"
+        "Propositions 3.4 to 3.6: on quadratics, and on a monotone function of one, one teleport is enough; on the others "
+        "here it is not. The condition of 3.5 and 3.6 alone does not suffice: x/√(1 - 8x²y) meets it at each of its "
         "optimal points, x = 0, and its flow leaves them at once, because [A, R]L touches zero there.\n\n"
         f"{doc['runs']} runs of SGD, half of them to choose t; intervals of 95 %. Running time {seconds:.0f} s."
     )
