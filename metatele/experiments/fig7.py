@@ -76,8 +76,8 @@ def note(doc: dict[str, Any]) -> str:
     least = {c: min(min(arm["displacement"]) for arm in doc["arms"] if arm["curve"] == c) for c in _PANELS}
     return (
         "Agrees with the paper's figure: from 2/π the parabola's lines rise at large curvature, the circle's fall; "
-        f"but where κr is small the parabola's fall too (to {least['parabola']:.4f}, here), "
-        "and all lines of a panel are one function of κr. "
+        f"but at first the parabola's fall too, to {least['parabola']:.4f} here, and lie below 2/π while κr < 4.73; "
+        "all lines of a panel are one function of κr. "
         f"Largest distance from 2/π at κ = 0: {doc['distance_from_straight']:.1e}; of the circle's lines from their "
         f"closed form: {doc['distance_from_closed_form']:.1e}. Running time {doc['seconds']:.1f} s."
     )

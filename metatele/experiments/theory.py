@@ -480,9 +480,9 @@ def note(doc: dict[str, Any]) -> str:
         f"contracts with order {order_of_contraction(doc):.2f}. Two things do not hold as printed: λ₀ is an eigenvalue "
         "of the Hessian at w', not bounded by those at w₀, and the linear term needs L/μ, not L/(2μ): Lemma B.1 "
         "integrates s where there is 1, which shows where the condition number is below 2.\n\n"
-        "Propositions 3.4 to 3.6: on quadratics, and on a monotone function of one, one teleport is enough; on the others "
-        "here it is not. The condition of 3.5 and 3.6 alone does not suffice: x/√(1 - 8x²y) meets it at each of its "
-        "optimal points, x = 0, and its flow leaves them at once, because [A, R]L touches zero there.\n\n"
+        "Propositions 3.4 to 3.6: on quadratics, and on a monotone function of one, one teleport is enough; on the "
+        "others here it is not. The condition of 3.5 and 3.6 alone does not suffice: x/√(1 - 8x²y) meets it at each "
+        "of its optimal points, x = 0, and its flow leaves them at once, because [A, R]L touches zero there.\n\n"
         f"{doc['runs']} runs of SGD, half of them to choose t; intervals of 95 %. Running time {seconds:.0f} s."
     )
 
