@@ -12,9 +12,11 @@ from metatele.errors import ConfigError
 EXPERIMENTS = {
     "fig5": "four optimizers on images, with and without teleportation, against epochs",
     "fig6": "held-out loss of the three meta-optimizers beside tuned standard optimizers",
+    "fig7": "expected displacement of a shifted minimum against its curvature",
     "fig12": "momentum over a teleport, and objectives for AdaGrad, on a small regression",
     "fig13": "the runs of fig5 against time",
     "functions": "gradient descent on three functions of the plane, with and without teleport",
+    "theory": "the theorem and propositions of section 3, by computation",
     "optimizers-beyond": "eight optimizers and six ways to teleport, every learning rate tuned alike",
 }
 

@@ -186,19 +186,21 @@ def final_table(doc: dict[str, Any]) -> list[list[str]]:
     return table
 
 
-def write(doc: dict[str, Any], out: Path, table: list[list[str]], figure: bytes) -> str:
-    """``results.json``, ``table.csv``, ``table.md`` and ``loss.png``; returns the table."""
+def write(
+    doc: dict[str, Any], out: Path, table: list[list[str]], figure: bytes, picture: str = "loss.png", note: str = ""
+) -> str:
+    """``results.json``, ``table.csv``, ``table.md`` with a note below, and the picture; returns the table."""
     import csv
 
     from metatele.training.report import markdown
 
-    text = markdown(table)
+    text = markdown(table) + (f"\n{note}\n" if note else "")
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(table)
     write_atomically(out / "results.json", (json.dumps(doc, allow_nan=False) + "\n").encode())
     write_atomically(out / "table.csv", buffer.getvalue().encode())
     write_atomically(out / "table.md", text.encode())
-    write_atomically(out / "loss.png", figure)
+    write_atomically(out / picture, figure)
     return text
 
 
@@ -218,10 +220,12 @@ def finish(
     out: Path,
     table: Callable[[dict[str, Any]], list[list[str]]],
     figure: Callable[[dict[str, Any]], bytes],
+    picture: str = "loss.png",
+    note: str = "",
 ) -> None:
     """Write everything, print the table and where the figure lies."""
-    print(write(doc, out, table(doc), figure(doc)), end="")
-    print(f"figure: {out / 'loss.png'}")
+    print(write(doc, out, table(doc), figure(doc), picture, note), end="")
+    print(f"figure: {out / picture}")
 
 
 def draw_band(axes: Any, xs: Sequence[float], runs: list[list[float | None]], **style: Any) -> None:
