@@ -1,16 +1,35 @@
 """What a teleport can aim at, as functions of the weights on a batch."""
 
+from metatele.errors import ConfigError
+from metatele.geometry.curvature import Curvature, Curvatures, curvatures, derivatives
 from metatele.geometry.landscape import Landscape, Point
-from metatele.geometry.objectives import GradientNorm, Objective, objective
+from metatele.geometry.objectives import GradientNorm, Objective
 from metatele.geometry.optimality import OptimalityReport, commutator, one_teleport_is_enough
+from metatele.geometry.sharpness import Sharpness
+
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (GradientNorm, Sharpness, Curvature)}
+
+
+def objective(name: str) -> Objective:
+    """Objective by name: ``grad-norm``, ``sharpness`` or ``curvature``."""
+    if name not in OBJECTIVES:
+        raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+    return OBJECTIVES[name]()
+
 
 __all__ = [
+    "OBJECTIVES",
+    "Curvature",
+    "Curvatures",
     "GradientNorm",
     "Landscape",
     "Objective",
     "OptimalityReport",
     "Point",
+    "Sharpness",
     "commutator",
+    "curvatures",
+    "derivatives",
     "objective",
     "one_teleport_is_enough",
 ]

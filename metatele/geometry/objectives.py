@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from metatele.errors import ConfigError
 from metatele.geometry.landscape import Point
 from metatele.mlp import Weights
 
@@ -18,6 +17,7 @@ class Objective(ABC):
     """What a teleport raises or lowers on a level set of the loss."""
 
     name: ClassVar[str]
+    needs_loss: ClassVar[bool] = False  # beyond the gradient at the outputs, which a backward pass tells
 
     @abstractmethod
     def value(self, point: Point) -> Tensor:
@@ -91,13 +91,3 @@ def _inner(left: Weights, right: Weights) -> Tensor:
         (a * b).sum(-1) for a, b in zip(left.biases, right.biases, strict=True) if a is not None and b is not None
     ]
     return sum(parts[1:], parts[0])
-
-
-OBJECTIVES: dict[str, type[Objective]] = {GradientNorm.name: GradientNorm}
-
-
-def objective(name: str) -> Objective:
-    """Objective by name: ``grad-norm``."""
-    if name not in OBJECTIVES:
-        raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
-    return OBJECTIVES[name]()

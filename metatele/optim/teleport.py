@@ -130,6 +130,8 @@ class TeleportOptimizer(torch.optim.Optimizer):
         if metric == "adaptive" and not isinstance(base, ADAPTIVE):
             known = ", ".join(kind.__name__ for kind in ADAPTIVE)
             raise ConfigError(f"metric adaptive is known for {known}, not for {type(base).__name__}")
+        if isinstance(move, Ascent) and move.objective.needs_loss and batches is None:
+            raise ConfigError(f"an ascent of {move.objective.name} needs the loss: give batches and loss_fn")
         if conjugate and isinstance(base, torch.optim.LBFGS):
             raise ConfigError("mode conjugate takes one gradient for a step, and LBFGS evaluates several")
         if (batches is None) != (loss_fn is None):
