@@ -33,8 +33,7 @@ from metatele.errors import ConfigError, NotExactError, ShapeMismatchError
 from metatele.mlp import MLP, Weights, affine
 from metatele.symmetry.group import GroupElement
 from metatele.symmetry.least_squares import (
-    damped_factors,
-    damped_solution,
+    DampedInverse,
     default_damping,
     pseudo_inverse,
 )
@@ -80,7 +79,7 @@ class Site:
     ) -> None:
         self.pair, self.inputs, self.activation, self.prepared = pair, inputs, activation, prepared
         self.__dict__.update(known)
-        self._fits: dict[float, tuple[Tensor, Tensor]] = {}
+        self._fits: dict[float, DampedInverse] = {}
 
     @cached_property
     def pre(self) -> Tensor:
@@ -97,10 +96,10 @@ class Site:
         """``f'(Z)``, ``[..., k, n]``."""
         return self.activation.derivative(self.pre)
 
-    def fit(self, damping: float) -> tuple[Tensor, Tensor]:
-        """Factors of the damped least squares on ``f(Z)``; see :func:`damped_factors`."""
+    def fit(self, damping: float) -> DampedInverse:
+        """The damped inverse of ``f(Z)``."""
         if damping not in self._fits:
-            self._fits[damping] = damped_factors(self.hidden, damping)
+            self._fits[damping] = DampedInverse.of(self.hidden, damping)
         return self._fits[damping]
 
     def between(self, pair: Pair) -> Site:
@@ -286,16 +285,14 @@ class Approximate(Action):
         # g VH is what gV makes of the inputs: they are not needed.
         pre = g.matrix @ site.pre
         after = Site(site.pair, site.inputs, site.activation, pre=pre)
-        Q, R = after.fit(self._damping(pre.dtype))
-        change = damped_solution(Q, R, U @ (site.hidden - after.hidden))
+        change = after.fit(self._damping(pre.dtype)).after(U @ (site.hidden - after.hidden))
         moved_bias = None if bias is None else (g.matrix @ bias.unsqueeze(-1)).squeeze(-1)
         return after.between(Pair(g.matrix @ V, U + change, moved_bias))
 
     def pullback(self, site: Site, covector: Pair) -> Tensor:
         """``q_V Vᵀ + q_b bᵀ - [(Uᵀ q_U A⁺ᵀ)∘f'(Z)] Zᵀ``: ``δV = T V``, ``δU = -U [f'(Z)∘(T Z)] A⁺``, A = f(Z)."""
         V, U, bias = site.pair
-        Q, R = site.fit(self._damping(U.dtype))
-        spread = damped_solution(Q, R, U.mT @ covector.U, transposed=True)
+        spread = site.fit(self._damping(U.dtype)).transposed_after(U.mT @ covector.U)
         result = covector.V @ V.mT - (spread * site.slope) @ site.pre.mT
         if bias is not None and covector.bias is not None:
             result = result + covector.bias.unsqueeze(-1) * bias.unsqueeze(-2)

@@ -6,6 +6,8 @@ divides by the diagonal of R only, which is nonzero exactly when ``H`` has full 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -75,8 +77,6 @@ def default_damping(dtype: torch.dtype) -> float:
 def damped_right_solve(B: Tensor, A: Tensor, damping: float) -> Tensor:
     r"""Minimiser of ``‖X A - B‖² + λ‖X‖²`` with ``λ = damping · ‖A‖²_F``.
 
-    Solved by QR of ``[Aᵀ; √λ I]``, which never squares the condition number.
-
     Args:
         B: ``[..., m, n]``.
         A: ``[..., k, n]``, of any rank.
@@ -85,37 +85,54 @@ def damped_right_solve(B: Tensor, A: Tensor, damping: float) -> Tensor:
     Returns:
         ``X`` of shape ``[..., m, k]``.
     """
-    return damped_solution(*damped_factors(A, damping), B)
+    return DampedInverse.of(A, damping).after(B)
 
 
-def damped_factors(A: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """``Q₁ [..., n, k]`` and ``R [..., k, k]`` of the QR factorisation of ``[Aᵀ; √λ I]``.
+class DampedInverse(NamedTuple):
+    r"""``A⁺ = Aᵀ(AAᵀ + λI)⁻¹ = (AᵀA + λI)⁻¹Aᵀ`` with ``λ = damping · ‖A‖²_F``, in factors.
 
-    So ``RᵀR = A Aᵀ + λI`` with ``λ = damping · ‖A‖²_F``, and the damped pseudo-inverse of A is ``Q₁ R⁻ᵀ``.
-    """
-    k = A.shape[-2]
-    # The floor keeps an all-zero A solvable: X = 0, with a zero derivative.
-    root = (damping * A.square().sum((-2, -1), keepdim=True)).clamp_min(torch.finfo(A.dtype).tiny).sqrt()
-    eye = torch.eye(k, dtype=A.dtype, device=A.device)
-    Q, R = torch.linalg.qr(torch.cat([A.mT, root * eye], -2))
-    return Q[..., : A.shape[-1], :], R
+    By QR of ``[Aᵀ; √λ I]``, or of ``[A; √λ I]`` if A has more rows than columns, which never squares the
+    condition number and costs what the smaller side costs.
 
-
-def damped_solution(Q: Tensor, R: Tensor, B: Tensor, *, transposed: bool = False) -> Tensor:
-    """``B A⁺`` for ``B [..., m, n]``, or ``B (A⁺)ᵀ`` for ``B [..., m, k]``, with A⁺ damped.
-
-    Args:
-        Q: See :func:`damped_factors`.
-        R: See :func:`damped_factors`.
-        B: Right sides, one in each row.
-        transposed: Whether A⁺ is transposed.
+    Attributes:
+        Q: Upper part of the orthogonal factor.
+        R: Triangular factor.
+        tall: Whether A has more rows than columns.
 
     Example:
-        >>> Q, R = damped_factors(torch.tensor([[3.0, 4.0]]), damping=1.0)  # A⁺ = Aᵀ/(25 + 25)
-        >>> damped_solution(Q, R, torch.eye(2))
+        >>> inverse = DampedInverse.of(torch.tensor([[3.0, 4.0]]), damping=1.0)  # Aᵀ/(25 + 25)
+        >>> inverse.after(torch.eye(2))
         tensor([[0.0600],
                 [0.0800]])
     """
-    if transposed:
-        return torch.linalg.solve_triangular(R, B, upper=True, left=False) @ Q.mT
-    return torch.linalg.solve_triangular(R, Q.mT @ B.mT, upper=True).mT
+
+    Q: Tensor
+    R: Tensor
+    tall: bool
+
+    @staticmethod
+    def of(A: Tensor, damping: float) -> DampedInverse:
+        """Of ``A [..., k, n]``, of any rank."""
+        tall = A.shape[-2] > A.shape[-1]
+        upper = A if tall else A.mT
+        # The floor keeps an all-zero A solvable: X = 0, with a zero derivative.
+        root = (damping * A.square().sum((-2, -1), keepdim=True)).clamp_min(torch.finfo(A.dtype).tiny).sqrt()
+        eye = torch.eye(upper.shape[-1], dtype=A.dtype, device=A.device)
+        Q, R = torch.linalg.qr(torch.cat([upper, root * eye], -2))
+        return DampedInverse(Q[..., : upper.shape[-2], :], R, tall)
+
+    def after(self, B: Tensor) -> Tensor:
+        """``B A⁺`` for ``B [..., m, n]``."""
+        return self._through(B) if self.tall else self._back(B)
+
+    def transposed_after(self, B: Tensor) -> Tensor:
+        """``B (A⁺)ᵀ`` for ``B [..., m, k]``."""
+        return self._back(B) if self.tall else self._through(B)
+
+    def _through(self, B: Tensor) -> Tensor:
+        """``B R⁻¹ Qᵀ``."""
+        return torch.linalg.solve_triangular(self.R, B, upper=True, left=False) @ self.Q.mT
+
+    def _back(self, B: Tensor) -> Tensor:
+        """``B Q R⁻ᵀ``."""
+        return torch.linalg.solve_triangular(self.R, self.Q.mT @ B.mT, upper=True).mT

@@ -1,0 +1,216 @@
+"""Many networks trained by plain SGD on the same mini-batches in one program.
+
+The networks differ in their initial weights alone, so they share every product with the data. Over a window of
+mini-batches the first layer's matrix W is not touched: with the errors ``E_i`` of the steps so far,
+
+    W_j X_j = W_0 X_j - η Σ_{i<j} E_i (X_iᵀ X_j),        W_s = W_0 - η Σ_i E_i X_iᵀ,
+
+so a window needs two products as large as the layer instead of two a step, of a shape that runs near the
+machine's peak, and nothing as large as the layer is written in between. The same steps to rounding.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from metatele.data import ImageSet
+from metatele.errors import ConfigError, RunFolderError
+from metatele.files import write_atomically
+from metatele.geometry import Landscape
+from metatele.losses import CrossEntropy
+from metatele.mlp import MLP, Weights
+from metatele.random import generator
+
+_WINDOW = 10  # mini-batches
+_CHUNK_BYTES = 64 << 20  # of outputs of the first layer in one evaluation pass
+
+
+class Population:
+    """Networks ``[m]`` with weights uniform on ``±1/√fan_in``.
+
+    Args:
+        images: The data.
+        mlp: Shape of every network; its input fits the images.
+        seeds: One network for each.
+        lr: Learning rate η.
+        train_samples: Use the first so many training images; all if zero.
+        batch_size: Of a training step.
+        device: Where.
+
+    Example:
+        >>> from metatele.activations import LeakyReLU
+        >>> from metatele.data import load_images
+        >>> population = Population(load_images(), MLP((64, 16, 10), LeakyReLU(0.1)), range(3), lr=0.1)
+        >>> before, _ = population.measured("test")
+        >>> population.train(epochs=2)
+        >>> bool((population.measured("test")[0] < before).all())
+        True
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        mlp: MLP,
+        seeds: Sequence[int],
+        lr: float,
+        train_samples: int = 0,
+        batch_size: int = 20,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if mlp.widths[0] != images.features:
+            raise ConfigError(f"{images.name} has {images.features} features, the network takes {mlp.widths[0]}")
+        if not mlp.hidden_widths:
+            raise ConfigError("the networks need a hidden layer")
+        count = train_samples or len(images.train_labels)
+        if not 0 < batch_size <= count <= len(images.train_labels):
+            raise ConfigError(
+                f"train_samples must lie between the batch size ({batch_size}) and {len(images.train_labels)}, "
+                f"got {count}"
+            )
+        if not lr > 0:
+            raise ConfigError(f"lr must be positive, got {lr}")
+        self.mlp, self.seeds, self.lr, self.batch_size = mlp, list(seeds), lr, batch_size
+        self.device = torch.device(device)
+        self.train_images = images.train_images[:count].to(self.device)
+        self.train_labels = images.train_labels[:count].to(self.device)
+        self.test_images, self.test_labels = images.test_images.to(self.device), images.test_labels.to(self.device)
+        self.loss = CrossEntropy()
+        self.epochs = 0
+        self.seconds = 0.0
+        matrices: list[list[Tensor]] = [[] for _ in mlp.biases]
+        biases: list[list[Tensor]] = [[] for _ in mlp.biases]
+        for seed in self.seeds:
+            drawn = mlp.unflatten(torch.rand(mlp.num_parameters, generator=generator(seed, "initialisation")))
+            for layer, (W, b) in enumerate(zip(*drawn, strict=True)):
+                bound = 1 / math.sqrt(W.shape[-1])
+                matrices[layer].append((2 * W - 1) * bound)
+                if b is not None:
+                    biases[layer].append((2 * b - 1) * bound)
+        self.weights = Weights(
+            tuple(torch.stack(W).to(self.device) for W in matrices),
+            tuple(torch.stack(b).to(self.device) if b else None for b in biases),
+        )
+
+    @property
+    def flat(self) -> Tensor:
+        """All weights ``[m, P]``."""
+        return self.mlp.flatten(self.weights)
+
+    @torch.no_grad()
+    def train(self, epochs: int, progress: Callable[[int], None] | None = None, state: Path | None = None) -> None:
+        """Go on until ``epochs`` passes over the training samples are done.
+
+        Args:
+            epochs: In all, those of a loaded state included.
+            progress: Called after each epoch with the number done.
+            state: File to keep the state in after each epoch, written atomically; an earlier one is gone on from.
+
+        Raises:
+            RunFolderError: The file holds the state of other networks, or cannot be read.
+        """
+        if state is not None and state.exists():
+            self._load(state)
+        while self.epochs < epochs:
+            begin_s = time.perf_counter()
+            order = torch.randperm(len(self.train_labels), generator=generator(0, "train", self.epochs))
+            whole = len(order) // self.batch_size * self.batch_size
+            for window in order[:whole].split(_WINDOW * self.batch_size):
+                self._window(window.to(self.device))
+            self.epochs += 1
+            self.seconds += time.perf_counter() - begin_s
+            if state is not None:
+                self._save(state)
+            if progress is not None:
+                progress(self.epochs)
+
+    def _window(self, samples: Tensor) -> None:
+        inputs, labels = self.train_images[samples].T, self.train_labels[samples]
+        W, b = self.weights.matrices[0], self.weights.biases[0]
+        networks, k, d = W.shape
+        rows = W.view(networks * k, d)
+        pre, gram = rows @ inputs, inputs.T @ inputs
+        errors = torch.empty_like(pre)
+        for begin in range(0, len(samples), self.batch_size):
+            now = slice(begin, begin + self.batch_size)
+            z = pre[:, now]
+            if begin:
+                z = torch.addmm(z, errors[:, :begin], gram[:begin, now], alpha=-self.lr)
+            z = z.view(networks, k, -1)
+            error = self._step(z if b is None else z + b.unsqueeze(-1), labels[now])
+            if b is not None:
+                b.sub_(error.sum(-1), alpha=self.lr)
+            errors[:, now] = error.view(networks * k, -1)
+        rows.addmm_(errors, inputs.T, alpha=-self.lr)
+
+    def _step(self, z: Tensor, labels: Tensor) -> Tensor:
+        """One step of all layers behind the first; returns the error ``∂L/∂z`` of the first."""
+        activations, matrices, biases = self.mlp.activations, self.weights.matrices, self.weights.biases
+        pre, hidden = [z], []
+        for layer in range(1, len(matrices)):
+            hidden.append(activations[layer - 1](pre[-1]))
+            bias = biases[layer]
+            product = matrices[layer] @ hidden[-1]
+            pre.append(product if bias is None else product + bias.unsqueeze(-1))
+        error = self.loss.gradient(pre[-1], labels.unsqueeze(0))
+        for layer in reversed(range(1, len(matrices))):
+            back = matrices[layer].mT @ error
+            matrices[layer].baddbmm_(error, hidden[layer - 1].mT, alpha=-self.lr)
+            bias = biases[layer]
+            if bias is not None:
+                bias.sub_(error.sum(-1), alpha=self.lr)
+            error = back * activations[layer - 1].derivative(pre[layer - 1])
+        return error
+
+    @torch.no_grad()
+    def measured(self, split: str) -> tuple[Tensor, Tensor]:
+        """Mean loss and accuracy ``[m]`` on the ``train`` or ``test`` samples."""
+        images, labels = (
+            (self.train_images, self.train_labels) if split == "train" else (self.test_images, self.test_labels)
+        )
+        units = len(self.seeds) * max(self.mlp.widths[1:])
+        chunk = max(1, _CHUNK_BYTES // (units * images.element_size()))
+        total = correct = torch.zeros((), dtype=torch.float64, device=self.device)
+        shared = Weights(
+            tuple(W.unsqueeze(0) for W in self.weights.matrices),
+            tuple(None if b is None else b.unsqueeze(0) for b in self.weights.biases),
+        )
+        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
+            outputs = self.mlp.forward(shared, x.T[None, None])[0]
+            total = total + self.loss.value(outputs, y.unsqueeze(0)).double() * len(y)
+            correct = correct + (outputs.argmax(-2) == y).sum(-1)
+        return total / len(labels), correct / len(labels)
+
+    def landscape(self, samples: Tensor) -> Landscape:
+        """The loss of all networks on some training samples."""
+        index = samples.to(self.device)
+        return Landscape(self.mlp, self.train_images[index].T[None], self.train_labels[index][None], self.loss)
+
+    def _identity(self) -> list[float]:
+        return [float(v) for v in (*self.mlp.widths, *self.seeds, self.lr, self.batch_size, len(self.train_labels))]
+
+    def _save(self, path: Path) -> None:
+        buffer = io.BytesIO()
+        kept = {"of": self._identity(), "flat": self.flat, "epochs": self.epochs, "seconds": self.seconds}
+        torch.save(kept, buffer)
+        write_atomically(path, buffer.getvalue())
+
+    def _load(self, path: Path) -> None:
+        try:
+            kept = torch.load(path, map_location=self.device, weights_only=True)
+            of, flat = kept["of"], kept["flat"]
+            self.epochs, self.seconds = int(kept["epochs"]), float(kept["seconds"])
+        except Exception as error:  # torch raises many kinds for damaged files
+            raise RunFolderError(f"{path} is not a readable state; delete it to begin anew") from error
+        if of != self._identity():
+            raise RunFolderError(f"{path} is the state of other networks or settings; delete it to begin anew")
+        for old, new in zip(self.weights, self.mlp.unflatten(flat), strict=True):
+            for target, source in zip(old, new, strict=True):
+                if target is not None and source is not None:
+                    target.copy_(source)
