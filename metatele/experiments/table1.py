@@ -162,9 +162,14 @@ def geometry(population: Any, displacements: tuple[float, ...]) -> dict[str, Ten
 
 
 def known(doc: dict[str, Any], name: str) -> tuple[list[float], list[float]]:
-    """A quantity and the validation loss of the networks that have both."""
-    pairs = [(a[name], a["test_loss"]) for a in doc["arms"] if a[name] is not None and a["test_loss"] is not None]
-    return [p[0] for p in pairs], [p[1] for p in pairs]
+    """A quantity and the validation loss of each network that did not diverge."""
+    kept = _kept(doc)
+    return [a[name] for a in kept], [a["test_loss"] for a in kept]
+
+
+def _kept(doc: dict[str, Any]) -> list[dict[str, Any]]:
+    """The networks of which every number is finite."""
+    return [a for a in doc["arms"] if all(a[name] is not None for name in (*_NAMES, "test_loss"))]
 
 
 def table(doc: dict[str, Any]) -> list[list[str]]:
@@ -174,7 +179,7 @@ def table(doc: dict[str, Any]) -> list[list[str]]:
     for name, words in _NAMES.items():
         x, y = known(doc, name)
         r, low, high = pearson(x, y)
-        given = "" if name == "train_loss" else _shown(partial(x, y, known(doc, "train_loss")[0][: len(x)]))
+        given = "" if name == "train_loss" else _shown(partial(x, y, known(doc, "train_loss")[0]))
         beside = {"sharpness": paper[0], "orthant": paper[0], "curvature": paper[1]}.get(name, math.nan)
         mean = sum(x) / len(x) if x else math.nan
         rows.append([words, f"{mean:.5g}", _shown(r), f"{_shown(low)} to {_shown(high)}", given, _shown(beside, "")])
@@ -188,7 +193,7 @@ def _shown(value: float, missing: str = "none") -> str:
 def note(doc: dict[str, Any]) -> str:
     """What was run, and agreement with the paper, in words."""
     r = {name: pearson(*known(doc, name)) for name in _NAMES}
-    lost = sum(a["test_loss"] is None for a in doc["arms"])
+    lost = len(doc["arms"]) - len(_kept(doc))
     losses = known(doc, "train_loss")
     spread = f"{min(losses[1]):.4g} to {max(losses[1]):.4g}" if losses[1] else "none finite"
     agree = []
