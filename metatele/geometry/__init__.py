@@ -6,6 +6,7 @@ from metatele.geometry.landscape import Landscape, Point
 from metatele.geometry.objectives import GradientNorm, Objective
 from metatele.geometry.optimality import OptimalityReport, commutator, one_teleport_is_enough
 from metatele.geometry.sharpness import Sharpness
+from metatele.geometry.spectrum import count_above, hessian, largest_eigenvalues, log_volume
 
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (GradientNorm, Sharpness, Curvature)}
 
@@ -28,8 +29,12 @@ __all__ = [
     "Point",
     "Sharpness",
     "commutator",
+    "count_above",
     "curvatures",
     "derivatives",
+    "hessian",
+    "largest_eigenvalues",
+    "log_volume",
     "objective",
     "one_teleport_is_enough",
 ]

@@ -201,7 +201,8 @@ def derivatives(
         powers = [m]
         while len(powers) < order:
             powers.append(powers[-1] @ m)
-        B = _acted(powers, _through(f, Z))
+        A = _through(f, Z)
+        B = _acted(powers, A)
         Y = _back(f, start, B)
         S: Jet = [None, *(_difference(y, z) for y, z in zip(Y[1:], Z[1:], strict=True))]
         seen = H if bias is None else _with_ones(H)
@@ -221,10 +222,7 @@ def derivatives(
         U, next_bias = weights.matrices[layer + 1].unsqueeze(-3), weights.biases[layer + 1]
         W = [U, *((-1) ** (j + 1) * (U @ p) for j, p in enumerate(powers))]
         if tall:  # f(Z) is met exactly, so the hidden units become g f(Z) and U g⁻¹ makes of them what U made
-            H = B
-            hidden = B[0]
-            assert hidden is not None
-            Z = [U @ hidden, *still]
+            H, Z = B, [None if a is None else U @ a for a in A]
         else:
             change = _times(moved, seen)
             H = _through(f, [start, *(_add(z, c) for z, c in zip(Z[1:], change[1:], strict=True))])
@@ -367,7 +365,7 @@ class Curvature(Objective):
 
     def _chunks(self, point: Point) -> Iterator[list[Tensor]]:
         mlp, networks = point.landscape.mlp, point.flat.shape[:-1].numel()
-        size = 12 * networks * point.landscape.inputs.shape[-1] * max(mlp.hidden_widths) * point.flat.element_size()
+        size = 12 * networks * point.landscape.inputs.shape[-1] * max(mlp.widths[1:]) * point.flat.element_size()
         group = max(1, _CHUNK_BYTES // size)
         drawn = self.draw(mlp, point.flat)
         for begin in range(0, self.curves, group):

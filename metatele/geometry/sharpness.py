@@ -105,13 +105,13 @@ class Sharpness(Objective):
                             pre, rest = pre.detach().requires_grad_(), rest.detach().requires_grad_()
                         losses = scene.losses(pre, rest, shift, tail, t, part).sum((0, 1))
                     if gradient:
-                        a, b = torch.autograd.grad(losses.sum(), (pre, rest), allow_unused=True)
+                        a, b = torch.autograd.grad(losses, (pre, rest), torch.ones_like(losses), allow_unused=True)
                         by_pre[part] += a
                         if b is not None:
                             by_tail[part] += b
                     total[part] += losses.detach()
         mean = 1 / (self.directions * len(self.displacements))
-        value = (mean * total).nan_to_num(nan=math.inf).unflatten(0, scene.shape) if scene.shape else (mean * total)[0]
+        value = torch.where(torch.isfinite(total), mean * total, math.inf).view(scene.shape)
         if not gradient:
             return value, None
         return value, mean * scene.gradient(by_pre, by_tail)
