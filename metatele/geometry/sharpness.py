@@ -104,8 +104,9 @@ class Sharpness(Objective):
                         if gradient:
                             pre, rest = pre.detach().requires_grad_(), rest.detach().requires_grad_()
                         losses = scene.losses(pre, rest, shift, tail, t, part).sum((0, 1))
+                        whole = losses.sum()
                     if gradient:
-                        a, b = torch.autograd.grad(losses.sum(), (pre, rest), allow_unused=True)
+                        a, b = torch.autograd.grad(whole, (pre, rest), allow_unused=True)
                         by_pre[part] += a
                         if b is not None:
                             by_tail[part] += b
