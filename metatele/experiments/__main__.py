@@ -10,9 +10,11 @@ from metatele.command_line import run_program
 from metatele.errors import ConfigError
 
 EXPERIMENTS = {
+    "fig4": "one teleport that raises or lowers sharpness or curvature: what it does to generalisation, SGD",
     "fig5": "four optimizers on images, with and without teleportation, against epochs",
     "fig6": "held-out loss of the three meta-optimizers beside tuned standard optimizers",
     "fig7": "expected displacement of a shifted minimum against its curvature",
+    "fig11": "the same as fig4 with AdaGrad",
     "table1": "sharpness, curvature and validation loss of 100 networks, with figures 9 and 10",
     "fig12": "momentum over a teleport, and objectives for AdaGrad, on a small regression",
     "fig13": "the runs of fig5 against time",

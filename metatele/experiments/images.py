@@ -70,17 +70,18 @@ def prepare(args: argparse.Namespace, out: Path) -> tuple[Any, Any]:
 
 
 def run_arms(replicas: Replicas, epochs: int) -> History:
-    """Train all arms, with a progress bar on a terminal and a line now and then elsewhere."""
+    """Train all arms for some more epochs, with a progress bar on a terminal and a line now and then elsewhere."""
     import sys
 
     from tqdm import tqdm
 
-    bar = tqdm(total=epochs, unit="epoch", disable=not sys.stderr.isatty())
+    begun, end = replicas.epoch, replicas.epoch + epochs
+    bar = tqdm(total=end, initial=begun, unit="epoch", disable=not sys.stderr.isatty())
 
     def progress(epoch: int, history: History) -> None:
         bar.update()
         if not sys.stderr.isatty() and (epoch + 1) % 10 == 0:
-            print(f"epoch {epoch + 1} of {epochs}: {history.step_seconds:.0f} s of training", flush=True)
+            print(f"epoch {epoch + 1} of {end}: {history.step_seconds:.0f} s of training", flush=True)
 
     history = replicas.train(epochs, progress)
     bar.close()
@@ -177,9 +178,13 @@ def final_table(doc: dict[str, Any]) -> list[list[str]]:
         row.append(cell([run[1] for run in arm["train_loss"]]))
         done = arm["teleports"]
         if done:
-            ratios = [ratio for t in done for ratio in t["objective_ratio"]]
+            ratios = [ratio for t in done for ratio in t["objective_ratio"] if ratio is not None]
             drifts = [d for t in done for d in t["drift"]]
-            row += [f"{statistics.median(ratios):.3g}", f"{max(drifts):.2g}", str(sum(t["rolled_back"] for t in done))]
+            row += [
+                f"{statistics.median(ratios):.3g}" if ratios else "",
+                f"{max(drifts):.2g}",
+                str(sum(t["rolled_back"] for t in done)),
+            ]
         else:
             row += ["", "", ""]
         table.append(row)

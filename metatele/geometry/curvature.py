@@ -159,7 +159,12 @@ def _joined(W: Tensor | None, bias: Tensor | None) -> Tensor | None:
 
 
 def derivatives(
-    landscape: Landscape, weights: Weights, M: Sequence[Tensor], order: int = 3, coordinates: bool = False
+    landscape: Landscape,
+    weights: Weights,
+    M: Sequence[Tensor],
+    order: int = 3,
+    coordinates: bool = False,
+    truncate: bool = False,
 ) -> list[list[Tensor]]:
     """``γ', γ'', γ'''`` at t = 0 of ``γ(t) = exp(tM)·w``, the exact action on every hidden layer.
 
@@ -170,6 +175,9 @@ def derivatives(
         order: How many derivatives, 1 to 3.
         coordinates: Give the first layer's part in an orthonormal basis of the span of the inputs, if they are
             fewer than the features: inner products are the same, and nothing is as large as the layer.
+        truncate: The data may be rank deficient (pixels that are always zero, equal samples): the curve is then that
+            of the data in the coordinates of their own span, in which the network computes the same. Independent
+            samples cost no more for it; others an SVD of the data.
 
     Returns:
         For each order the layers' parts ``[..., curves, o, i]``, a bias as last column. With more samples than a
@@ -177,7 +185,7 @@ def derivatives(
 
     Raises:
         NotExactError: No hidden layer, or an activation that has no inverse.
-        SingularInputError: Layer inputs are rank deficient.
+        SingularInputError: Layer inputs are rank deficient, and not data that may be.
     """
     mlp = landscape.mlp
     if not mlp.hidden_widths:
@@ -208,10 +216,14 @@ def derivatives(
         seen = H if bias is None else _with_ones(H)
         given = seen[0]
         assert given is not None
-        tall = given.shape[-1] <= given.shape[-2]
-        if layer == 0 and tall and coordinates:
+        truncated = truncate and layer == 0 and not landscape.full_rank(_RANK)
+        # Truncated inputs need not be independent even where they are few.
+        tall = given.shape[-1] <= given.shape[-2] and not truncated
+        if truncated:
+            moved: Jet = _times(S, [landscape.truncated_inverse(_RANK).unsqueeze(-3), *still])
+        elif layer == 0 and tall and coordinates:
             turn = landscape.inverse_factor(_RANK).unsqueeze(-3)
-            moved: Jet = [None, *(None if s is None else s @ turn for s in S[1:])]
+            moved = [None, *(None if s is None else s @ turn for s in S[1:])]
         else:
             moved = _times(S, _pseudo_inverse(seen))
         for j in range(order):
@@ -248,7 +260,9 @@ def _with_ones(H: Jet) -> Jet:
     return [torch.cat([start, ones], -2), *rest]
 
 
-def curvatures(landscape: Landscape, weights: Weights, M: Sequence[Tensor], slope: bool = False) -> Curvatures:
+def curvatures(
+    landscape: Landscape, weights: Weights, M: Sequence[Tensor], slope: bool = False, truncate: bool = False
+) -> Curvatures:
     r"""Curvature at t = 0 of ``γ(t) = exp(tM)·w`` (Eq. 47) and its derivative (Eq. 51).
 
     .. math::
@@ -264,6 +278,7 @@ def curvatures(landscape: Landscape, weights: Weights, M: Sequence[Tensor], slop
         weights: With any batch dimensions.
         M: For each hidden layer ``[curves, k, k]``.
         slope: Also κ'.
+        truncate: The data may be rank deficient; see :func:`derivatives`.
 
     Example:
         >>> from metatele.activations import Identity
@@ -274,7 +289,7 @@ def curvatures(landscape: Landscape, weights: Weights, M: Sequence[Tensor], slop
         tensor([0.7071])
     """
     order = 3 if slope else 2
-    rows = derivatives(landscape, weights, M, order, coordinates=True)
+    rows = derivatives(landscape, weights, M, order, coordinates=True, truncate=truncate)
     first, second = rows[0], rows[1]
     squared = _inner(first, first)
     moving = squared > 0
@@ -315,6 +330,7 @@ class Curvature(Objective):
     Args:
         curves: k.
         seed: Of the M.
+        truncate: The data may be rank deficient; see :func:`derivatives`.
 
     Example:
         >>> from metatele.activations import LeakyReLU
@@ -329,6 +345,7 @@ class Curvature(Objective):
 
     curves: int = 1
     seed: int = 0
+    truncate: bool = False
     name: ClassVar[str] = "curvature"
 
     def __post_init__(self) -> None:
@@ -347,7 +364,7 @@ class Curvature(Objective):
         """See the class."""
         total = torch.zeros(point.flat.shape[:-1]).to(point.flat)
         for M in self._chunks(point):
-            total += curvatures(point.landscape, point.weights, M).kappa.sum(-1)
+            total += curvatures(point.landscape, point.weights, M, truncate=self.truncate).kappa.sum(-1)
         return total / self.curves
 
     def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
@@ -357,7 +374,7 @@ class Curvature(Objective):
         for M in self._chunks(point):
             with torch.enable_grad():
                 flat = point.flat.detach().requires_grad_()
-                kappa = curvatures(point.landscape, mlp.unflatten(flat), M).kappa.sum(-1)
+                kappa = curvatures(point.landscape, mlp.unflatten(flat), M, truncate=self.truncate).kappa.sum(-1)
                 (part,) = torch.autograd.grad(kappa.sum(), flat)
             total += kappa.detach()
             gradient += part

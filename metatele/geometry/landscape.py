@@ -12,7 +12,17 @@ from torch import Tensor
 from metatele.errors import NotExactError, SingularInputError
 from metatele.losses import Loss
 from metatele.mlp import MLP, Pass, Weights
-from metatele.symmetry import Action, Exact, GroupElement, Pair, Site, inverse_factor, walk, with_ones
+from metatele.symmetry import (
+    Action,
+    Exact,
+    GroupElement,
+    Pair,
+    Site,
+    inverse_factor,
+    truncated_inverse,
+    walk,
+    with_ones,
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,34 @@ class Landscape:
             inputs = with_ones(self.inputs) if self.mlp.biases[0] else self.inputs
             self._factors[rank_tolerance] = inverse_factor(inputs, rank_tolerance)
         return self._factors[rank_tolerance]
+
+    def full_rank(self, rank_tolerance: float) -> bool:
+        """Whether :meth:`inverse_factor` exists: the samples are no more than the inputs, and independent."""
+        if rank_tolerance not in self._ranks:
+            try:
+                fits = self.inputs.shape[-1] <= self.inputs.shape[-2] + self.mlp.biases[0]
+                self._ranks[rank_tolerance] = fits and self.inverse_factor(rank_tolerance) is not None
+            except SingularInputError:
+                self._ranks[rank_tolerance] = False
+        return self._ranks[rank_tolerance]
+
+    @cached_property
+    def _ranks(self) -> dict[float, bool]:
+        return {}
+
+    def truncated_inverse(self, rank_tolerance: float) -> Tensor:
+        """``H⁺ [..., n, d]`` of the inputs (with ones below them for a bias), whatever their rank.
+
+        Computed once; see :func:`~metatele.symmetry.truncated_inverse`.
+        """
+        if rank_tolerance not in self._inverses:
+            inputs = with_ones(self.inputs) if self.mlp.biases[0] else self.inputs
+            self._inverses[rank_tolerance] = truncated_inverse(inputs, rank_tolerance)
+        return self._inverses[rank_tolerance]
+
+    @cached_property
+    def _inverses(self) -> dict[float, Tensor]:
+        return {}
 
     @cached_property
     def _factors(self) -> dict[float, Tensor]:

@@ -27,7 +27,7 @@ from metatele.symmetry.group import (
     identity,
     random_algebra,
 )
-from metatele.symmetry.least_squares import damped_right_solve, inverse_factor, pseudo_inverse
+from metatele.symmetry.least_squares import damped_right_solve, inverse_factor, pseudo_inverse, truncated_inverse
 
 __all__ = [
     "ACTIONS",
@@ -54,6 +54,7 @@ __all__ = [
     "pseudo_inverse",
     "random_algebra",
     "sweep",
+    "truncated_inverse",
     "walk",
     "with_ones",
 ]

@@ -45,6 +45,29 @@ def pseudo_inverse(H: Tensor, *, rank_tolerance: float | None = None) -> Tensor:
     return inverse + 0.0 if tall is H else inverse.mT + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
+def truncated_inverse(H: Tensor, rank_tolerance: float) -> Tensor:
+    """Moore-Penrose inverse of constant matrices of any rank, ``[..., d, n] -> [..., n, d]``.
+
+    With ``H = B C``, B an orthonormal basis of the span of the columns, it is ``C⁺ Bᵀ``: what least squares makes
+    of inputs written in the coordinates of their own span. By an SVD in double precision, rounded once.
+
+    Args:
+        H: Constant matrices: the derivative is not that of a truncated SVD, so none is given.
+        rank_tolerance: Singular values at or below this multiple of the largest count as zero.
+
+    Raises:
+        SingularInputError: Some entry is not finite.
+
+    Example:
+        >>> truncated_inverse(torch.tensor([[2.0, 2.0], [0.0, 0.0]]), rank_tolerance=1e-6)
+        tensor([[0.2500, 0.0000],
+                [0.2500, 0.0000]])
+    """
+    if not bool(torch.isfinite(H).all()):
+        raise SingularInputError(f"layer inputs of shape {tuple(H.shape)} are not all finite")
+    return torch.linalg.pinv(H.detach().double(), rtol=rank_tolerance).to(H.dtype) + 0.0
+
+
 def inverse_factor(H: Tensor, rank_tolerance: float) -> Tensor:
     """``R⁻¹`` of ``H = QR`` for tall constant matrices ``[..., d, n]``, in double precision, rounded once.
 

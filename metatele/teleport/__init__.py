@@ -2,6 +2,7 @@
 
 from metatele.teleport.ascent import Ascent, GradientNormAscent
 from metatele.teleport.closed_form import Random, Rescaling, Whitening
+from metatele.teleport.control import MatchedRandom
 from metatele.teleport.move import Leg, Report, Teleport, TeleportMove, in_sequence
 from metatele.teleport.transport import transport
 
@@ -9,6 +10,7 @@ __all__ = [
     "Ascent",
     "GradientNormAscent",
     "Leg",
+    "MatchedRandom",
     "Random",
     "Report",
     "Rescaling",

@@ -7,6 +7,8 @@ that arm's slice of the replica-batched tensors, which is right for every optimi
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import time
 from collections import defaultdict
@@ -23,7 +25,7 @@ from metatele.geometry import Landscape
 from metatele.losses import CrossEntropy
 from metatele.mlp import MLP, Pass, Weights
 from metatele.random import generator
-from metatele.teleport import TeleportMove, in_sequence
+from metatele.teleport import MatchedRandom, Report, TeleportMove
 
 _CHUNK = 10_000  # samples in one evaluation pass
 
@@ -42,6 +44,8 @@ class Arm:
         batch_size: Samples in each of those.
         state: ``reset`` or ``keep``: the optimizer's state at a teleport.
         resets: At whose beginning to forget the optimizer's state without a teleport: what a reset alone does.
+        follows: Name of an arm before this one that teleports on the same batches: on each of them this arm's move is
+            told what that arm's did, and matches it (:class:`~metatele.teleport.MatchedRandom`).
         apart: The optimizer's rule is not elementwise (Muon): it gets each replica's tensors by themselves.
     """
 
@@ -54,12 +58,15 @@ class Arm:
     batch_size: int = 200
     state: str = "reset"
     resets: tuple[int, ...] = ()
+    follows: str | None = None
     apart: bool = False
 
     def __post_init__(self) -> None:
         """Check settings."""
         if self.state not in ("reset", "keep"):
             raise ConfigError(f"state must be reset or keep, got {self.state!r}")
+        if self.follows is not None and not isinstance(self.teleport, MatchedRandom):
+            raise ConfigError(f"an arm that follows another needs a move that can match one, got {self.teleport!r}")
 
 
 @dataclass
@@ -70,7 +77,9 @@ class History:
         train_loss: Mean loss on the training samples.
         test_loss: On the test samples.
         test_accuracy: Fraction of test samples classified right.
-        teleports: A dictionary for each arm and epoch that teleported: norms, drifts, seconds.
+        teleports: A dictionary for each arm and epoch that teleported. ``loss`` and ``objective`` are pairs
+            (before, after) for each batch and seed; what arms on the same batch compute once is in the ``seconds``
+            of the first of them.
         step_seconds: Wall-clock of all training steps of all replicas.
         teleport_seconds: Of all teleports.
         evaluation_seconds: Of all evaluations.
@@ -83,6 +92,17 @@ class History:
     step_seconds: float = 0.0
     teleport_seconds: float = 0.0
     evaluation_seconds: float = 0.0
+
+    def branched(self, origins: Sequence[int], names: Sequence[tuple[str, str]]) -> History:
+        """The same for arms that begin as copies of those numbered ``origins``; ``names`` are (old, new)."""
+        index = list(origins)
+        return dataclasses.replace(
+            self,
+            train_loss=[row[index] for row in self.train_loss],
+            test_loss=[row[index] for row in self.test_loss],
+            test_accuracy=[row[index] for row in self.test_accuracy],
+            teleports=[{**t, "arm": new} for t in self.teleports for old, new in names if t["arm"] == old],
+        )
 
 
 class Replicas:
@@ -127,9 +147,7 @@ class Replicas:
                 f"train_samples must lie between the batch size ({batch_size}) and {len(images.train_labels)}, "
                 f"got {count}"
             )
-        for arm in arms:
-            if arm.teleport is not None and arm.batches * arm.batch_size > count:
-                raise ConfigError(f"a teleport on {arm.batches} x {arm.batch_size} samples needs more than {count}")
+        _check(arms, count)
         self.mlp, self.arms, self.seeds, self.batch_size = mlp, list(arms), list(seeds), batch_size
         self.device = torch.device(device)
         self.train_images = images.train_images[:count].to(self.device)
@@ -138,6 +156,8 @@ class Replicas:
         self.loss = CrossEntropy()
         self.weights = self._initial()
         self.optimizers = [self._optimizer(a) for a in range(len(self.arms))]
+        self.history = History()
+        self._randoms = [generator(seed, "train") for seed in self.seeds]
 
     def _initial(self) -> Weights:
         shape = (len(self.seeds), len(self.arms))
@@ -172,19 +192,21 @@ class Replicas:
         return optimizer
 
     def train(self, epochs: int, progress: Callable[[int, History], None] | None = None) -> History:
-        """Train for some epochs, evaluating before the first and after each.
+        """Train for some more epochs, evaluating before the very first and after each.
 
         Args:
             epochs: Passes over the training samples.
             progress: Called after each epoch with its number and the history so far.
+
+        Returns:
+            The history from the very first epoch on.
         """
-        history = History()
-        randoms = [generator(seed, "train") for seed in self.seeds]
-        self._evaluate(history)
-        for epoch in range(epochs):
+        history, randoms = self.history, self._randoms
+        if not history.train_loss:
+            self._evaluate(history)
+        for epoch in range(self.epoch, self.epoch + epochs):
+            self._teleport(epoch, history)
             for number, arm in enumerate(self.arms):
-                if arm.teleport is not None and epoch in arm.epochs:
-                    self._teleport(number, arm.teleport, epoch, history)
                 if epoch in arm.resets:
                     self.optimizers[number].state = defaultdict(dict)
             begin_s = time.perf_counter()
@@ -197,6 +219,60 @@ class Replicas:
             if progress is not None:
                 progress(epoch, history)
         return history
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return max(0, len(self.history.train_loss) - 1)
+
+    def branched(self, arms: Sequence[Arm], origins: Sequence[int] | None = None) -> Replicas:
+        """Replicas that go on from here with other arms: what is common to all arms is trained once.
+
+        Each new arm begins with the weights, the optimizer's state and the history of one of these, and all see
+        the mini-batches that these would see next. These are left as they are.
+
+        Args:
+            arms: Ways to train from here; their optimizers are of the class of those they begin with.
+            origins: The number of the arm each begins as; the first, if not given.
+        """
+        index = [0] * len(arms) if origins is None else list(origins)
+        for arm, origin in zip(arms, index, strict=True):
+            old = self.arms[origin]
+            if (arm.optimizer, arm.apart) != (old.optimizer, old.apart):
+                raise ConfigError(f"{arm.name} cannot go on from {old.name}, whose optimizer is another")
+        _check(arms, len(self.train_labels))
+        twin = copy.copy(self)
+        twin.arms = list(arms)
+        twin.weights = Weights(
+            tuple(W[:, index].contiguous() for W in self.weights.matrices),
+            tuple(None if b is None else b[:, index].contiguous() for b in self.weights.biases),
+        )
+        twin.optimizers = [twin._optimizer(a) for a in range(len(arms))]
+        for fresh, origin in zip(twin.optimizers, index, strict=True):
+            _set_state(fresh, copy.deepcopy(self.optimizers[origin].state_dict()["state"]))
+        pairs = [(self.arms[origin].name, arm.name) for arm, origin in zip(arms, index, strict=True)]
+        twin.history = self.history.branched(index, pairs)
+        twin._randoms = [g.clone_state() for g in self._randoms]
+        return twin
+
+    def state(self) -> dict[str, Any]:
+        """All that :meth:`restore` needs: tensors and primitives, on the CPU."""
+        return {
+            "weights": [t.cpu().clone() for t in self._tensors(self.weights)],
+            "optimizers": [copy.deepcopy(o.state_dict()["state"]) for o in self.optimizers],
+            "randoms": [g.get_state() for g in self._randoms],
+            "history": dataclasses.asdict(self.history),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from the :meth:`state` of replicas that were made with the same arguments."""
+        for mine, theirs in zip(self._tensors(self.weights), state["weights"], strict=True):
+            mine.copy_(theirs)
+        for optimizer, theirs in zip(self.optimizers, state["optimizers"], strict=True):
+            _set_state(optimizer, theirs)
+        for random, theirs in zip(self._randoms, state["randoms"], strict=True):
+            random.set_state(theirs)
+        self.history = History(**state["history"])
 
     def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs ``[seeds, 1, d, n]`` and labels ``[seeds, 1, n]`` of samples ``[seeds, n]``."""
@@ -214,43 +290,51 @@ class Replicas:
                 p.grad = gradient
             optimizer.step()
 
-    def _teleport(self, number: int, move: TeleportMove, epoch: int, history: History) -> None:
-        arm = self.arms[number]
-        begin_s = time.perf_counter()
-        slices = Weights(
-            tuple(W[:, number] for W in self.weights.matrices),
-            tuple(None if b is None else b[:, number] for b in self.weights.biases),
-        )
-        flat = self.mlp.flatten(slices)
-        # The same samples for every arm: drawn anew from the seed and the epoch.
-        draws = [
-            torch.randperm(len(self.train_labels), generator=generator(seed, "tuning", epoch))[
-                : arm.batches * arm.batch_size
+    def _teleport(self, epoch: int, history: History) -> None:
+        """The teleports of all arms that are due, batch by batch, as they share the batches."""
+        due = [a for a, arm in enumerate(self.arms) if arm.teleport is not None and epoch in arm.epochs]
+        flats = {a: self.mlp.flatten(self._weights_of(a)) for a in due}
+        reports: dict[str, list[Report]] = {self.arms[a].name: [] for a in due}
+        seconds = dict.fromkeys(due, 0.0)
+        for size in dict.fromkeys(self.arms[a].batch_size for a in due):
+            group = [a for a in due if self.arms[a].batch_size == size]
+            # The same samples for every arm: drawn anew from the seed and the epoch.
+            draws = [
+                torch.randperm(len(self.train_labels), generator=generator(seed, "tuning", epoch))
+                for seed in self.seeds
             ]
-            for seed in self.seeds
-        ]
-        batches = [self._batch(index) for index in torch.stack(draws).to(self.device).split(arm.batch_size, 1)]
-        landscapes = [Landscape(self.mlp, x.squeeze(1), y.squeeze(1), self.loss) for x, y in batches]
-        flat, reports = in_sequence(move, landscapes, flat)
-        moved = self.mlp.unflatten(flat)
-        for target, source in zip(self._tensors(slices), self._tensors(moved), strict=True):
-            target.copy_(source)
-        if arm.state == "reset":
-            self.optimizers[number].state = defaultdict(dict)
-        seconds = time.perf_counter() - begin_s
-        history.teleport_seconds += seconds
-        history.teleports.append(
-            {
-                "arm": arm.name,
-                "epoch": epoch,
-                # Each batch has its own norm: the factors of all batches together.
-                "objective_ratio": torch.stack([r.objective_after / r.objective_before for r in reports])
-                .prod(0)
-                .tolist(),
-                "drift": torch.stack([r.drift for r in reports]).amax(0).tolist(),
-                "rolled_back": int(sum(int(r.rolled_back.sum()) for r in reports)),
-                "seconds": seconds,
-            }
+            most = max(self.arms[a].batches for a in group)
+            for number, index in enumerate(torch.stack(draws)[:, : most * size].to(self.device).split(size, 1)):
+                begin_s = time.perf_counter()
+                x, y = self._batch(index)
+                landscape = Landscape(self.mlp, x.squeeze(1), y.squeeze(1), self.loss)
+                drawing_s = time.perf_counter() - begin_s
+                for a in (a for a in group if number < self.arms[a].batches):
+                    begin_s = time.perf_counter()
+                    arm, move = self.arms[a], self.arms[a].teleport
+                    if arm.follows is not None and isinstance(move, MatchedRandom):
+                        move = move.matching(reports[arm.follows][number])
+                    assert move is not None
+                    flats[a], report, _ = move(landscape, flats[a])
+                    reports[arm.name].append(report)
+                    seconds[a] += drawing_s + time.perf_counter() - begin_s
+        for a in due:
+            moved = self.mlp.unflatten(flats[a])
+            for target, source in zip(self._tensors(self._weights_of(a)), self._tensors(moved), strict=True):
+                target.copy_(source)
+            arm = self.arms[a]
+            if arm.state == "reset":
+                self.optimizers[a].state = defaultdict(dict)
+            history.teleport_seconds += seconds[a]
+            history.teleports.append(
+                {"arm": arm.name, "epoch": epoch, "seconds": seconds[a], **_told(reports[arm.name])}
+            )
+
+    def _weights_of(self, arm: int) -> Weights:
+        """Views ``[seeds, ...]`` of an arm's weights."""
+        return Weights(
+            tuple(W[:, arm] for W in self.weights.matrices),
+            tuple(None if b is None else b[:, arm] for b in self.weights.biases),
         )
 
     def _evaluate(self, history: History) -> None:
@@ -277,3 +361,46 @@ class Replicas:
             correct = correct + (outputs.argmax(-2) == targets).sum(-1)
         shape = (len(self.seeds), len(self.arms))
         return tuple((t / len(labels)).view(shape).T.cpu() for t in (total, correct.float()))  # type: ignore[return-value]
+
+
+def _check(arms: Sequence[Arm], samples: int) -> None:
+    """Refuse teleports that need more samples than there are, or follow what is not there."""
+    names: dict[str, Arm] = {}
+    for arm in arms:
+        if arm.follows is not None and (
+            arm.follows not in names
+            or names[arm.follows].teleport is None
+            or any(getattr(names[arm.follows], f) != getattr(arm, f) for f in ("epochs", "batches", "batch_size"))
+        ):
+            raise ConfigError(f"{arm.name} follows {arm.follows}, which no arm before it does on the same batches")
+        names[arm.name] = arm
+        if arm.teleport is not None and arm.batches * arm.batch_size > samples:
+            raise ConfigError(f"a teleport on {arm.batches} x {arm.batch_size} samples needs more than {samples}")
+
+
+def _set_state(optimizer: torch.optim.Optimizer, state: dict[Any, Any]) -> None:
+    """Give an optimizer the state of another, and leave it its settings."""
+    whole = optimizer.state_dict()
+    whole["state"] = state
+    optimizer.load_state_dict(whole)
+
+
+def _pairs(before: Tensor, after: Tensor) -> list[list[float | None]]:
+    """For each seed the value before and after; one that is not finite becomes ``None``."""
+    return [_finite(pair) for pair in torch.stack([before, after], -1)]
+
+
+def _finite(values: Tensor) -> list[float | None]:
+    return [v if math.isfinite(v) else None for v in values.double().tolist()]
+
+
+def _told(reports: list[Report]) -> dict[str, Any]:
+    """What is kept of the reports of a teleport, one for each batch."""
+    return {
+        # Each batch has its own norm: the factors of all batches together.
+        "objective_ratio": _finite(torch.stack([r.objective_after / r.objective_before for r in reports]).prod(0)),
+        "drift": torch.stack([r.drift for r in reports]).amax(0).tolist(),
+        "rolled_back": int(sum(int(r.rolled_back.sum()) for r in reports)),
+        "loss": [_pairs(r.loss_before, r.loss_after) for r in reports],
+        "objective": [_pairs(r.objective_before, r.objective_after) for r in reports],
+    }

@@ -1,0 +1,333 @@
+"""Figure 4: does one teleport to sharper, flatter or more curved points change how a network generalises?
+
+MLP d-32-10-10, LeakyReLU 0.1, no biases, cross-entropy, SGD at 2e-2, batches of 20, 40 epochs; halfway one teleport by
+fixed-rate steps ``w <- (I + eta T)·w`` (the approximate action) that raises or lowers sharpness (10 steps on each
+batch) or curvature (1 step), on batches of 2000, or as many as the set has for disjoint ones. The action keeps the
+loss only roughly, which by itself acts like a warm restart, so each teleport has a control: a random T on the same
+batches, of the norm that changes the loss on each of them by as much (up where it cannot go down). --settings ref
+(default) has what the reference implementation sets, text what the paper prints; neither makes sure that a step goes
+the asked way (curvature jumps where a hidden unit changes sign), search does, by a line search within a drift of 1 %.
+The epochs before the teleport are common to all arms and trained once. Digits take a quarter of a minute on one core;
+CIFAR-10, the paper's set, 20 to 30 minutes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metatele.command_line import whole_number
+from metatele.errors import ConfigError
+from metatele.experiments import images as common
+from metatele.files import write_atomically
+
+if TYPE_CHECKING:
+    from metatele.training.replicas import Arm, Replicas
+
+_TRAIN_SAMPLES = {"mnist": 50_000, "fashion-mnist": 50_000, "cifar10": 50_000}
+_BATCH = 2000
+_SEARCH_DRIFT = 0.01  # on one batch; the paper's fixed rates have no bound
+_STEPS = {"sharpness": 10, "curvature": 1}
+_DISPLACEMENTS = tuple(round(0.0001 + 0.001 * i, 4) for i in range(3, 20, 4))  # every fourth of the reference's
+# Teleport -> (batches, rate); without a rate, a line search.
+SETTINGS: dict[str, dict[str, tuple[int, float | None]]] = {
+    "ref": {
+        "sharpness down": (10, 5e-2),
+        "sharpness up": (2, 5e-2),
+        "curvature down": (5, 5e-2),
+        "curvature up": (10, 2e-1),
+    },
+    "text": {
+        "sharpness down": (5, 5e-2),
+        "sharpness up": (5, 5e-2),
+        "curvature down": (5, 5e-2),
+        "curvature up": (5, 5e-2),
+    },
+    "search": dict.fromkeys(("sharpness down", "sharpness up", "curvature down", "curvature up"), (5, None)),
+}
+OPTIMIZERS = {"fig4": ("SGD", 2e-2), "fig11": ("Adagrad", 1e-2)}
+NONE = "none"
+CONTROL = "random like "
+STATE = "halfway.pt"
+
+
+def arms(args: Any, samples: int, at: int) -> list[Arm]:
+    """No teleport, the four teleports, and the control of each."""
+    import torch
+
+    from metatele.geometry import Curvature, Objective, Sharpness
+    from metatele.random import generator
+    from metatele.teleport import Ascent, MatchedRandom
+    from metatele.training.replicas import Arm
+
+    name, lr = OPTIMIZERS[args.experiment]
+    optimizer, plain = getattr(torch.optim, name), {"lr": args.lr or lr}
+    settings = SETTINGS[args.settings]
+    size = min(_BATCH, samples // max(batches for batches, _ in settings.values()))
+    objectives: dict[str, Objective] = {
+        # The reference implementation displaces in the positive orthant, the text on the whole sphere.
+        "sharpness": Sharpness(_DISPLACEMENTS, args.directions, orthant=args.settings == "ref"),
+        "curvature": Curvature(args.curves, truncate=True),  # some pixels are always zero
+    }
+    result = [Arm(NONE, optimizer, plain)]
+    controls = []
+    for number, (teleport, (batches, rate)) in enumerate(settings.items()):
+        kind, sense = teleport.split()
+        move = Ascent(
+            objective=objectives[kind],
+            rate="line-search" if rate is None else "fixed",
+            lr=rate or 0.0,
+            steps=_STEPS[kind],
+            descend=sense == "down",
+            action="approximate",
+            parametrisation="first-order",
+            max_drift=_SEARCH_DRIFT if rate is None else math.inf,
+        )
+        control = MatchedRandom(
+            objective=objectives[kind],
+            generator=generator(0, "tuning", number),
+            action="approximate",
+            parametrisation="first-order",
+        )
+        when: dict[str, Any] = {"epochs": (at,), "batches": batches, "batch_size": size, "state": "keep"}
+        result.append(Arm(teleport, optimizer, plain, move, **when))
+        controls.append(Arm(CONTROL + teleport, optimizer, plain, control, follows=teleport, **when))
+    return result + controls
+
+
+def halfway(replicas: Replicas, at: int, file: Path, key: dict[str, Any]) -> None:
+    """Train to the teleport, or go on from where an interrupted run of the same settings had come."""
+    import torch
+
+    if file.is_file():
+        try:
+            kept = torch.load(io.BytesIO(file.read_bytes()), weights_only=True)
+            if kept["key"] == key:
+                replicas.restore(kept["state"])
+                print(f"going on from {file}", flush=True)
+                return
+        except Exception:  # whatever a damaged file raises: it is trained anew and replaced
+            print(f"{file} cannot be read, training anew", flush=True)
+    common.run_arms(replicas, at)
+    buffer = io.BytesIO()
+    torch.save({"key": key, "state": replicas.state()}, buffer)
+    write_atomically(file, buffer.getvalue())
+
+
+def run(args: Any) -> dict[str, Any]:
+    """All arms and seeds in one program; the content of ``results.json``."""
+    from metatele.activations import LeakyReLU
+    from metatele.mlp import MLP
+    from metatele.training.replicas import Replicas
+
+    at = args.epochs // 2 if args.at is None else args.at
+    if not 0 <= at < args.epochs:
+        raise ConfigError(f"--at must be below --epochs {args.epochs}, got {at}")
+    out = common.folder(args.experiment, args)
+    data, device = common.prepare(args, out)
+    count = min(_TRAIN_SAMPLES.get(args.dataset, len(data.train_labels)), len(data.train_labels))
+    mlp = MLP((data.features, 32, 10, data.classes), LeakyReLU(0.1))
+    chosen = arms(args, count, at)
+    first = Replicas(data, mlp, chosen[:1], range(args.seeds), count, 20, device)
+    key = {
+        "dataset": data.sha256,
+        "seeds": args.seeds,
+        "at": at,
+        "optimizer": [chosen[0].optimizer.__name__, chosen[0].settings["lr"]],
+        "device": str(device),
+    }
+    halfway(first, at, out / STATE, key)
+    replicas = first.branched(chosen)
+    print(f"{len(chosen) - 1} teleports at epoch {at}", flush=True)
+    history = common.run_arms(replicas, args.epochs - at)
+    doc = common.document(args.experiment, args, data, chosen, history, replicas)
+    doc.update(at=at, rates=args.settings, teleport_batch=chosen[1].batch_size, directions=args.directions)
+    doc["curves"] = args.curves
+    return doc
+
+
+def _changes(arm: dict[str, Any], key: str = "loss") -> list[float]:
+    """For each seed the factor of the loss (or the objective), all batches together."""
+    (done,) = arm["teleports"]
+    factors = []
+    for pairs in zip(*done[key], strict=True):
+        known = [b / a if a and b is not None else math.nan for a, b in pairs]
+        factors.append(math.prod(known))
+    return factors
+
+
+def mismatch(arm: dict[str, Any], control: dict[str, Any]) -> float:
+    """Largest relative error, over batches and seeds, of the drift a control was to have.
+
+    Relative to a drift of at least 1e-5: below it the rounding of the loss counts.
+    """
+    worst = 0.0
+    for theirs, mine in zip(arm["teleports"][0]["loss"], control["teleports"][0]["loss"], strict=True):
+        for (a, b), (c, d) in zip(theirs, mine, strict=True):
+            if None in (a, b, c, d):
+                return math.inf
+            wanted = abs(b / a - 1)
+            worst = max(worst, abs(abs(d / c - 1) - wanted) / max(wanted, 1e-5))
+    return worst
+
+
+def gaps(arm: dict[str, Any], other: dict[str, Any], key: str) -> list[float | None]:
+    """Final losses less those of another arm, paired by seed."""
+    pairs = zip((run[-1] for run in arm[key]), (run[-1] for run in other[key]), strict=True)
+    return [None if a is None or b is None else a - b for a, b in pairs]
+
+
+def table(doc: dict[str, Any]) -> list[list[str]]:
+    """A row for each arm: where it ends, against no teleport and against its control, and what its teleport did."""
+    rows = [
+        [
+            "teleport",
+            "train loss",
+            "validation loss",
+            "train, against none",
+            "validation, against none",
+            "validation, against its control",
+            "objective x",
+            "loss x",
+            "largest drift",
+            "control's mismatch",
+            "undone",
+        ]
+    ]
+    by_name = {arm["name"]: arm for arm in doc["arms"]}
+    for arm in doc["arms"]:
+        row = [arm["name"], *(common.cell([run[-1] for run in arm[key]]) for key in ("train_loss", "test_loss"))]
+        if not arm["teleports"]:
+            rows.append(row + [""] * (len(rows[0]) - len(row)))
+            continue
+        row += [common.cell(gaps(arm, by_name[NONE], key)) for key in ("train_loss", "test_loss")]
+        control = by_name.get(CONTROL + arm["name"])
+        row.append("" if control is None else common.cell(gaps(arm, control, "test_loss")))
+        row += [f"{statistics.median(_changes(arm, key)):.4g}" for key in ("objective", "loss")]
+        (done,) = arm["teleports"]
+        row.append(f"{max(done['drift']):.2g}")
+        row.append("" if control is None else f"{100 * mismatch(arm, control):.2g} %")
+        rows.append([*row, str(done["rolled_back"])])
+    return rows
+
+
+def note(doc: dict[str, Any]) -> str:
+    """What the table's words mean, and how long it took."""
+    seconds = ", ".join(f"{name} {s:.0f} s" for name, s in doc["seconds"].items())
+    return (
+        f"\n{doc['dataset']}, {doc['arms'][0]['optimizer']} at {doc['arms'][0]['settings']['lr']:g}, "
+        f"{len(doc['seeds'])} seeds, {doc['epochs']} epochs, teleports at epoch {doc['at']} on batches of "
+        f"{doc['teleport_batch']}, settings: {doc['rates']}. Mean and half-width of the 95 % interval (Student's t) of "
+        "final losses and of their differences paired by seed. Objective x, loss x: the factors by which the teleport "
+        "changed them on its batches, all together, median over seeds; drift: the largest relative change of the loss "
+        "on one batch. A control (random like ...) has a random T on the same batches, of the norm that changes the "
+        "loss on each by as much (up, where a random T cannot lower it so far); its mismatch is the largest relative "
+        "error in that. "
+        f"The optimizer's state is kept. Running time: {seconds}."
+    )
+
+
+COLOURS = {"down": "#0072B2", "up": "#D55E00"}
+
+
+def figure(doc: dict[str, Any]) -> bytes:
+    """Above as in the paper, losses against epochs; below, validation loss less that without teleport."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, grid = plt.subplots(2, 2, figsize=(11, 8.4), layout="constrained", sharey="row")
+    by_name = {arm["name"]: arm for arm in doc["arms"]}
+    epochs, at = doc["epochs"], doc["at"]
+    shown: list[float] = []
+    for column, kind in enumerate(("sharpness", "curvature")):
+        above, below = grid[:, column]
+        styles = {NONE: ("#555555", 1.6, doc["arms"][0]["optimizer"])}
+        for sense, colour in COLOURS.items():
+            styles[f"{CONTROL}{kind} {sense}"] = (colour, 0.8, f"random, drift of {sense}")
+            styles[f"{kind} {sense}"] = (colour, 1.6, f"teleport, {kind} {sense}")
+        for name, (colour, width, label) in styles.items():
+            arm, control = by_name[name], name.startswith(CONTROL)
+            for key, style in (("train_loss", "--"), ("test_loss", "-")):
+                mean = _means(arm[key])
+                shown += [v for v in mean[max(1, at // 2) :] if v is not None]
+                style = (":" if key == "test_loss" else "-.") if control else style
+                above.plot(
+                    range(epochs + 1),
+                    [math.nan if v is None else v for v in mean],
+                    style,
+                    color=colour,
+                    linewidth=width,
+                    label=label if key == "test_loss" else None,
+                )
+            if name != NONE:
+                differences = [
+                    [None if a is None or b is None else a - b for a, b in zip(x, y, strict=True)]
+                    for x, y in zip(arm["test_loss"], by_name[NONE]["test_loss"], strict=True)
+                ]
+                spread = [common.interval(column_) for column_ in zip(*differences, strict=True)]
+                xs = [e for e in range(at, epochs + 1) if math.isfinite(spread[e][0])]
+                below.plot(xs, [spread[e][0] for e in xs], ":" if control else "-", color=colour, linewidth=width)
+                if not control:
+                    halves = [spread[e][1] if math.isfinite(spread[e][1]) else 0.0 for e in xs]
+                    below.fill_between(
+                        xs,
+                        [spread[e][0] - h for e, h in zip(xs, halves, strict=True)],
+                        [spread[e][0] + h for e, h in zip(xs, halves, strict=True)],
+                        color=colour,
+                        alpha=0.15,
+                        linewidth=0,
+                    )
+        above.set_title(kind, fontsize=10)
+        above.legend(fontsize=8)
+        below.set_xlim(at, epochs)
+        below.axhline(0, color="#555555", linewidth=1)
+        for axes in (above, below):
+            axes.grid(True, alpha=0.25)
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.axvline(at, color="#999999", linewidth=0.8)
+    if shown:
+        room = 0.05 * (max(shown) - min(shown)) + 1e-6
+        grid[0, 0].set_ylim(min(shown) - room, max(shown) + room)
+    grid[0, 0].set_ylabel("loss (dashed: training, solid: validation)")
+    grid[1, 0].set_ylabel("validation loss less that without teleport")
+    fig.suptitle(
+        f"{doc['dataset']}, {len(doc['seeds'])} seeds, teleport at epoch {at} (settings: {doc['rates']}); "
+        "means, below with 95 % intervals paired by seed",
+        fontsize=10,
+    )
+    return common.png(fig)
+
+
+def _means(runs: list[list[float | None]]) -> list[float | None]:
+    return [None if None in values else statistics.mean(values) for values in zip(*runs, strict=True)]
+
+
+def main(arguments: Sequence[str], experiment: str = "fig4", description: str | None = __doc__) -> None:
+    """Parse, run, print the table."""
+    p = common.parser(experiment, description)
+    p.add_argument("--settings", choices=SETTINGS, default="ref", help="batches and rates of the teleports")
+    p.add_argument("--at", type=int, metavar="EPOCH", help="of the teleport (default: half of --epochs)")
+    p.add_argument("--lr", type=float, metavar="X", help=f"of the optimizer (default {OPTIMIZERS[experiment][1]:g})")
+    p.add_argument(
+        "--directions",
+        type=whole_number(1),
+        default=10,
+        metavar="N",
+        help=f"of sharpness, each with {len(_DISPLACEMENTS)} displacements; its time grows in proportion (default 10)",
+    )
+    p.add_argument("--curves", type=whole_number(1), default=1, metavar="N", help="of curvature (default 1)")
+    args = p.parse_args(arguments)
+    args.experiment = experiment
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise ConfigError(f"--lr must be positive, got {args.lr}")
+    out = common.folder(experiment, args)
+    doc = common.stored(out) if args.redraw else run(args)
+    common.finish(doc, out, table, figure, note=note(doc))
+    (out / STATE).unlink(missing_ok=True)
