@@ -165,6 +165,7 @@ def derivatives(
     order: int = 3,
     coordinates: bool = False,
     truncate: bool = False,
+    pre: Tensor | None = None,
 ) -> list[list[Tensor]]:
     """``γ', γ'', γ'''`` at t = 0 of ``γ(t) = exp(tM)·w``, the exact action on every hidden layer.
 
@@ -178,6 +179,7 @@ def derivatives(
         truncate: The data may be rank deficient (pixels that are always zero, equal samples): the curve is then that
             of the data in the coordinates of their own span, in which the network computes the same. Independent
             samples cost no more for it; others an SVD of the data.
+        pre: What the first layer makes of the data ``[..., k, n]``, if it is known.
 
     Returns:
         For each order the layers' parts ``[..., curves, o, i]``, a bias as last column. With more samples than a
@@ -199,9 +201,12 @@ def derivatives(
         raise ConfigError(f"expected one M for each of {len(mlp.hidden_widths)} hidden layers, got {len(M)}")
     still: Jet = [None] * order
     H: Jet = [landscape.inputs.unsqueeze(-3), *still]
-    Z: Jet = [affine(weights.matrices[0], weights.biases[0], landscape.inputs).unsqueeze(-3), *still]
+    if pre is None:
+        pre = affine(weights.matrices[0], weights.biases[0], landscape.inputs)
+    Z: Jet = [pre.unsqueeze(-3), *still]
     W: Jet = [weights.matrices[0].unsqueeze(-3), *still]
     parts: list[list[Tensor]] = [[] for _ in range(order)]
+    before: list[Tensor] | None = None  # powers of the M that the inputs are moved by, H = exp(tM) A with A fixed
     for layer, m in enumerate(M):
         f, bias = mlp.activations[layer], weights.biases[layer]
         start = Z[0]
@@ -223,7 +228,11 @@ def derivatives(
             moved: Jet = _times(S, [landscape.truncated_inverse(_RANK).unsqueeze(-3), *still])
         elif layer == 0 and tall and coordinates:
             turn = landscape.inverse_factor(_RANK).unsqueeze(-3)
-            moved = [None, *(None if s is None else s @ turn for s in S[1:])]
+            moved = [None, *(None if s is None else _shared(s, turn) for s in S[1:])]
+        elif before is not None and given.shape[-1] >= given.shape[-2]:
+            # (gA)⁺ = A⁺g⁻¹ where A has full row rank; the bias's ones are not moved.
+            fixed = pseudo_inverse(given, rank_tolerance=_RANK)
+            moved = _acted_from_the_right([None, *(None if s is None else s @ fixed for s in S[1:])], before)
         else:
             moved = _times(S, _pseudo_inverse(seen))
         for j in range(order):
@@ -233,6 +242,9 @@ def derivatives(
             parts[j].append(part)
         U, next_bias = weights.matrices[layer + 1].unsqueeze(-3), weights.biases[layer + 1]
         W = [U, *((-1) ** (j + 1) * (U @ p) for j, p in enumerate(powers))]
+        if layer + 1 == len(M):
+            break
+        before = powers if tall and all(a is None for a in A[1:]) else None
         if tall:  # f(Z) is met exactly, so the hidden units become g f(Z) and U g⁻¹ makes of them what U made
             H, Z = B, [None if a is None else U @ a for a in A]
         else:
@@ -248,6 +260,26 @@ def derivatives(
     return parts
 
 
+def _acted_from_the_right(T: Jet, powers: Sequence[Tensor]) -> Jet:
+    """``T exp(-tM)``, from ``M, M², …``; a last column of T that belongs to a bias is not moved."""
+    k = powers[0].shape[-1]
+    result: Jet = []
+    for j in range(len(T)):
+        total = T[j]
+        for i in range(1, j + 1):
+            t = T[j - i]
+            if t is not None:
+                term = _scaled((-1) ** i * comb(j, i), t[..., :k] @ powers[i - 1])
+                total = _add(total, term if t.shape[-1] == k else _joined(term, term))
+        result.append(total)
+    return result
+
+
+def _shared(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, as one product where all networks and curves have the same right side."""
+    return left @ (right.flatten(0, -3)[0] if right.shape[:-2].numel() == 1 else right)
+
+
 def _difference(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else -b if a is None else a - b
 
@@ -261,7 +293,12 @@ def _with_ones(H: Jet) -> Jet:
 
 
 def curvatures(
-    landscape: Landscape, weights: Weights, M: Sequence[Tensor], slope: bool = False, truncate: bool = False
+    landscape: Landscape,
+    weights: Weights,
+    M: Sequence[Tensor],
+    slope: bool = False,
+    truncate: bool = False,
+    pre: Tensor | None = None,
 ) -> Curvatures:
     r"""Curvature at t = 0 of ``γ(t) = exp(tM)·w`` (Eq. 47) and its derivative (Eq. 51).
 
@@ -279,6 +316,7 @@ def curvatures(
         M: For each hidden layer ``[curves, k, k]``.
         slope: Also κ'.
         truncate: The data may be rank deficient; see :func:`derivatives`.
+        pre: See :func:`derivatives`.
 
     Example:
         >>> from metatele.activations import Identity
@@ -289,7 +327,7 @@ def curvatures(
         tensor([0.7071])
     """
     order = 3 if slope else 2
-    rows = derivatives(landscape, weights, M, order, coordinates=True, truncate=truncate)
+    rows = derivatives(landscape, weights, M, order, coordinates=True, truncate=truncate, pre=pre)
     first, second = rows[0], rows[1]
     squared = _inner(first, first)
     moving = squared > 0
@@ -364,7 +402,8 @@ class Curvature(Objective):
         """See the class."""
         total = torch.zeros(point.flat.shape[:-1]).to(point.flat)
         for M in self._chunks(point):
-            total += curvatures(point.landscape, point.weights, M, truncate=self.truncate).kappa.sum(-1)
+            done = curvatures(point.landscape, point.weights, M, truncate=self.truncate, pre=point.forward.pre[0])
+            total += done.kappa.sum(-1)
         return total / self.curves
 
     def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
