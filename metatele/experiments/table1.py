@@ -47,7 +47,7 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float
 
     Example:
         >>> [round(v, 3) for v in pearson([1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 3.0, 2.0, 5.0, 4.0])]
-        [0.8, -0.279, 0.986]
+        [0.8, -0.28, 0.986]
     """
     from statistics import fmean
 
