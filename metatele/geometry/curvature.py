@@ -26,12 +26,11 @@ from torch import Tensor
 
 from metatele.activations import Activation
 from metatele.errors import ConfigError, NotExactError
-from metatele.geometry.landscape import Landscape, Point
+from metatele.geometry.landscape import RANK, Landscape, Point
 from metatele.geometry.objectives import Objective
 from metatele.mlp import MLP, Weights, affine
 from metatele.symmetry import pseudo_inverse
 
-_RANK = 1e-6  # least ratio of the diagonal entries of R, in double precision, of layer inputs
 _CHUNK_BYTES = 64 << 20  # of hidden units and their derivatives in one chunk
 
 # A quantity along the curve: itself and its derivatives at t = 0, None where one is zero for all curves.
@@ -140,8 +139,8 @@ def _pseudo_inverse(H: Jet) -> Jet:
     start = H[0]
     assert start is not None
     if all(t is None for t in H[1:]):
-        return [pseudo_inverse(start, rank_tolerance=_RANK), *H[1:]]
-    pseudo_inverse(start.detach(), rank_tolerance=_RANK)  # refuses what is rank deficient
+        return [pseudo_inverse(start, rank_tolerance=RANK), *H[1:]]
+    pseudo_inverse(start.detach(), rank_tolerance=RANK)  # refuses what is rank deficient
     precise: Jet = [None if t is None else t.double() for t in H]
     turned: Jet = [None if t is None else t.mT for t in precise]
     if start.shape[-1] >= start.shape[-2]:
@@ -221,17 +220,17 @@ def derivatives(
         seen = H if bias is None else _with_ones(H)
         given = seen[0]
         assert given is not None
-        truncated = truncate and layer == 0 and not landscape.full_rank(_RANK)
+        truncated = truncate and layer == 0 and not landscape.full_rank
         # Truncated inputs need not be independent even where they are few.
         tall = given.shape[-1] <= given.shape[-2] and not truncated
         if truncated:
-            moved: Jet = _times(S, [landscape.truncated_inverse(_RANK).unsqueeze(-3), *still])
+            moved: Jet = _times(S, [landscape.truncated_inverse.unsqueeze(-3), *still])
         elif layer == 0 and tall and coordinates:
-            turn = landscape.inverse_factor(_RANK).unsqueeze(-3)
+            turn = landscape.inverse_factor.unsqueeze(-3)
             moved = [None, *(None if s is None else _shared(s, turn) for s in S[1:])]
         elif before is not None and given.shape[-1] >= given.shape[-2]:
             # (gA)⁺ = A⁺g⁻¹ where A has full row rank; the bias's ones are not moved.
-            fixed = pseudo_inverse(given, rank_tolerance=_RANK)
+            fixed = pseudo_inverse(given, rank_tolerance=RANK)
             moved = _acted_from_the_right([None, *(None if s is None else s @ fixed for s in S[1:])], before)
         else:
             moved = _times(S, _pseudo_inverse(seen))

@@ -24,6 +24,8 @@ from metatele.symmetry import (
     with_ones,
 )
 
+RANK = 1e-6  # relative: layer inputs below it, in double precision, are rank deficient
+
 
 @dataclass(frozen=True)
 class Landscape:
@@ -73,50 +75,33 @@ class Landscape:
             return False
         return True
 
-    def inverse_factor(self, rank_tolerance: float) -> Tensor:
+    @cached_property
+    def inverse_factor(self) -> Tensor:
         """``R⁻¹ [..., n, n]`` of the inputs' ``QR`` (with ones below them for a bias), for n ≤ d.
 
-        ``S H⁺ = S R⁻¹ Qᵀ`` has the norm of ``S R⁻¹``. Computed once.
+        ``S H⁺ = S R⁻¹ Qᵀ`` has the norm of ``S R⁻¹``.
 
         Raises:
-            SingularInputError: The inputs are rank deficient.
+            SingularInputError: The inputs are rank deficient, by :data:`RANK`.
         """
-        if rank_tolerance not in self._factors:
-            inputs = with_ones(self.inputs) if self.mlp.biases[0] else self.inputs
-            self._factors[rank_tolerance] = inverse_factor(inputs, rank_tolerance)
-        return self._factors[rank_tolerance]
-
-    def full_rank(self, rank_tolerance: float) -> bool:
-        """Whether :meth:`inverse_factor` exists: the samples are no more than the inputs, and independent."""
-        if rank_tolerance not in self._ranks:
-            try:
-                fits = self.inputs.shape[-1] <= self.inputs.shape[-2] + self.mlp.biases[0]
-                self._ranks[rank_tolerance] = fits and self.inverse_factor(rank_tolerance) is not None
-            except SingularInputError:
-                self._ranks[rank_tolerance] = False
-        return self._ranks[rank_tolerance]
+        return inverse_factor(self._seen, RANK)
 
     @cached_property
-    def _ranks(self) -> dict[float, bool]:
-        return {}
-
-    def truncated_inverse(self, rank_tolerance: float) -> Tensor:
-        """``H⁺ [..., n, d]`` of the inputs (with ones below them for a bias), whatever their rank.
-
-        Computed once; see :func:`~metatele.symmetry.truncated_inverse`.
-        """
-        if rank_tolerance not in self._inverses:
-            inputs = with_ones(self.inputs) if self.mlp.biases[0] else self.inputs
-            self._inverses[rank_tolerance] = truncated_inverse(inputs, rank_tolerance)
-        return self._inverses[rank_tolerance]
+    def full_rank(self) -> bool:
+        """Whether :attr:`inverse_factor` exists: the samples are no more than the inputs, and independent."""
+        try:
+            return self._seen.shape[-1] <= self._seen.shape[-2] and self.inverse_factor is not None
+        except SingularInputError:
+            return False
 
     @cached_property
-    def _inverses(self) -> dict[float, Tensor]:
-        return {}
+    def truncated_inverse(self) -> Tensor:
+        """``H⁺ [..., n, d]`` of the inputs (with ones below them for a bias), whatever their rank."""
+        return truncated_inverse(self._seen, RANK)
 
-    @cached_property
-    def _factors(self) -> dict[float, Tensor]:
-        return {}
+    @property
+    def _seen(self) -> Tensor:
+        return with_ones(self.inputs) if self.mlp.biases[0] else self.inputs
 
     @cached_property
     def _prepared(self) -> dict[Action, Tensor | None]:
