@@ -11,9 +11,6 @@ up. Then both for 100 networks of CIFAR-10's size (3072-128-32-10), with the pea
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import resource
 import sys
 import time
@@ -25,8 +22,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+from common import environment, save  # noqa: E402
+
 from metatele.activations import LeakyReLU  # noqa: E402
-from metatele.checkpoint import versions  # noqa: E402
 from metatele.geometry import Curvature, Landscape, Sharpness, curvatures  # noqa: E402
 from metatele.losses import CrossEntropy  # noqa: E402
 from metatele.mlp import MLP  # noqa: E402
@@ -133,17 +131,9 @@ def main() -> None:
         "cifar10_seconds": large,
         "peak_mib": after / 2**10,
         "weights_mib": w.nbytes / 2**20,
-        "environment": {
-            **versions(),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
+        "environment": environment(),
     }
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(args.json, result)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,6 @@ LSTM products, forward and backward, take at that batch when nothing else is don
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -24,9 +21,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from common import environment, save  # noqa: E402
 from naive import NaiveLearner  # noqa: E402
 
-from metatele.checkpoint import versions  # noqa: E402
 from metatele.config import preset  # noqa: E402
 from metatele.metaopt import MetaOptimizer  # noqa: E402
 from metatele.tasks import Regression  # noqa: E402
@@ -140,18 +137,9 @@ def main() -> None:
         "naive_ms_per_trajectory_step": naive,
         "naive_ms_again_at_the_end": again,
         "rows": rows,
-        "environment": {
-            **versions(),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": args.device,
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
+        "environment": environment(device=args.device),
     }
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(args.json, result)
 
 
 if __name__ == "__main__":

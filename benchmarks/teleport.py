@@ -14,9 +14,6 @@ In one run, so that ratios hold on a noisy machine:
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -29,8 +26,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+from common import environment, save  # noqa: E402
+
 from metatele.activations import LeakyReLU  # noqa: E402
-from metatele.checkpoint import versions  # noqa: E402
 from metatele.data import ImageSet  # noqa: E402
 from metatele.experiments import fig5  # noqa: E402
 from metatele.geometry import Landscape  # noqa: E402
@@ -144,17 +142,9 @@ def main() -> None:
         "sequential_epoch_seconds_of_40": one_by_one,
         "batched_epoch_seconds_of_40": program,
         "rows": rows,
-        "environment": {
-            **versions(),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
+        "environment": environment(),
     }
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(args.json, result)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 mini-batches with; then φ over 200 directions and ψ over 200 curves, each on its own batch of 200 training samples.
 MLP d-16-10-10, on CIFAR-10 3072-128-32-10, LeakyReLU 0.1, no biases. Beside φ and ψ stands the training loss itself,
 and φ - L, the rise of the loss under the displacements. MNIST takes 5 to 8 minutes on 2 cores, digits half a minute,
-CIFAR-10 an hour or two; a run that was stopped goes on with --resume.
+CIFAR-10 an hour or two; a run that was stopped goes on from its last epoch when it is started again.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     mlp = MLP((data.features, *hidden, data.classes), LeakyReLU(0.1))
     population = Population(data, mlp, range(args.networks), lr, min(samples, len(data.train_labels)), 20, device)
     state = out / "state.pt"
-    if state.exists() and not args.resume:
-        state.unlink()
+    if state.exists():
+        print(f"going on from {state}", flush=True)
     begin_s = time.perf_counter()
     population.train(args.epochs, lambda done: _say(done, args.epochs, population.seconds), state)
     train_loss, train_accuracy = population.measured("train")
@@ -252,7 +252,6 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, run, print the table."""
     p = common.parser("table1", __doc__)
     p.add_argument("--networks", type=whole_number(4), default=100, metavar="N", help="(default 100)")
-    p.add_argument("--resume", action="store_true", help="go on from the last epoch of a run that was stopped")
     args = p.parse_args(arguments)
     if args.seeds != 5:
         raise ConfigError("table1 has one network for each seed: give --networks in place of --seeds")

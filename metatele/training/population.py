@@ -12,7 +12,6 @@ machine's peak, and nothing as large as the layer is written in between. The sam
 from __future__ import annotations
 
 import io
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,15 +23,14 @@ from metatele.data import ImageSet
 from metatele.errors import ConfigError, RunFolderError
 from metatele.files import write_atomically
 from metatele.geometry import Landscape
-from metatele.losses import CrossEntropy
-from metatele.mlp import MLP, Weights
+from metatele.mlp import MLP
 from metatele.random import generator
+from metatele.training.networks import Networks
 
 _WINDOW = 10  # mini-batches
-_CHUNK_BYTES = 64 << 20  # of outputs of the first layer in one evaluation pass
 
 
-class Population:
+class Population(Networks):
     """Networks ``[m]`` with weights uniform on ``±1/√fan_in``.
 
     Args:
@@ -64,39 +62,15 @@ class Population:
         batch_size: int = 20,
         device: torch.device | str = "cpu",
     ) -> None:
-        if mlp.widths[0] != images.features:
-            raise ConfigError(f"{images.name} has {images.features} features, the network takes {mlp.widths[0]}")
         if not mlp.hidden_widths:
             raise ConfigError("the networks need a hidden layer")
-        count = train_samples or len(images.train_labels)
-        if not 0 < batch_size <= count <= len(images.train_labels):
-            raise ConfigError(
-                f"train_samples must lie between the batch size ({batch_size}) and {len(images.train_labels)}, "
-                f"got {count}"
-            )
         if not lr > 0:
             raise ConfigError(f"lr must be positive, got {lr}")
-        self.mlp, self.seeds, self.lr, self.batch_size = mlp, list(seeds), lr, batch_size
-        self.device = torch.device(device)
-        self.train_images = images.train_images[:count].to(self.device)
-        self.train_labels = images.train_labels[:count].to(self.device)
-        self.test_images, self.test_labels = images.test_images.to(self.device), images.test_labels.to(self.device)
-        self.loss = CrossEntropy()
+        super().__init__(images, mlp, seeds, train_samples, batch_size, device)
+        self.lr = lr
         self.epochs = 0
         self.seconds = 0.0
-        matrices: list[list[Tensor]] = [[] for _ in mlp.biases]
-        biases: list[list[Tensor]] = [[] for _ in mlp.biases]
-        for seed in self.seeds:
-            drawn = mlp.unflatten(torch.rand(mlp.num_parameters, generator=generator(seed, "initialisation")))
-            for layer, (W, b) in enumerate(zip(*drawn, strict=True)):
-                bound = 1 / math.sqrt(W.shape[-1])
-                matrices[layer].append((2 * W - 1) * bound)
-                if b is not None:
-                    biases[layer].append((2 * b - 1) * bound)
-        self.weights = Weights(
-            tuple(torch.stack(W).to(self.device) for W in matrices),
-            tuple(torch.stack(b).to(self.device) if b else None for b in biases),
-        )
+        self.weights = self.initial()
 
     @property
     def flat(self) -> Tensor:
@@ -168,24 +142,9 @@ class Population:
             error = back * activations[layer - 1].derivative(pre[layer - 1])
         return error
 
-    @torch.no_grad()
     def measured(self, split: str) -> tuple[Tensor, Tensor]:
         """Mean loss and accuracy ``[m]`` on the ``train`` or ``test`` samples."""
-        images, labels = (
-            (self.train_images, self.train_labels) if split == "train" else (self.test_images, self.test_labels)
-        )
-        units = len(self.seeds) * max(self.mlp.widths[1:])
-        chunk = max(1, _CHUNK_BYTES // (units * images.element_size()))
-        total = correct = torch.zeros((), dtype=torch.float64, device=self.device)
-        shared = Weights(
-            tuple(W.unsqueeze(0) for W in self.weights.matrices),
-            tuple(None if b is None else b.unsqueeze(0) for b in self.weights.biases),
-        )
-        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
-            outputs = self.mlp.forward(shared, x.T[None, None])[0]
-            total = total + self.loss.value(outputs, y.unsqueeze(0)).double() * len(y)
-            correct = correct + (outputs.argmax(-2) == y).sum(-1)
-        return total / len(labels), correct / len(labels)
+        return self.evaluated(self.weights, split)
 
     def landscape(self, samples: Tensor) -> Landscape:
         """The loss of all networks on some training samples."""

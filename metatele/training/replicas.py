@@ -22,12 +22,10 @@ from torch import Tensor
 from metatele.data import ImageSet
 from metatele.errors import ConfigError
 from metatele.geometry import Landscape
-from metatele.losses import CrossEntropy
 from metatele.mlp import MLP, Pass, Weights
 from metatele.random import generator
 from metatele.teleport import MatchedRandom, Report, TeleportMove
-
-_CHUNK = 10_000  # samples in one evaluation pass
+from metatele.training.networks import Networks
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class History:
         )
 
 
-class Replicas:
+class Replicas(Networks):
     """Networks ``[seeds, arms]`` on one image set.
 
     All arms of a seed begin with the same weights, uniform on ``±1/√fan_in``, and see the same batches.
@@ -139,42 +137,21 @@ class Replicas:
         batch_size: int = 20,
         device: torch.device | str = "cpu",
     ) -> None:
-        if mlp.widths[0] != images.features:
-            raise ConfigError(f"{images.name} has {images.features} features, the network takes {mlp.widths[0]}")
-        count = train_samples or len(images.train_labels)
-        if not 0 < batch_size <= count <= len(images.train_labels):
-            raise ConfigError(
-                f"train_samples must lie between the batch size ({batch_size}) and {len(images.train_labels)}, "
-                f"got {count}"
-            )
-        _check(arms, count)
-        self.mlp, self.arms, self.seeds, self.batch_size = mlp, list(arms), list(seeds), batch_size
-        self.device = torch.device(device)
-        self.train_images = images.train_images[:count].to(self.device)
-        self.train_labels = images.train_labels[:count].to(self.device)
-        self.test_images, self.test_labels = images.test_images.to(self.device), images.test_labels.to(self.device)
-        self.loss = CrossEntropy()
+        super().__init__(images, mlp, seeds, train_samples, batch_size, device)
+        _check(arms, len(self.train_labels))
+        self.arms = list(arms)
         self.weights = self._initial()
         self.optimizers = [self._optimizer(a) for a in range(len(self.arms))]
         self.history = History()
         self._randoms = [generator(seed, "train") for seed in self.seeds]
 
     def _initial(self) -> Weights:
-        shape = (len(self.seeds), len(self.arms))
-        flats = []
-        for seed in self.seeds:
-            random = generator(seed, "initialisation")
-            parts = []
-            for W, b in zip(*self.mlp.unflatten(torch.rand(self.mlp.num_parameters, generator=random)), strict=True):
-                bound = 1 / math.sqrt(W.shape[-1])
-                parts += [(2 * p - 1) * bound for p in (W.flatten(), b) if p is not None]
-            flats.append(torch.cat(parts))
-        joint = self.mlp.unflatten(torch.stack(flats).unsqueeze(1).to(self.device))
+        shape, first = (len(self.seeds), len(self.arms)), self.initial()
 
         def spread(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.expand(*shape, *t.shape[2:]).contiguous()
+            return None if t is None else t.unsqueeze(1).expand(*shape, *t.shape[1:]).contiguous()
 
-        return Weights(tuple(map(spread, joint.matrices)), tuple(map(spread, joint.biases)))  # type: ignore[arg-type]
+        return Weights(tuple(map(spread, first.matrices)), tuple(map(spread, first.biases)))  # type: ignore[arg-type]
 
     def _tensors(self, weights: Weights) -> list[Tensor]:
         pairs = zip(weights.matrices, weights.biases, strict=True)
@@ -339,28 +316,18 @@ class Replicas:
 
     def _evaluate(self, history: History) -> None:
         begin_s = time.perf_counter()
-        train, _ = self._measured(self.train_images, self.train_labels)
-        test, accuracy = self._measured(self.test_images, self.test_labels)
+        everyone = Weights(
+            tuple(W.flatten(0, 1) for W in self.weights.matrices),
+            tuple(None if b is None else b.flatten(0, 1) for b in self.weights.biases),
+        )
+        shape = (len(self.seeds), len(self.arms))
+        (train, _), (test, accuracy) = (
+            tuple(t.view(shape).T.float().cpu() for t in self.evaluated(everyone, split)) for split in ("train", "test")
+        )
         history.train_loss.append(train)
         history.test_loss.append(test)
         history.test_accuracy.append(accuracy)
         history.evaluation_seconds += time.perf_counter() - begin_s
-
-    @torch.no_grad()
-    def _measured(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss and accuracy ``[arms, seeds]``; every replica sees the same samples."""
-        everyone = Weights(
-            tuple(W.flatten(0, 1).unsqueeze(0) for W in self.weights.matrices),
-            tuple(None if b is None else b.flatten(0, 1).unsqueeze(0) for b in self.weights.biases),
-        )
-        total = correct = torch.zeros((), device=self.device)
-        for x, y in zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True):
-            outputs = self.mlp.forward(everyone, x.T.expand(1, 1, -1, -1))
-            targets = y.expand(1, outputs.shape[1], -1)
-            total = total + self.loss.value(outputs, targets) * len(y)
-            correct = correct + (outputs.argmax(-2) == targets).sum(-1)
-        shape = (len(self.seeds), len(self.arms))
-        return tuple((t / len(labels)).view(shape).T.cpu() for t in (total, correct.float()))  # type: ignore[return-value]
 
 
 def _check(arms: Sequence[Arm], samples: int) -> None:

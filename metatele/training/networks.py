@@ -1,0 +1,93 @@
+"""What networks that train at the same time on one image set have in common: samples, first weights, evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from metatele.data import ImageSet
+from metatele.errors import ConfigError
+from metatele.losses import CrossEntropy
+from metatele.mlp import MLP, Weights
+from metatele.random import generator
+
+_CHUNK_BYTES = 64 << 20  # of one layer's outputs in one evaluation pass
+
+
+class Networks:
+    """Samples on a device, seeds, and the loss.
+
+    Args:
+        images: The data.
+        mlp: Shape of every network; its input fits the images.
+        seeds: Of the initial weights.
+        train_samples: Use the first so many training images; all if zero.
+        batch_size: Of a training step.
+        device: Where.
+
+    Raises:
+        ConfigError: Network, samples and batches do not fit each other.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        mlp: MLP,
+        seeds: Sequence[int],
+        train_samples: int,
+        batch_size: int,
+        device: torch.device | str,
+    ) -> None:
+        if mlp.widths[0] != images.features:
+            raise ConfigError(f"{images.name} has {images.features} features, the network takes {mlp.widths[0]}")
+        count = train_samples or len(images.train_labels)
+        if not 0 < batch_size <= count <= len(images.train_labels):
+            raise ConfigError(
+                f"train_samples must lie between the batch size ({batch_size}) and {len(images.train_labels)}, "
+                f"got {count}"
+            )
+        self.mlp, self.seeds, self.batch_size = mlp, list(seeds), batch_size
+        self.device = torch.device(device)
+        self.train_images = images.train_images[:count].to(self.device)
+        self.train_labels = images.train_labels[:count].to(self.device)
+        self.test_images, self.test_labels = images.test_images.to(self.device), images.test_labels.to(self.device)
+        self.loss = CrossEntropy()
+
+    def initial(self) -> Weights:
+        """Weights uniform on ``±1/√fan_in``, ``[seeds, ...]``."""
+        drawn = self.mlp.unflatten(
+            torch.stack(
+                [
+                    torch.rand(self.mlp.num_parameters, generator=generator(seed, "initialisation"))
+                    for seed in self.seeds
+                ]
+            ).to(self.device)
+        )
+        bounds = [1 / math.sqrt(W.shape[-1]) for W in drawn.matrices]
+        return Weights(
+            tuple((2 * W - 1) * bound for W, bound in zip(drawn.matrices, bounds, strict=True)),
+            tuple(None if b is None else (2 * b - 1) * bound for b, bound in zip(drawn.biases, bounds, strict=True)),
+        )
+
+    @torch.no_grad()
+    def evaluated(self, weights: Weights, split: str) -> tuple[Tensor, Tensor]:
+        """Mean loss and accuracy ``[m]`` of networks ``[m, ...]`` on the ``train`` or ``test`` samples, float64."""
+        images, labels = (
+            (self.train_images, self.train_labels) if split == "train" else (self.test_images, self.test_labels)
+        )
+        units = len(weights.matrices[0]) * max(self.mlp.widths[1:])
+        chunk = max(1, _CHUNK_BYTES // (units * images.element_size()))
+        total = correct = torch.zeros((), dtype=torch.float64, device=self.device)
+        # One more dimension, in which the data are shared: one product for all networks.
+        together = Weights(
+            tuple(W.unsqueeze(0) for W in weights.matrices),
+            tuple(None if b is None else b.unsqueeze(0) for b in weights.biases),
+        )
+        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
+            outputs = self.mlp.forward(together, x.T[None, None])[0]
+            total = total + self.loss.value(outputs, y.unsqueeze(0)).double() * len(y)
+            correct = correct + (outputs.argmax(-2) == y).sum(-1)
+        return total / len(labels), correct / len(labels)
