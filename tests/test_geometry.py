@@ -413,6 +413,34 @@ def test_samples_that_depend_on_each_other_are_refused(activation):
 
 
 @pytest.mark.parametrize("activation", INVERTIBLE, ids=str)
+@pytest.mark.parametrize("data", [(), (5,)], ids=["one batch", "a batch each"])
+def test_networks_without_curves_leave_the_others_alone(activation, data):
+    landscape, w = problem(activation, samples=15, batch=(5,), data=data)
+    psi = Curvature(curves=3)
+    alone = [psi.value(landscape.at(w))[i] for i in (0, 2, 4)]
+    slope = [psi.value_and_gradient(landscape.at(w))[1][i] for i in (0, 2, 4)]
+    broken = w.clone()
+    broken[1, 7] = math.nan
+    equal = landscape.mlp.unflatten(broken)
+    equal.matrices[0][3] = 0  # its hidden units are the same for all samples
+    equal.biases[0][3] = 0
+    point = landscape.at(landscape.mlp.flatten(equal))
+    value, gradient = psi.value_and_gradient(point)
+    for found in (psi.value(point), value):
+        torch.testing.assert_close(found[[0, 2, 4]], torch.stack(alone))
+        assert torch.isnan(found[[1, 3]]).all()
+    torch.testing.assert_close(gradient[[0, 2, 4]], torch.stack(slope))
+    assert torch.isnan(gradient[[1, 3]]).all()
+    flat, report, _ = Ascent(objective=psi, rate="fixed", lr=1e-3, steps=2, max_drift=math.inf)(landscape, point.flat)
+    torch.testing.assert_close(flat[[1, 3]], point.flat[[1, 3]], equal_nan=True, rtol=0, atol=0)
+    assert report.rolled_back.tolist() == [False, True, False, True, False]
+    if not data:
+        lone = landscape.at(landscape.mlp.flatten(equal)[3])
+        with pytest.raises(SingularInputError):
+            psi.value(lone)
+
+
+@pytest.mark.parametrize("activation", INVERTIBLE, ids=str)
 @pytest.mark.parametrize("samples", [4, 15])
 def test_gradient_of_curvature_is_that_of_finite_differences(activation, samples):
     landscape, w = problem(activation, samples=samples, batch=(2,))

@@ -16,7 +16,8 @@ pseudo-inverse; the curve is that of all layers together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import ClassVar, NamedTuple
@@ -25,11 +26,11 @@ import torch
 from torch import Tensor
 
 from metatele.activations import Activation
-from metatele.errors import ConfigError, NotExactError
+from metatele.errors import ConfigError, NotExactError, SingularInputError
 from metatele.geometry.landscape import RANK, Landscape, Point
 from metatele.geometry.objectives import Objective
 from metatele.mlp import MLP, Weights, affine
-from metatele.symmetry import pseudo_inverse
+from metatele.symmetry import has_full_rank, pseudo_inverse, with_ones
 
 _CHUNK_BYTES = 64 << 20  # of hidden units and their derivatives in one chunk
 
@@ -362,7 +363,8 @@ class Curvature(Objective):
 
     The M are the same for every network and every call. Entries are uniform on [0, 1] and the Frobenius norm is 1,
     as in the reference implementation, one M for each hidden layer, all layers in one curve. Memory is
-    bounded by chunks.
+    bounded by chunks. Of several networks, one that has no such curve (weights not finite, hidden units rank
+    deficient) gets not a number and leaves the others alone; a single one is an error.
 
     Args:
         curves: k.
@@ -399,24 +401,33 @@ class Curvature(Objective):
     @torch.no_grad()
     def value(self, point: Point) -> Tensor:
         """See the class."""
-        total = torch.zeros(point.flat.shape[:-1]).to(point.flat)
-        for M in self._chunks(point):
-            done = curvatures(point.landscape, point.weights, M, truncate=self.truncate, pre=point.forward.pre[0])
-            total += done.kappa.sum(-1)
-        return total / self.curves
+
+        def mean(at: Point) -> tuple[Tensor, ...]:
+            total = torch.zeros(at.flat.shape[:-1]).to(at.flat)
+            for M in self._chunks(at):
+                done = curvatures(at.landscape, at.weights, M, truncate=self.truncate, pre=at.forward.pre[0])
+                total += done.kappa.sum(-1)
+            return (total / self.curves,)
+
+        return _each(point, mean)[0]
 
     def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
         """See the class."""
         mlp = point.landscape.mlp
-        total, gradient = torch.zeros(point.flat.shape[:-1]).to(point.flat), torch.zeros_like(point.flat)
-        for M in self._chunks(point):
-            with torch.enable_grad():
-                flat = point.flat.detach().requires_grad_()
-                kappa = curvatures(point.landscape, mlp.unflatten(flat), M, truncate=self.truncate).kappa.sum(-1)
-                (part,) = torch.autograd.grad(kappa.sum(), flat)
-            total += kappa.detach()
-            gradient += part
-        return total / self.curves, gradient / self.curves
+
+        def mean(at: Point) -> tuple[Tensor, ...]:
+            total, gradient = torch.zeros(at.flat.shape[:-1]).to(at.flat), torch.zeros_like(at.flat)
+            for M in self._chunks(at):
+                with torch.enable_grad():
+                    flat = at.flat.detach().requires_grad_()
+                    kappa = curvatures(at.landscape, mlp.unflatten(flat), M, truncate=self.truncate).kappa.sum(-1)
+                    (part,) = torch.autograd.grad(kappa.sum(), flat)
+                total += kappa.detach()
+                gradient += part
+            return total / self.curves, gradient / self.curves
+
+        value, gradient = _each(point, mean)
+        return value, gradient
 
     def _chunks(self, point: Point) -> Iterator[list[Tensor]]:
         mlp, networks = point.landscape.mlp, point.flat.shape[:-1].numel()
@@ -425,3 +436,20 @@ class Curvature(Objective):
         drawn = self.draw(mlp, point.flat)
         for begin in range(0, self.curves, group):
             yield [M[begin : begin + group] for M in drawn]
+
+
+def _each(point: Point, compute: Callable[[Point], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What ``compute`` makes of a point, each network for itself: one without curves is not a number in all results."""
+    try:
+        return compute(point)
+    except SingularInputError:
+        sound = torch.isfinite(point.flat).all(-1)
+        for hidden, bias in zip(point.forward.hidden[1:-1], point.weights.biases[1:-1], strict=True):
+            sound = sound & has_full_rank(hidden if bias is None else with_ones(hidden), RANK)
+        if bool(sound.all()) or not bool(sound.any()):
+            raise  # the data are to blame, or there is no other network
+        safe = torch.where(sound.unsqueeze(-1), point.flat, point.flat[sound][0])
+        return tuple(
+            result.masked_fill(~sound.view(sound.shape + (1,) * (result.dim() - sound.dim())), math.nan)
+            for result in compute(point.landscape.at(safe))
+        )

@@ -27,7 +27,13 @@ from metatele.symmetry.group import (
     identity,
     random_algebra,
 )
-from metatele.symmetry.least_squares import damped_right_solve, inverse_factor, pseudo_inverse, truncated_inverse
+from metatele.symmetry.least_squares import (
+    damped_right_solve,
+    has_full_rank,
+    inverse_factor,
+    pseudo_inverse,
+    truncated_inverse,
+)
 
 __all__ = [
     "ACTIONS",
@@ -49,6 +55,7 @@ __all__ = [
     "exponential",
     "first_order",
     "from_matrix",
+    "has_full_rank",
     "identity",
     "inverse_factor",
     "pseudo_inverse",

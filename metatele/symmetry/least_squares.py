@@ -82,9 +82,21 @@ def inverse_factor(H: Tensor, rank_tolerance: float) -> Tensor:
     return torch.linalg.solve_triangular(R, eye.expand_as(R), upper=True).to(H.dtype)
 
 
-def _require_full_rank(R: Tensor, H: Tensor, limit: float) -> None:
+def has_full_rank(H: Tensor, rank_tolerance: float) -> Tensor:
+    """Whether each matrix ``[..., d, n]`` is finite and of full rank, by the diagonal of its QR factorisation."""
+    finite = torch.isfinite(H).all(-1).all(-1)
+    tall = torch.where(finite[..., None, None], H, 0.0)
+    R = torch.linalg.qr((tall if H.shape[-2] >= H.shape[-1] else tall.mT).double(), mode="r")[1]
+    return finite & (_diagonal_ratio(R) > rank_tolerance)
+
+
+def _diagonal_ratio(R: Tensor) -> Tensor:
     diagonal = R.detach().diagonal(dim1=-2, dim2=-1).abs()
-    ratio = diagonal.amin(-1) / diagonal.amax(-1).clamp_min(torch.finfo(R.dtype).tiny)
+    return diagonal.amin(-1) / diagonal.amax(-1).clamp_min(torch.finfo(R.dtype).tiny)
+
+
+def _require_full_rank(R: Tensor, H: Tensor, limit: float) -> None:
+    ratio = _diagonal_ratio(R)
     if not bool((ratio > limit).all()):
         raise SingularInputError(
             f"layer inputs of shape {tuple(H.shape)} must have full rank; a diagonal ratio of their QR "
