@@ -241,6 +241,7 @@ def figure(doc: dict[str, Any]) -> bytes:
         axes.set_xlabel(words)
         axes.grid(True, alpha=0.3)
         axes.ticklabel_format(useOffset=False)
+        axes.locator_params(axis="x", nbins=5)
         axes.tick_params(labelsize=7)
     for axes in panels[:, 0]:
         axes.set_ylabel("validation loss")
