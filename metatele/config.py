@@ -133,6 +133,27 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
+class EquivariantConfig:
+    """A meta-optimizer that takes networks of any shape. Enough to rebuild it."""
+
+    hidden: int = _setting(32, "size of the controller's LSTM cell")
+    decay: float = _setting(0.95, "of the running second moments on mini-batches")
+    growth: float = _setting(4.0, "growth of the loss (on mini-batches its square root) at which a step is shortened")
+    reach: float = _setting(1.0, "largest relative change of a layer's pre-activations by its own step")
+    small: int = _setting(64, "widths up to this have their spectra computed at every step")
+    keep: float = _setting(0.0, "eigenvalues below this, in units of their mean, may share one value; 0: none")
+
+    def __post_init__(self) -> None:
+        """Check sizes and ranges."""
+        _check_types(self)
+        _require_positive(self, "hidden", "small")
+        _require(0 <= self.decay < 1, "decay", "in [0, 1)", self.decay)
+        _require_positive(self, "reach")
+        _require(1 < self.growth < math.inf, "growth", "above 1", self.growth)
+        _require(0 <= self.keep < math.inf, "keep", "zero or positive", self.keep)
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Meta-training by truncated unrolling (Algorithm 1)."""
 

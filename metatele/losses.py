@@ -187,3 +187,49 @@ class Differentiable(Loss):
             raise ConfigError(
                 f"a loss given as a function sees one network at a time, got outputs of shape {tuple(outputs.shape)}"
             )
+
+
+def level(outputs: Tensor, gradient: Tensor) -> Tensor:
+    r"""Log of a loss, up to a constant, from what its gradient alone tells: ``[...]``.
+
+    The loss is taken for a sum over outputs and samples of
+
+    - cross-entropy, if ``∂L/∂y = s (softmax(y) - onehot)`` in every column, with any s;
+    - the logistic loss, if ``∂L/∂y = s (sigmoid(y) - t)`` with t zero or one;
+    - else a squared error, ``L ∝ ‖∂L/∂y‖²``, as near the minimum of every smooth loss.
+
+    Args:
+        outputs: y ``[..., o, n]``.
+        gradient: ``∂L/∂y``.
+
+    Example:
+        >>> y, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
+        >>> loss = CrossEntropy()
+        >>> torch.allclose(level(y, loss.gradient(y, labels)), (2 * loss.value(y, labels)).log())
+        True
+    """
+    size = gradient.square().sum((-2, -1))
+    found = size
+    if outputs.shape[-2:].numel() < 4:  # too few numbers to tell one loss from another
+        return found.clamp_min(torch.finfo(outputs.dtype).tiny).log()
+    wanted = gradient < 0
+    found = torch.where(
+        _is_multiple(gradient, outputs.sigmoid() - wanted.to(outputs.dtype), size),
+        torch.nn.functional.softplus(torch.where(wanted, -outputs, outputs)).sum((-2, -1)),
+        found,
+    )
+    if outputs.shape[-2] > 1:
+        index = gradient.argmin(-2, keepdim=True)
+        p = outputs.softmax(-2)
+        found = torch.where(
+            _is_multiple(gradient, p.scatter_add(-2, index, -torch.ones_like(p[..., :1, :])), size),
+            (outputs.logsumexp(-2, keepdim=True) - outputs.gather(-2, index)).sum((-2, -1)),
+            found,
+        )
+    return found.clamp_min(torch.finfo(outputs.dtype).tiny).log()
+
+
+def _is_multiple(gradient: Tensor, guess: Tensor, size: Tensor) -> Tensor:
+    """Whether the gradient is a positive multiple of a guess, to rounding."""
+    product, square = (gradient * guess).sum((-2, -1)), guess.square().sum((-2, -1))
+    return (product > 0) & (product.square() >= (1 - 1e-4) * square * size)

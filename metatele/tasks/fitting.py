@@ -1,0 +1,183 @@
+"""Inner problems of every kind a perceptron is trained on, for a meta-optimizer that takes any shape."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from metatele.activations import Activation, LeakyReLU, ReLU, Sigmoid, SiLU, Softplus, Tanh
+from metatele.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError
+from metatele.mlp import MLP, Pass
+from metatele.random import generator
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """``[B]`` problems of one shape: fit targets, on all samples at once or on mini-batches.
+
+    Attributes:
+        mlp: Shape of the networks.
+        inputs: ``[B, d, n]``, or ``[d, n]`` if all see the same; one column per sample.
+        targets: ``[B, o, n]``, or class indices ``[B, n]``; without B as above.
+        initial: Initial flat weights ``[B, P]``.
+        loss: Of the outputs.
+        batch_size: Samples of a mini-batch; 0 takes all.
+        seed: Of the order of the samples.
+    """
+
+    mlp: MLP
+    inputs: Tensor
+    targets: Tensor
+    initial: Tensor
+    loss: Loss
+    batch_size: int = 0
+    seed: int = 0
+
+    def __len__(self) -> int:
+        """Number of problems."""
+        return self.initial.shape[0]
+
+    @property
+    def batches(self) -> int:
+        """Mini-batches in an epoch; a last one that would be short is left out."""
+        return self.inputs.shape[-1] // self.batch_size if self.batch_size else 1
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step, counted from 0; each epoch has its own order."""
+        if not self.batch_size or self.batch_size >= self.inputs.shape[-1]:
+            return self.inputs, self.targets
+        epoch, number = divmod(step, self.batches)
+        order = torch.randperm(self.inputs.shape[-1], generator=generator(self.seed, "train", epoch))
+        chosen = order[number * self.batch_size : (number + 1) * self.batch_size].to(self.inputs.device)
+        return self.inputs[..., chosen], self.targets[..., chosen]
+
+    def visit(self, flat: Tensor, step: int) -> tuple[Tensor, Pass]:
+        """Loss ``[B]`` on the batch of a step, and the pass, backwards too."""
+        inputs, targets = self.batch(step)
+        done = Pass(self.mlp, self.mlp.unflatten(flat.detach()), inputs)
+        done.backward(targets, self.loss)
+        return self.loss.value(done.pre[-1], targets), done
+
+    def to(self, device: torch.device | str) -> Fitting:
+        """The same problems elsewhere."""
+        moved = {name: getattr(self, name).to(device) for name in ("inputs", "targets", "initial")}
+        return replace(self, **moved)
+
+
+def usual_weights(mlp: MLP, count: int, draws: torch.Generator) -> Tensor:
+    """Flat weights ``[count, P]`` as torch.nn.Linear begins: uniform on ``±1/√fan_in``, biases too."""
+    w = 2 * torch.rand(count, mlp.num_parameters, generator=draws) - 1
+    weights = mlp.unflatten(w)
+    for W, b in zip(weights.matrices, weights.biases, strict=True):
+        bound = 1 / math.sqrt(W.shape[-1])
+        W.mul_(bound)
+        if b is not None:
+            b.mul_(bound)
+    return w
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A distribution of fitting problems: widths, depths, activations, data, losses, initial weights, batches.
+
+    Attributes:
+        narrowest: Least width.
+        widest: Largest width; widths are log-uniform.
+        layers: Numbers of weight layers to choose from.
+        activations: To choose from.
+
+    Example:
+        >>> problems = Mixture().sample(0, "train", index=3, count=4)
+        >>> len(problems), problems.initial.shape[-1] == problems.mlp.num_parameters
+        (4, True)
+    """
+
+    narrowest: int = 5
+    widest: int = 64
+    layers: Sequence[int] = (2, 2, 3, 3, 4)
+    activations: Sequence[Activation] = (LeakyReLU(0.1), LeakyReLU(0.1), ReLU(), Tanh(), Softplus(), SiLU(), Sigmoid())
+
+    def sample(self, seed: int, stream: str, index: int, count: int) -> Fitting:
+        """``count`` problems of one shape; number ``index`` of a stream."""
+        draws = generator(seed, stream, index)
+        choose = random.Random(int(torch.randint(2**62, (), generator=draws)))
+        kind = choose.choices(("paper", "random", "teacher", "classes", "digits"), (2, 4, 2, 2, 1))[0]
+        if kind == "paper":
+            return self._paper(choose, draws, count)
+        if kind == "digits":
+            return self._digits(choose, draws, count)
+        return self._synthetic(kind, choose, draws, count)
+
+    def _width(self, choose: random.Random) -> int:
+        return round(math.exp(choose.uniform(math.log(self.narrowest), math.log(self.widest))))
+
+    def _hidden(self, choose: random.Random) -> list[int]:
+        hidden = [self._width(choose) for _ in range(choose.choice(self.layers) - 1)]
+        return hidden[:1] * len(hidden) if choose.random() < 0.4 else hidden
+
+    def _paper(self, choose: random.Random, draws: torch.Generator, count: int) -> Fitting:
+        """Like the paper's task: everything uniform on [0, 1], one hidden layer, all samples at once."""
+        k = self._width(choose)
+        d, o, n = (k, k, k) if choose.random() < 0.5 else (self._width(choose) for _ in range(3))
+        mlp = MLP((d, k, o), choose.choice(self.activations[:3]))
+        X, Y = torch.rand(count, d, n, generator=draws), torch.rand(count, o, n, generator=draws)
+        w = torch.rand(count, mlp.num_parameters, generator=draws)
+        return Fitting(mlp, X, Y, w, SquaredError())
+
+    def _batching(self, choose: random.Random, width: int) -> tuple[int, int]:
+        """Number of samples and of those in a mini-batch, 0 for all."""
+        if choose.random() < 0.6:
+            return max(4, round(width * math.exp(choose.uniform(math.log(0.5), math.log(5))))), 0
+        size = choose.choice((32, 64, 100, 200))
+        return size * choose.randint(3, 20), size
+
+    def _synthetic(self, kind: str, choose: random.Random, draws: torch.Generator, count: int) -> Fitting:
+        hidden = self._hidden(choose)
+        d = hidden[0] if choose.random() < 0.3 else self._width(choose)
+        o = self._width(choose) if kind == "random" else choose.randint(1, 12)
+        if kind == "classes":
+            o = max(2, o)
+        mlp = MLP((d, *hidden, o), choose.choice(self.activations), choose.random() < 0.6)
+        n, size = self._batching(choose, min(hidden))
+        X = self._inputs(choose, draws, (count, d, n))
+        if kind == "random":
+            Y = torch.rand(count, o, n, generator=draws)
+            if choose.random() < 0.5:
+                Y = torch.randn(count, o, n, generator=draws) * math.exp(choose.gauss(0, 0.5))
+        else:
+            teacher = MLP((d, choose.randint(5, 40), o), Tanh(), True)
+            scale = X.square().mean((-2, -1), keepdim=True).sqrt()
+            Y = teacher.forward(teacher.unflatten(3 * usual_weights(teacher, count, draws)), X / scale)
+        loss: Loss = choose.choice((SquaredError(), MeanSquaredError()))
+        if kind == "classes":
+            noisy = Y - Y.mean(-1, keepdim=True) + 0.1 * torch.randn(Y.shape, generator=draws)
+            Y, loss = noisy.argmax(-2), CrossEntropy()
+        w = usual_weights(mlp, count, draws) * math.exp(choose.gauss(0, 0.3))
+        return Fitting(mlp, X, Y, w, loss, size, choose.getrandbits(30))
+
+    @staticmethod
+    def _inputs(choose: random.Random, draws: torch.Generator, shape: tuple[int, int, int]) -> Tensor:
+        """Uniform, normal, or with a spectrum that falls over two decades and perhaps a mean."""
+        kind = choose.choice(("uniform", "normal", "correlated"))
+        X = torch.rand(shape, generator=draws) if kind == "uniform" else torch.randn(shape, generator=draws)
+        if kind == "correlated":
+            d = shape[1]
+            mix = torch.randn(shape[0], d, d, generator=draws) * torch.logspace(0, -2, d)
+            X = mix @ X / mix.square().sum(-1).mean(-1).sqrt()[:, None, None]
+            X = X + choose.choice((0.0, 1.0))
+        return X * math.exp(choose.gauss(0, 0.7))
+
+    def _digits(self, choose: random.Random, draws: torch.Generator, count: int) -> Fitting:
+        """Classification of the digits' training images."""
+        from metatele.data import load_images
+
+        images = load_images("digits")
+        mlp = MLP((images.features, *self._hidden(choose), 10), choose.choice(self.activations), choose.random() < 0.6)
+        size = choose.choice((32, 64, 100, 200))
+        w = usual_weights(mlp, count, draws)
+        return Fitting(mlp, images.train_images.T, images.train_labels, w, CrossEntropy(), size, choose.getrandbits(30))

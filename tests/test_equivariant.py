@@ -1,0 +1,289 @@
+"""The equivariant family: what its steps commute with, and its parts against plain formulas."""
+
+import math
+
+import pytest
+import torch
+
+from metatele.activations import LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
+from metatele.config import EquivariantConfig
+from metatele.errors import ConfigError
+from metatele.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError, level
+from metatele.metaopt.equivariant import EquivariantOptimizer, Observation, joined, parted
+from metatele.metaopt.spectrum import Spectrum
+from metatele.mlp import MLP, Pass, gradient_at
+from metatele.tasks.fitting import Fitting, Mixture, usual_weights
+from metatele.training.transfer import Rollout, losses_of
+
+MLPS = [
+    MLP((5, 7, 3), LeakyReLU(0.1)),
+    MLP((5, 8, 6, 3), Tanh(), True),
+    MLP((4, 6, 6, 6, 5), [ReLU(), SiLU(), Sigmoid()], [True, False, True, True]),
+]
+
+
+def trained(seed=0):
+    """An optimizer whose outputs depend on everything it reads, in float64."""
+    optimizer = EquivariantOptimizer(EquivariantConfig(hidden=8), seed).double().requires_grad_(False)
+    random = torch.Generator().manual_seed(seed)
+    for p in optimizer.parameters():
+        p.add_(0.3 * torch.randn(p.shape, generator=random, dtype=torch.float64))
+    return optimizer
+
+
+def problems(mlp, loss=None, samples=11, batch=3, batch_size=0, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    loss = loss or MeanSquaredError()
+    X = torch.randn(batch, mlp.widths[0], samples, generator=random, dtype=torch.float64)
+    Y = torch.randn(batch, mlp.widths[-1], samples, generator=random, dtype=torch.float64)
+    w = usual_weights(mlp, batch, random).double()
+    return Fitting(mlp, X, Y.argmax(-2) if isinstance(loss, CrossEntropy) else Y, w, loss, batch_size)
+
+
+def steps(optimizer, fitting, count=6):
+    current = Rollout.begin(fitting)
+    for _ in range(count):
+        current = current.advanced(optimizer)
+    return current
+
+
+def permuted(mlp, flat, orders):
+    weights = mlp.unflatten(flat)
+    matrices, biases = list(weights.matrices), list(weights.biases)
+    for layer, order in enumerate(orders):
+        matrices[layer] = matrices[layer][..., order, :]
+        if biases[layer] is not None:
+            biases[layer] = biases[layer][..., order]
+        matrices[layer + 1] = matrices[layer + 1][..., order]
+    return mlp.flatten(type(weights)(tuple(matrices), tuple(biases)))
+
+
+@pytest.mark.parametrize("mlp", MLPS, ids=str)
+@pytest.mark.parametrize("batch_size", [0, 4])
+def test_steps_commute_with_permutations_of_hidden_units(mlp, batch_size):
+    optimizer, fitting = trained(), problems(mlp, batch_size=batch_size)
+    random = torch.Generator().manual_seed(1)
+    orders = [torch.randperm(k, generator=random) for k in mlp.hidden_widths]
+    plain = steps(optimizer, fitting)
+    moved = steps(optimizer, Fitting(**{**vars(fitting), "initial": permuted(mlp, fitting.initial, orders)}))
+    assert (plain.weights - fitting.initial).abs().max() > 1e-3
+    torch.testing.assert_close(moved.weights, permuted(mlp, plain.weights, orders), rtol=1e-7, atol=1e-9)
+
+
+class Scaled(Loss):
+    """A constant times another loss."""
+
+    name = "scaled"
+
+    def __init__(self, loss, factor):
+        self.loss, self.factor = loss, factor
+
+    def value(self, outputs, targets):
+        return self.factor * self.loss.value(outputs, targets)
+
+    def gradient(self, outputs, targets):
+        return self.factor * self.loss.gradient(outputs, targets)
+
+    def curvature(self, outputs, targets, direction):
+        return self.factor * self.loss.curvature(outputs, targets, direction)
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), CrossEntropy()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("factor", [1e-6, 1e4])
+def test_steps_do_not_depend_on_the_units_of_the_loss(loss, factor):
+    optimizer, fitting = trained(), problems(MLPS[1], loss)
+    plain = steps(optimizer, fitting)
+    scaled = steps(optimizer, Fitting(**{**vars(fitting), "loss": Scaled(loss, factor)}))
+    torch.testing.assert_close(scaled.weights, plain.weights, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("mlp", MLPS, ids=str)
+def test_trajectories_of_a_batch_do_not_know_of_each_other(mlp):
+    optimizer, fitting = trained(), problems(mlp)
+    together = steps(optimizer, fitting).weights
+    for b in range(len(fitting)):
+        part = slice(b, b + 1)
+        alone = Fitting(mlp, fitting.inputs[part], fitting.targets[part], fitting.initial[part], fitting.loss)
+        torch.testing.assert_close(steps(optimizer, alone).weights, together[part], rtol=1e-7, atol=1e-9)
+
+
+def test_the_order_of_samples_does_not_matter():
+    optimizer, fitting = trained(), problems(MLPS[1])
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(2))
+    turned = Fitting(**{**vars(fitting), "inputs": fitting.inputs[..., order], "targets": fitting.targets[..., order]})
+    torch.testing.assert_close(
+        steps(optimizer, turned).weights, steps(optimizer, fitting).weights, rtol=1e-7, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("mlp", MLPS, ids=str)
+def test_derivative_of_the_first_step_is_that_of_finite_differences(mlp):
+    optimizer, fitting, h = trained(), problems(mlp), 1e-6
+    head = optimizer.lstm.head_weight.requires_grad_()
+    Rollout.begin(fitting).advanced(optimizer).loss.sum().backward()
+    random = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        v = torch.randn(head.shape, generator=random, dtype=torch.float64)
+        measured = []
+        for sign in (h, -h):
+            with torch.no_grad():
+                head += sign * v
+                measured.append(float(Rollout.begin(fitting).advanced(optimizer).loss.sum()))
+                head -= sign * v
+        torch.testing.assert_close(
+            float((head.grad * v).sum()), (measured[0] - measured[1]) / (2 * h), rtol=1e-5, atol=1e-8
+        )
+
+
+@pytest.mark.parametrize("mlp", MLPS, ids=str)
+@pytest.mark.parametrize("loss", [SquaredError(), MeanSquaredError(), CrossEntropy()], ids=lambda loss: loss.name)
+def test_derivative_of_a_gradient_is_the_hessian(mlp, loss):
+    fitting = problems(mlp, loss)
+    w = fitting.initial.clone().requires_grad_()
+    _, done = fitting.visit(w, 0)
+    v = torch.randn(w.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    (found,) = torch.autograd.grad((gradient_at(w, done) * v).sum(), w)
+    value = loss.value(mlp.forward(mlp.unflatten(w), fitting.inputs), fitting.targets).sum()
+    (gradient,) = torch.autograd.grad(value, w, create_graph=True)
+    (expected,) = torch.autograd.grad((gradient * v).sum(), w)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 1e9])
+def test_a_spectrum_applies_powers_of_its_matrix(power, damping):
+    random = torch.Generator().manual_seed(5)
+    A = torch.randn(2, 6, 9, generator=random, dtype=torch.float64)
+    M = A @ A.mT / 9
+    spectrum = Spectrum.of(M)
+    normed = M / M.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    e, V = torch.linalg.eigh((normed + damping * torch.eye(6)) / (1 + damping))
+    P = V @ (e**-power).diag_embed() @ V.mT
+    x = torch.randn(2, 4, 6, generator=random, dtype=torch.float64)
+    lam, p = torch.full((2,), damping).double(), torch.full((2,), power).double()
+    y, size = spectrum.from_right(x, lam, p)
+    torch.testing.assert_close(y, x @ P)
+    torch.testing.assert_close(spectrum.from_left(x.mT, lam, p), P @ x.mT)
+    torch.testing.assert_close(size, (y @ M @ y.mT).diagonal(dim1=-2, dim2=-1).sum(-1))
+    torch.testing.assert_close(
+        spectrum.participation, normed.diagonal(dim1=-2, dim2=-1).sum(-1) ** 2 / (6 * normed.square().sum((-2, -1)))
+    )
+    if power == 0 or damping > 1e8:
+        torch.testing.assert_close(y, x, rtol=1e-7, atol=1e-7)
+
+
+def test_small_eigenvalues_may_share_one_value():
+    random = torch.Generator().manual_seed(6)
+    Q = torch.linalg.qr(torch.randn(20, 20, generator=random, dtype=torch.float64))[0]
+    e = torch.cat([torch.full((15,), 1e-3), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])]).double()
+    M = Q @ e.diag_embed() @ Q.mT
+    whole, part = Spectrum.of(M), Spectrum.of(M, keep=0.1)
+    assert part.vectors.shape == (20, 5)
+    x = torch.randn(3, 20, generator=random, dtype=torch.float64)
+    lam, p = torch.tensor(0.01).double(), torch.tensor(0.7).double()
+    for a, b in zip(whole.from_right(x, lam, p), part.from_right(x, lam, p), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(whole.from_left(x.mT, lam, p), part.from_left(x.mT, lam, p))
+    torch.testing.assert_close(whole.participation, part.participation)
+    assert Spectrum.of(M, keep=1e-5).whole  # nothing is saved by fewer columns than half
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_moments_without_a_spectrum_leave_the_coordinates_as_they_are(value):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(7))
+    spectrum = Spectrum.of(torch.full((4, 4), value))
+    torch.testing.assert_close(spectrum.from_right(x, torch.tensor(0.01), torch.tensor(1.0))[0], x)
+
+
+def test_level_is_the_log_of_the_loss():
+    random = torch.Generator().manual_seed(8)
+    for trial in range(20):
+        y = 3 * torch.randn(4, 7, generator=random, dtype=torch.float64)
+        labels = torch.randint(4, (7,), generator=random)
+        binary = torch.randint(2, (4, 7), generator=random).double()
+        target = torch.randn(4, 7, generator=random, dtype=torch.float64)
+        factor = 10.0 ** (trial - 10)
+        cases = [
+            (CrossEntropy().gradient(y, labels), 7 * CrossEntropy().value(y, labels)),
+            (y.sigmoid() - binary, torch.nn.functional.binary_cross_entropy_with_logits(y, binary, reduction="sum")),
+        ]
+        for gradient, loss in cases:
+            torch.testing.assert_close(level(y, factor * gradient), loss.log())
+        torch.testing.assert_close(level(y, factor * (y - target)), (factor * (y - target)).square().sum().log())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_lost_trajectory_leaves_the_others_alone(bad):
+    optimizer, fitting = trained(), problems(MLPS[1])
+    expected = steps(optimizer, fitting).weights
+    fitting.inputs[1, 0, 0] = bad
+    found = steps(optimizer, fitting).weights
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-7, atol=1e-9)
+    assert torch.isfinite(found).all()
+
+
+def test_a_step_after_which_the_loss_has_grown_is_shortened():
+    mlp = MLPS[0]
+    optimizer, fitting = trained(), problems(mlp, SquaredError())
+    begin = Rollout.begin(fitting)
+    first = begin.advanced(optimizer)
+    change = first.weights - begin.weights
+    # A landscape of another kind: the loss is now a hundred times what it was.
+    worse = [e * torch.tensor([1.0, 10.0, 1.0])[:, None, None] for e in Observation.of(first.done).errors]
+    seen = Observation.of(first.done)._replace(errors=worse)
+    done = optimizer.step(seen, first.states)
+    assert done.shortened.tolist() == [False, True, False]
+    moved = mlp.flatten(parted(done.changes, mlp.biases))
+    torch.testing.assert_close(moved[1], -0.75 * change[1])
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), CrossEntropy()], ids=lambda loss: loss.name)
+def test_shared_data_are_those_of_each(loss):
+    mlp, random = MLPS[1], torch.Generator().manual_seed(9)
+    x, w = torch.randn(5, 12, generator=random).double(), usual_weights(mlp, 4, random).double()
+    y = torch.randint(3, (12,), generator=random) if loss.name == "cross-entropy" else torch.randn(3, 12).double()
+    shared = Fitting(mlp, x, y, w, loss, 5)
+    own = Fitting(mlp, x.expand(4, -1, -1), y.expand(4, *y.shape), w, loss, 5)
+    torch.testing.assert_close(losses_of(trained(), shared, 5), losses_of(trained(), own, 5))
+
+
+def test_problems_of_the_mixture_are_reproducible_finite_and_apart():
+    for index in range(60):
+        a, b, c = (Mixture().sample(0, stream, index, 2) for stream in ("train", "train", "validation"))
+        assert a.mlp == b.mlp
+        assert torch.equal(a.initial, b.initial)
+        assert torch.equal(a.inputs, b.inputs)
+        assert a.initial.shape != c.initial.shape or not torch.equal(a.initial, c.initial)
+        loss, done = a.visit(a.initial, 0)
+        assert torch.isfinite(loss).all()
+        assert all(torch.isfinite(g).all() for g in joined(done.gradient()))
+
+
+def test_an_epoch_of_batches_has_each_sample_once():
+    fitting = problems(MLPS[0], samples=12, batch_size=4)
+    seen = torch.cat([fitting.batch(step)[0] for step in range(3)], -1)
+    torch.testing.assert_close(seen[0].sort(-1).values, fitting.inputs[0].sort(-1).values)
+    assert not torch.equal(fitting.batch(0)[0], fitting.batch(3)[0])
+
+
+def test_bad_settings_are_one_sentence():
+    for name, value, words in (
+        ("growth", 1.0, "growth must be above 1"),
+        ("decay", 1.0, "decay must be in"),
+        ("reach", 0.0, "reach must be positive"),
+        ("keep", -1.0, "keep must be zero or positive"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            EquivariantConfig(**{name: value})
+
+
+def test_passes_are_made_once(monkeypatch):
+    made, plain = [], Pass.__init__
+
+    def counted(self, *args, **kwargs):
+        made.append(1)
+        plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Pass, "__init__", counted)
+    losses_of(trained(), problems(MLPS[0]), 5)
+    assert len(made) == 6
