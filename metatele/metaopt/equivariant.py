@@ -38,6 +38,7 @@ _TINY = 1e-38
 _FLOOR = 0.01  # of a mean squared pre-activation
 _START = -2.5  # log of the first step size, in units of the change that makes pre-activations as large as they are
 _LARGEST = 1.5  # change of the log of a step size in one step
+_FOLLOW = 0.7
 _SHORTEN = 0.25  # of a step after which the output's gradient had grown too much
 
 
@@ -202,6 +203,11 @@ class EquivariantOptimizer(nn.Module):
         with torch.no_grad():
             self.lstm.head_weight.mul_(0.3)
             self.lstm.head_bias.zero_()
+        # What the outputs take from the numbers directly: at first, a step that could have been longer
+        # (the gradient still points its way) makes the next one longer.
+        direct = torch.zeros(OUTPUTS, FEATURES)
+        direct[0, 1] = _FOLLOW
+        self.direct = nn.Parameter(direct)
 
     # --- a step
 
@@ -371,7 +377,7 @@ class EquivariantOptimizer(nn.Module):
         one = torch.ones_like(now)
         n = seen.inputs[0].shape[-1]
         ratio = (torch.stack(along, -1) / (states.slope + _TINY)).nan_to_num(0.0, 0.0, 0.0).clamp(-3, 1.5)
-        overall = (total / (states.predicted.abs() + _TINY)).nan_to_num(0.0, 0.0, 0.0).clamp(-3, 3)
+        overall = (-total / (states.predicted.abs() + _TINY)).nan_to_num(0.0, 0.0, 0.0).clamp(-3, 3)
         trend = (now - states.level[:, 1]).nan_to_num(3.0).clamp(-3, 3)
         since = (now - states.level[:, 0]).nan_to_num(10.0).clamp(-40, 10)
         steeper = (length - states.length).nan_to_num(0.0).clamp(-5, 5) / 2
@@ -410,11 +416,11 @@ class EquivariantOptimizer(nn.Module):
         hidden = states.lstm.hidden[0].view(batch, layers, -1)
         others = hidden.mean(1, keepdim=True).expand_as(hidden)
         output, lstm = self.lstm(torch.cat([features, others], -1).flatten(0, 1), states.lstm)
-        y = output.view(batch, layers, OUTPUTS).unbind(-1)
+        y = (output.view(batch, layers, OUTPUTS) + features @ self.direct.mT).unbind(-1)
         return (
             _Controls(
                 growth=_LARGEST * torch.tanh(y[0] / 2),
-                damping=torch.stack([(6 * torch.tanh(y[1] / 2) - 4.6).exp(), (6 * torch.tanh(y[2] / 2) - 2.3).exp()]),
+                damping=torch.stack([(6 * torch.tanh(y[1] / 2) - 2.3).exp(), (6 * torch.tanh(y[2] / 2) - 2.3).exp()]),
                 power=torch.stack([torch.sigmoid(y[3] + 2), torch.sigmoid(y[4])]),
                 momentum=torch.sigmoid(y[5] + 1.4),
                 nesterov=torch.sigmoid(y[6]),
