@@ -313,38 +313,3 @@ def attach_gradient(point: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         gradient: ``[..., P]``, treated as a constant.
     """
     return _AttachGradient.apply(point, value, gradient)
-
-
-class _GradientAt(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, point, done):  # type: ignore[no-untyped-def]
-        ctx.done = done
-        return done.mlp.flatten(done.gradient())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        mlp = ctx.done.mlp
-        return mlp.flatten(ctx.done.hessian_product(mlp.unflatten(grad_output))), None
-
-
-def gradient_at(point: Tensor, done: Pass) -> Tensor:
-    """The flat gradient of a pass as a differentiable function of the weights it was made at.
-
-    Its derivative is the Hessian, applied by :meth:`Pass.hessian_product`: an unroll through it sees how a step
-    changes the gradients of later ones.
-
-    Args:
-        point: ``[..., P]``, where the pass was made.
-        done: The pass, backwards too.
-
-    Example:
-        >>> from metatele.activations import Identity
-        >>> line, w = MLP((1, 1), Identity()), torch.tensor([3.0], requires_grad=True)
-        >>> done = Pass(line, line.unflatten(w.detach()), torch.tensor([[2.0]]))
-        >>> done.backward(torch.tensor([[1.0]]), SquaredError())
-        >>> gradient_at(w, done).backward(torch.ones(1))  # L = ½(2w - 1)²
-        >>> w.grad
-        tensor([4.])
-    """
-    return _GradientAt.apply(point, done)

@@ -1,17 +1,22 @@
 """The equivariant family: what its steps commute with, and its parts against plain formulas."""
 
+import copy
 import math
+import pickle
+from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
+import metatele
 from metatele.activations import LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
 from metatele.config import EquivariantConfig
-from metatele.errors import ConfigError
+from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
 from metatele.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError, level
 from metatele.metaopt.equivariant import EquivariantOptimizer, Observation, joined, parted
 from metatele.metaopt.spectrum import Spectrum
-from metatele.mlp import MLP, Pass, gradient_at
+from metatele.mlp import MLP, Pass
 from metatele.tasks.fitting import Fitting, Mixture, usual_weights
 from metatele.training.transfer import Rollout, losses_of
 
@@ -133,20 +138,6 @@ def test_derivative_of_the_first_step_is_that_of_finite_differences(mlp):
         torch.testing.assert_close(
             float((head.grad * v).sum()), (measured[0] - measured[1]) / (2 * h), rtol=1e-5, atol=1e-8
         )
-
-
-@pytest.mark.parametrize("mlp", MLPS, ids=str)
-@pytest.mark.parametrize("loss", [SquaredError(), MeanSquaredError(), CrossEntropy()], ids=lambda loss: loss.name)
-def test_derivative_of_a_gradient_is_the_hessian(mlp, loss):
-    fitting = problems(mlp, loss)
-    w = fitting.initial.clone().requires_grad_()
-    _, done = fitting.visit(w, 0)
-    v = torch.randn(w.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    (found,) = torch.autograd.grad((gradient_at(w, done) * v).sum(), w)
-    value = loss.value(mlp.forward(mlp.unflatten(w), fitting.inputs), fitting.targets).sum()
-    (gradient,) = torch.autograd.grad(value, w, create_graph=True)
-    (expected,) = torch.autograd.grad((gradient * v).sum(), w)
-    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
@@ -277,6 +268,14 @@ def test_bad_settings_are_one_sentence():
             EquivariantConfig(**{name: value})
 
 
+def test_states_survive_as_plain_tensors():
+    optimizer, fitting = trained(), problems(MLPS[1], batch_size=4)
+    current = steps(optimizer, fitting, 3)
+    kept = type(current.states).from_tensors(current.states.tensors())
+    again = Rollout(fitting, current.weights, current.loss, current.done, kept, current.age).advanced(optimizer)
+    assert torch.equal(again.weights, current.advanced(optimizer).weights)
+
+
 def test_passes_are_made_once(monkeypatch):
     made, plain = [], Pass.__init__
 
@@ -287,3 +286,134 @@ def test_passes_are_made_once(monkeypatch):
     monkeypatch.setattr(Pass, "__init__", counted)
     losses_of(trained(), problems(MLPS[0]), 5)
     assert len(made) == 6
+
+
+# --- as a torch optimizer
+
+
+def network(widths, activation=nn.Tanh, bias=True, flatten=False, seed=0):
+    torch.manual_seed(seed)
+    layers = [nn.Flatten()] if flatten else []
+    for d, o in pairwise(widths):
+        layers += [nn.Linear(d, o, bias), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def single(seed=0):
+    return trained(seed).float()
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def run(model, optimizer, x, y, count, batch_size=0):
+    for step in range(count):
+        part = slice(None)
+        if batch_size:
+            begin = step * batch_size % len(x)
+            part = slice(begin, begin + batch_size)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x[part]), y[part]).backward()
+        optimizer.step()
+
+
+def data(widths, samples=12, seed=3):
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, widths[0], generator=random), torch.randn(samples, widths[-1], generator=random)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("widths", [(4, 3), (4, 9, 3), (6, 5, 7, 2)])
+def test_steps_of_a_model_are_those_of_the_functional_unroll(widths, bias):
+    model, (x, y) = network(widths, bias=bias), data(widths)
+    mlp = MLP(widths, Tanh() if len(widths) > 2 else (), bias)
+    fitting = Fitting(mlp, x.T[None], y.T[None], flat(model)[None], MeanSquaredError())
+    expected = steps(single(), fitting, 5).weights[0]
+    run(model, metatele.LearnedOptimizer(model, single()), x, y, 5)
+    torch.testing.assert_close(flat(model), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_models_that_begin_with_flatten_are_the_same():
+    plain, framed = network((6, 5, 2)), network((6, 5, 2), flatten=True)
+    x, y = data((6, 5, 2))
+    run(plain, metatele.LearnedOptimizer(plain, single()), x, y, 4)
+    run(framed, metatele.LearnedOptimizer(framed, single()), x.view(12, 2, 3), y, 4)
+    assert torch.equal(flat(plain), flat(framed))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_of_model_and_optimizer_go_on_together(duplicate):
+    model, (x, y) = network((4, 9, 3)), data((4, 9, 3))
+    optimizer = metatele.LearnedOptimizer(model, single())
+    run(model, optimizer, x, y, 3, batch_size=4)
+    twin, twin_optimizer = duplicate((model, optimizer))
+    run(model, optimizer, x, y, 3, batch_size=4)
+    run(twin, twin_optimizer, x, y, 3, batch_size=4)
+    assert torch.equal(flat(model), flat(twin))
+
+
+def test_saved_state_goes_on_to_the_same_bits(tmp_path):
+    model, (x, y) = network((4, 9, 3)), data((4, 9, 3))
+    optimizer = metatele.LearnedOptimizer(model, single())
+    run(model, optimizer, x, y, 3, batch_size=4)
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = network((4, 9, 3), seed=1)
+    other.load_state_dict(weights)
+    again = metatele.LearnedOptimizer(other, single())
+    again.load_state_dict(state)
+    run(model, optimizer, x, y, 3, batch_size=4)
+    run(other, again, x, y, 3, batch_size=4)
+    assert torch.equal(flat(model), flat(other))
+    wider = network((4, 10, 3))
+    with pytest.raises(ShapeMismatchError, match="does not belong to this model"):
+        metatele.LearnedOptimizer(wider, single()).load_state_dict(state)
+
+
+def test_accumulated_batches_are_one_batch():
+    model, (x, y) = network((4, 9, 3)), data((4, 9, 3))
+    twin = copy.deepcopy(model)
+    optimizer, parts = metatele.LearnedOptimizer(model, single()), metatele.LearnedOptimizer(twin, single())
+    for _ in range(4):
+        run(model, optimizer, x, y, 1)
+        parts.zero_grad()
+        for piece in (slice(0, 6), slice(6, 12)):
+            (nn.functional.mse_loss(twin(x[piece]), y[piece]) / 2).backward()
+        parts.step()
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_parameters_and_those_with_lr_zero_stay():
+    model, (x, y) = network((4, 9, 7, 3)), data((4, 9, 7, 3))
+    model[2].weight.requires_grad_(False)
+    begin = [p.detach().clone() for p in model.parameters()]
+    groups = [{"params": model[:2].parameters()}, {"params": model[2:].parameters(), "lr": 0.0}]
+    optimizer = metatele.LearnedOptimizer(model, single(), params=groups)
+    run(model, optimizer, x, y, 3)
+    moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), begin, strict=True)]
+    assert moved == [True, True, False, False, False, False]
+    assert torch.isfinite(flat(model)).all()
+
+
+def test_a_step_needs_a_pass():
+    model = network((4, 9, 3))
+    optimizer = metatele.LearnedOptimizer(model, single())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(MetateleError, match="a step needs the layer inputs"):
+        optimizer.step()
+
+
+def test_scaled_and_clipped_gradients_are_understood():
+    model, (x, y) = network((4, 9, 3)), data((4, 9, 3))
+    twin = copy.deepcopy(model)
+    run(model, metatele.LearnedOptimizer(model, single()), x, y, 4)
+    optimizer = metatele.LearnedOptimizer(twin, single())
+    for _ in range(4):
+        optimizer.zero_grad()
+        (2.0**12 * nn.functional.mse_loss(twin(x), y)).backward()
+        for p in twin.parameters():
+            p.grad /= 2.0**12
+        optimizer.step()
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-4, atol=1e-6)

@@ -394,7 +394,7 @@ def test_what_cannot_be_done_is_one_clear_error():
     ):
         with pytest.raises(UnsupportedModelError, match=words):
             metatele.LearnedOptimizer(model, meta)
-    with pytest.raises(TypeError, match="must be a path, a Checkpoint or a MetaOptimizer, got int"):
+    with pytest.raises(TypeError, match="must be a path, a Checkpoint or a meta-optimizer, got int"):
         metatele.LearnedOptimizer(make()[0], 5)
     model, optimizer, _, (x, _) = make()
     model(x * float("nan")).sum().backward()

@@ -29,7 +29,7 @@ from metatele.config import EquivariantConfig
 from metatele.losses import level
 from metatele.metaopt.lstm import LSTMState, StackedLSTM
 from metatele.metaopt.spectrum import Spectrum
-from metatele.mlp import Pass, Weights, gradient_at
+from metatele.mlp import Pass, Weights
 from metatele.random import generator
 
 FEATURES = 16
@@ -48,28 +48,34 @@ class Observation(NamedTuple):
     Attributes:
         inputs: h ``[B, i, n]``, with a row of ones below where the layer has a bias.
         errors: δ ``[B, o, n]``.
-        pre: z ``[B, o, n]``.
+        squares: Mean ``z²``, ``[B]``.
+        outputs: z of the last layer, ``[B, o, n]``.
         weights: W ``[B, o, i]``, a bias as last column.
         gradients: ``∂L/∂W``, the same.
     """
 
     inputs: list[Tensor]
     errors: list[Tensor]
-    pre: list[Tensor]
+    squares: list[Tensor]
+    outputs: Tensor
     weights: list[Tensor]
     gradients: list[Tensor]
 
     @staticmethod
     @torch.no_grad()
-    def of(done: Pass, point: Tensor | None = None) -> Observation:
-        """Of a pass that has been made backwards too; with ``point``, its flat weights, gradients depend on them."""
+    def of(done: Pass) -> Observation:
+        """Of a pass that has been made backwards too."""
         mlp = done.mlp
         batch = done.weights.matrices[0].shape[:-2]
         hidden = [h.expand(*batch, *h.shape[-2:]) for h in done.hidden]  # the data may be shared
-        inputs = [with_row(h) if b else h for h, b in zip(hidden, mlp.biases, strict=True)]
-        with torch.enable_grad():
-            gradient = done.gradient() if point is None else mlp.unflatten(gradient_at(point, done))
-            return Observation(inputs, done.errors, done.pre, joined(done.weights), joined(gradient))
+        return Observation(
+            [with_row(h) if b else h for h, b in zip(hidden, mlp.biases, strict=True)],
+            done.errors,
+            [z.square().mean((-2, -1)) for z in done.pre],
+            done.pre[-1],
+            joined(done.weights),
+            joined(done.gradient()),
+        )
 
 
 def with_row(h: Tensor) -> Tensor:
@@ -157,6 +163,48 @@ class EquivariantStates:
 
         return EquivariantStates(**{f.name: apply(getattr(self, f.name)) for f in dataclasses.fields(self)})  # type: ignore[arg-type]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Plain tensors by name, for files."""
+        found: dict[str, Tensor] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            for number, part in enumerate(value if isinstance(value, list) else [value]):
+                name = f"{f.name}_{number}" if isinstance(value, list) else f.name
+                if isinstance(part, Spectrum):
+                    found |= {f"{name}_{key}": t for key, t in part._asdict().items()}
+                elif isinstance(part, LSTMState):
+                    found |= {f"{name}_hidden": part.hidden[0], f"{name}_cell": part.cell[0]}
+                else:
+                    found[name] = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64)
+        return found
+
+    @staticmethod
+    def from_tensors(found: dict[str, Tensor]) -> EquivariantStates:
+        """The inverse of :meth:`tensors`.
+
+        Raises:
+            KeyError: Something is missing.
+        """
+        layers = range(found["log_rate"].shape[-1])
+
+        def spectra(name: str) -> list[Spectrum]:
+            return [Spectrum(*(found[f"{name}_{i}_{key}"] for key in Spectrum._fields)) for i in layers]
+
+        return EquivariantStates(
+            age=int(found["age"]),
+            averaged=int(found["averaged"]),
+            lstm=LSTMState((found["lstm_hidden"],), (found["lstm_cell"],)),
+            inputs=spectra("inputs"),
+            errors=spectra("errors"),
+            renew=[int(found[f"renew_{i}"]) for i in layers],
+            **{name: [found[f"{name}_{i}"] for i in layers] for name in _PER_LAYER},  # type: ignore[arg-type]
+            **{name: found[name] for name in _JOINT},  # type: ignore[arg-type]
+        )
+
+
+_PER_LAYER = ("velocity", "direction", "input_moments", "error_moments")
+_JOINT = ("log_rate", "unit", "last", "slope", "predicted", "level", "reach", "length", "fingerprint")
+
 
 class EquivariantStep(NamedTuple):
     """One step.
@@ -219,22 +267,22 @@ class EquivariantOptimizer(nn.Module):
         """
         seen = seen._replace(gradients=[torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in seen.gradients])
         states, same = self._observed(seen, states)
-        now = level(seen.pre[-1], seen.errors[-1]).detach()
+        now = level(seen.outputs, seen.errors[-1])
         finite = torch.isfinite(now)
-        length = torch.stack([_log(g.detach().norm(dim=(-2, -1))) for g in seen.gradients], -1)
+        length = torch.stack([_log(g.norm(dim=(-2, -1))) for g in seen.gradients], -1)
         if states.age == 0:
             states = dataclasses.replace(states, level=torch.stack([now, now], -1), length=length)
         rise = now - states.level[:, 1]
         controls, lstm = self._control(self._features(seen, states, now, length, same), states)
         D, reaches = [], []
-        for layer, (gradient, z) in enumerate(zip(seen.gradients, seen.pre, strict=True)):
+        for layer, gradient in enumerate(seen.gradients):
             damping, power = controls.damping[..., layer], controls.power[..., layer]
             left = states.errors[layer].from_left(gradient, damping[1], power[1])
             spectrum = states.inputs[layer]
             d, size = spectrum.from_right(left / spectrum.scale[:, None, None], damping[0], power[0])
             D.append(d)
             # D changes the layer's pre-activations by so much, in units of how large they are.
-            reaches.append((size / z.shape[-2] / (z.square().mean((-2, -1)) + _FLOOR)).clamp_min(_TINY).sqrt())
+            reaches.append((size / gradient.shape[-2] / (seen.squares[layer] + _FLOOR)).clamp_min(_TINY).sqrt())
         reach = torch.stack(reaches, -1)
         reach = torch.where(torch.isfinite(reach) & (reach > 2 * _TINY**0.5), reach, 0.0)
         if states.age == 0:

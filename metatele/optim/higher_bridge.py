@@ -17,7 +17,9 @@ import torch
 from higher.optim import DifferentiableOptimizer
 
 from metatele.errors import MetateleError
-from metatele.optim.learned import LearnedOptimizer, read_states
+from metatele.metaopt import MetaOptimizer
+from metatele.optim.families import read_states
+from metatele.optim.learned import LearnedOptimizer
 from metatele.optim.modules import PassCapture, read_sequential
 
 
@@ -31,6 +33,8 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
     def __init__(self, other: LearnedOptimizer, reference_params: Any, fmodel: Any = None, **settings: Any) -> None:
         if fmodel is None:
             raise MetateleError("LearnedOptimizer needs the patched model: use higher.innerloop_ctx")
+        if not isinstance(other.meta, MetaOptimizer):
+            raise MetateleError("higher is supported for checkpoints of the flat family")
         super().__init__(other, reference_params, fmodel=fmodel, **settings)
         self._meta = other.meta
         self._states = read_states(other.state.get(other.param_groups[0]["params"][0], {}), other.meta)

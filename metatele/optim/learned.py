@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from metatele import checkpoint as checkpoints
-from metatele.errors import MetateleError, ShapeMismatchError
-from metatele.metaopt import LSTMState, MetaOptimizer, MoveStates, Stepped
-from metatele.optim.modules import PassCapture, describe, read_sequential
-from metatele.symmetry import drift
+from metatele.errors import MetateleError
+from metatele.metaopt import EquivariantOptimizer, MetaOptimizer
+from metatele.optim.families import Situation, family_of
+from metatele.optim.modules import read_sequential
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
     r"""Steps ``w ← g_t·(w + lr·f_t)`` with f and g from a checkpoint.
+
+    A checkpoint of the equivariant family takes a model of any shape and teleports by conjugation,
+    ``w ← g⁻¹·(g·w + lr·f)``; one of the flat family, the paper's LSTMs, takes models of the shape it was trained on.
 
     The layer inputs a teleport needs are those of the forward passes whose gradients were taken
     since the last ``zero_grad`` or ``step``; nothing is asked of the training loop.
@@ -29,14 +32,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
     every ``lr`` 0, a step changes nothing. The arithmetic is float32 whatever the parameters are, so
     parameters of another dtype are rounded through it.
 
-    A teleport that changes the network's output on its batch by more than ``max_drift``, or to
+    Flat family: a teleport that changes the network's output on its batch by more than ``max_drift``, or to
     something not finite, is not made: the local move alone is kept, and ``rolled_back`` in the first
-    parameter group counts it. ``drift`` there is that of the last teleport.
+    parameter group counts it. ``drift`` there is that of the last teleport. Equivariant family: nothing drifts; a
+    step after which the loss has grown several times is shortened, and ``rolled_back`` counts that.
 
     Args:
-        model: ``nn.Sequential`` of ``Linear`` and activations with the checkpoint's shapes.
-        checkpoint: A checkpoint folder, a run folder, what :func:`metatele.load` returns, or a
-            :class:`MetaOptimizer` (used as it is, and moved to the model's device).
+        model: ``nn.Sequential`` of ``Linear`` and activations; for a flat checkpoint with its shapes.
+        checkpoint: A checkpoint folder, a run folder, what :func:`metatele.load` returns, or a meta-optimizer
+            (used as it is, and moved to the model's device).
         lr: Factor on the local update, a number or a 0-d tensor; 1 is what was trained.
         params: The parameters to optimize, as for any torch optimizer; all of the model's by default.
         max_drift: Largest accepted relative change of the output by a teleport.
@@ -60,7 +64,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        checkpoint: str | Path | checkpoints.Checkpoint | MetaOptimizer,
+        checkpoint: str | Path | checkpoints.Checkpoint | MetaOptimizer | EquivariantOptimizer,
         lr: float | Tensor = 1.0,
         params: Iterable[Any] | None = None,
         max_drift: float = 0.01,
@@ -73,23 +77,23 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"max_drift must be positive, got {max_drift}")
         if isinstance(checkpoint, str | Path):
             checkpoint = checkpoints.load(checkpoint)
-        meta = checkpoint.optimizer if isinstance(checkpoint, checkpoints.Checkpoint) else checkpoint
-        if not isinstance(meta, MetaOptimizer):
-            raise TypeError(f"checkpoint must be a path, a Checkpoint or a MetaOptimizer, got {type(meta).__name__}")
-        self.meta = meta
         self.model = model
-        linears, mlp = read_sequential(model)
-        if mlp != self.meta.mlp:
-            raise ShapeMismatchError(f"the model is {describe(mlp)}, the checkpoint is for {describe(self.meta.mlp)}")
-        self._capture = PassCapture(linears)
+        given = checkpoint.optimizer if isinstance(checkpoint, checkpoints.Checkpoint) else checkpoint
+        linears, mlp = read_sequential(model, framed=isinstance(given, EquivariantOptimizer))
+        self.family = family_of(given, linears, mlp)
         defaults = {"lr": lr, "max_drift": max_drift, "drift": 0.0, "rolled_back": 0}
         super().__init__(model.parameters() if params is None else params, defaults)
-        self._capture.attach(self)
+        self.family.capture.attach(self)
+
+    @property
+    def meta(self) -> nn.Module:
+        """The meta-optimizer."""
+        return self.family.meta
 
     @property
     def teleport_due(self) -> bool:
         """Whether a step teleports, and so needs the layer inputs: with a method that does, always."""
-        return self.meta.teleport is not None
+        return self.family.needs_passes
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model that were left out so far."""
@@ -102,7 +106,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and forget the layer inputs they came from."""
-        self._capture.clear()
+        self.family.capture.clear()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -113,7 +117,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._advance()
-        self._capture.clear()
+        self.family.capture.clear()
         return loss
 
     def _advance(self) -> None:
@@ -127,14 +131,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if len({id(p) for p in parameters} & self._known) < len(self._known):
             raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
         home = self.param_groups[0]["params"][0]
-        states = self._read_states(home)
         moving = [p.grad is not None and id(p) in rates and float(rates[id(p)]) != 0 for p in parameters]
+        stored = {name: t for name, t in self.state.get(home, {}).items() if name != "step"}
         if not any(moving):
-            self._write_states(home, states, advance=0)
+            self._write(home, self.family.idle(stored), advance=0)
             return
-        if next(self.meta.parameters()).device != parameters[0].device:
-            self.meta.to(parameters[0].device)  # the model was moved after the optimizer was made
-        states = states.map(lambda t: t.to(parameters[0].device))
+        device = parameters[0].device
+        if next(self.meta.parameters()).device != device:
+            self.meta.to(device)  # the model was moved after the optimizer was made
+        stored = {name: t.to(device) for name, t in stored.items()}
         dtype = next(self.meta.parameters()).dtype
         weights = torch.cat([p.flatten() for p in parameters]).to(dtype)
         gradient = torch.cat(
@@ -149,53 +154,26 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 for p, m in zip(parameters, moving, strict=True)
             ]
         )
-        inputs = None
-        if self.meta.teleport is not None and all(moving):
-            inputs = self._capture.inputs(dtype)
-            if inputs is None and self._capture.passes:
-                raise MetateleError("a teleport needs the layer inputs, and the batch was empty")
-            if inputs is None:
-                raise MetateleError(
-                    "a teleport needs the layer inputs, and no gradient was taken through a forward pass "
-                    "of the model since the last step or zero_grad"
-                )
-            inputs = inputs.unsqueeze(0)
-            if not bool(torch.isfinite(inputs).all()):
-                self.param_groups[0]["rolled_back"] += 1
-                inputs = None
-        done = self.meta.step(weights[None], gradient[None], states, inputs, local_scale=scale)
-        new = done.weights[0] if inputs is None else self._accepted(done, inputs)
+        at = Situation(weights, gradient, scale, all(moving), stored, self.param_groups[0])
+        new, kept = self.family.advance(at)
         for p, part, m in zip(parameters, new.split([p.numel() for p in parameters]), moving, strict=True):
             if m:
                 p.copy_(part.view_as(p))
-        self._write_states(home, done.states, advance=1)
-
-    def _accepted(self, done: Stepped, inputs: Tensor) -> Tensor:
-        """The teleported weights, or those before the teleport if it drifted too far."""
-        mlp, group = self.meta.mlp, self.param_groups[0]
-        group["drift"] = float(drift(mlp, mlp.unflatten(done.local), mlp.unflatten(done.weights), inputs))
-        finite = bool(torch.isfinite(done.weights).all())
-        if finite and group["drift"] <= group["max_drift"]:
-            return done.weights[0]
-        group["rolled_back"] += 1
-        return done.local[0]
+        self._write(home, kept, advance=1)
 
     @property
     def _known(self) -> set[int]:
         """Identities of the parameters in all groups."""
         return {id(p) for group in self.param_groups for p in group["params"]}
 
-    def _read_states(self, home: Tensor) -> MoveStates:
-        return read_states(self.state.get(home, {}), self.meta)
-
-    def _write_states(self, home: Tensor, states: MoveStates, advance: int) -> None:
+    def _write(self, home: Tensor, kept: dict[str, Tensor], advance: int) -> None:
         # Every parameter has an entry, which tools that save state parameter by parameter ask for; the
         # memories are joint and lie with the first one.
         for group in self.param_groups:
             for p in group["params"]:
                 step = self.state[p].get("step", torch.zeros((), dtype=torch.float32))
                 self.state[p]["step"] = step + advance
-        self.state[home].update(write_states(states))
+        self.state[home].update(kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's; the memories keep their float32 whatever the parameters are.
@@ -203,13 +181,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             ShapeMismatchError: The state is another optimizer's.
         """
-        expected = {name: tuple(t.shape) for name, t in write_states(self.meta.initial_states(1)).items()}
         for stored in state_dict["state"].values():
-            found = {name: tuple(value.shape) for name, value in stored.items() if name != "step"}
-            if found and found != expected:
-                raise ShapeMismatchError(
-                    f"the state does not belong to this checkpoint: expected {expected}, got {found}"
-                )
+            self.family.check_stored({name: tuple(value.shape) for name, value in stored.items() if name != "step"})
         super().load_state_dict(state_dict)
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for key, p in zip(saved["params"], group["params"], strict=True):
@@ -219,40 +192,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry: the model too, so that both halves stay together."""
-        return {**super().__getstate__(), "meta": self.meta, "model": self.model, "_capture": self._capture}
+        return {**super().__getstate__(), "model": self.model, "family": self.family}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and listen to the copied model."""
         super().__setstate__(state)
-        if "_capture" in state:
-            self._capture.attach(self)
-
-
-def read_states(stored: dict[str, Any], meta: MetaOptimizer) -> MoveStates:
-    """Memories of one trajectory from the tensors an optimizer stores, or empty ones."""
-    states = meta.initial_states(1)
-    if "local_hidden_0" not in stored:
-        return states
-
-    def read(name: str, like: LSTMState | None) -> LSTMState | None:
-        if like is None:
-            return None
-        layers = range(len(like.hidden))
-        return LSTMState(
-            tuple(stored[f"{name}_hidden_{i}"] for i in layers), tuple(stored[f"{name}_cell_{i}"] for i in layers)
-        )
-
-    local = read("local", states.local)
-    assert local is not None
-    return MoveStates(local, read("teleport", states.teleport), stored["age"], stored["smallest"])
-
-
-def write_states(states: MoveStates) -> dict[str, Tensor]:
-    """The inverse of :func:`read_states`: plain floating tensors by name."""
-    stored = {"age": states.age.clone(), "smallest": states.smallest.clone()}
-    for name, state in (("local", states.local), ("teleport", states.teleport)):
-        if state is not None:
-            # Clones: zero memories are one tensor, and some tools load state in place.
-            stored |= {f"{name}_hidden_{i}": t.clone() for i, t in enumerate(state.hidden)}
-            stored |= {f"{name}_cell_{i}": t.clone() for i, t in enumerate(state.cell)}
-    return stored
+        if "family" in state:
+            self.family.capture.attach(self)

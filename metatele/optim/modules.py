@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -135,12 +136,37 @@ def describe(mlp: MLP) -> str:
     return f"{widths} {activations} {biases} bias"
 
 
-class _Kept(NamedTuple):
-    """A forward pass: what went into the first and into the last layer, and the gradients at its output."""
+class _Kept:
+    """A forward pass: of each watched layer its inputs, and the gradients at its output.
 
-    inputs: Tensor
-    last: Tensor
+    Attributes:
+        inputs: ``[..., d]`` for each watched layer.
+        squares: Mean square of each watched layer's output.
+        output: The last layer's.
+        gradients: For each watched layer those of every backward pass that came through.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+        self.squares: list[Tensor] = []
+        self.output: Tensor | None = None
+        self.gradients: list[list[Tensor]] = []
+
+
+class Layers(NamedTuple):
+    """What was captured of all layers, one column per sample.
+
+    Attributes:
+        inputs: ``[d, n]`` for each layer.
+        gradients: ``∂L/∂z [o, n]``.
+        squares: Mean ``z²`` of each layer's outputs.
+        outputs: z of the last layer ``[o, n]``.
+    """
+
+    inputs: list[Tensor]
     gradients: list[Tensor]
+    squares: list[Tensor]
+    outputs: Tensor
 
 
 def _backward_number() -> int:
@@ -156,7 +182,7 @@ def _is_transformed(tensor: Tensor) -> bool:
 class PassCapture:
     """What a teleport needs of the passes whose gradients were taken: inputs and output gradients.
 
-    Forward hooks on the first and on the last Linear; the owner's ``teleport_due`` decides at each pass
+    Forward hooks on the first and on the last Linear, or on all; the owner's ``teleport_due`` decides at each pass
     whether it is kept, so a step without a teleport costs nothing. A pass counts when a gradient flows back
     through the last layer's output and is accumulated in the parameters, so evaluations, metrics, penalties on
     inputs and abandoned passes are never mixed in. The capture lives as long as its owner: a copy of the model
@@ -165,15 +191,17 @@ class PassCapture:
     Args:
         linears: The layers.
         accumulated: Gradients come into ``p.grad``; without, those of ``autograd.grad`` count.
+        every: Watch all layers, not the first and the last alone.
     """
 
     __name__ = "pass_capture"  # TorchScript asks every hook for its name
 
-    def __init__(self, linears: list[nn.Linear], accumulated: bool = True) -> None:
-        self.linears, self.accumulated = linears, accumulated
-        self._pending: dict[int, list[tuple[_Kept, Tensor]]] = {}  # by backward pass
+    def __init__(self, linears: list[nn.Linear], accumulated: bool = True, every: bool = False) -> None:
+        self.linears, self.accumulated, self.every = linears, accumulated, every
+        self.watched = linears if every else list(dict.fromkeys((linears[0], linears[-1])))
+        self._pending: dict[int, list[tuple[_Kept, int, Tensor]]] = {}  # by backward pass
         self.passes: list[_Kept] = []
-        self._inputs: Tensor | None = None
+        self._current: _Kept | None = None
         self._owner: weakref.ref[Any] | None = None
 
     def attach(self, owner: Any) -> None:
@@ -182,7 +210,7 @@ class PassCapture:
         A copy of the owner finds its hooks in the copied layers; for another owner they are made here.
         """
         self._owner = weakref.ref(owner)
-        for linear in dict.fromkeys((self.linears[0], self.linears[-1])):
+        for linear in self.watched:
             hooks = [number for number, hook in linear._forward_hooks.items() if hook is self]
             if not hooks:
                 hooks = [linear.register_forward_hook(self).id]
@@ -193,22 +221,33 @@ class PassCapture:
                 weakref.finalize(owner, weight.register_post_accumulate_grad_hook(self._count).remove)
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        """Hook for ``register_forward_hook`` of both layers."""
+        """Hook for ``register_forward_hook`` of every watched layer."""
         owner = None if self._owner is None else self._owner()
         if owner is None or not owner.teleport_due or not torch.is_grad_enabled() or _is_transformed(output):
             return
+        layer = next(i for i, linear in enumerate(self.watched) if linear is module)
         # A forward pass inside a backward one recomputes what checkpointing had dropped.
-        if module is self.linears[0] and _backward_number() < 0:
+        if layer == 0 and _backward_number() < 0:
             leaves = [p for linear in self.linears for p in linear.parameters() if p.is_leaf]
             if not any(p.grad is not None and bool(p.grad.any()) for p in leaves):
                 self.passes = []  # gradients were cleared since: by the model's zero_grad, say
-        if module is self.linears[0]:
-            self._inputs = arguments[0].detach().clone()  # a training loop may use its buffer again
-        if module is self.linears[-1] and self._inputs is not None and output.requires_grad:
-            kept = _Kept(self._inputs, arguments[0].detach(), [])
+        if layer == 0:
+            self._current = _Kept()
+        kept = self._current
+        if kept is None or len(kept.inputs) != layer:  # a layer called on its own
+            return
+        given = arguments[0].detach()
+        kept.inputs.append(given.clone() if layer == 0 else given)  # a training loop may use its buffer again
+        kept.gradients.append([])
+        last = layer == len(self.watched) - 1
+        if self.every:
+            kept.squares.append(output.detach().square().mean())
+        if last:
+            kept.output = output.detach()
+        if (self.every or last) and output.requires_grad:
 
             def keep(gradient: Tensor) -> None:
-                self._pending.setdefault(_backward_number(), []).append((kept, gradient.detach()))
+                self._pending.setdefault(_backward_number(), []).append((kept, layer, gradient.detach()))
                 if not self.accumulated:
                     self._count()
 
@@ -216,18 +255,19 @@ class PassCapture:
 
     def _count(self, _: Tensor | None = None) -> None:
         """The running backward pass reaches the parameters: its passes count."""
-        for kept, gradient in self._pending.pop(_backward_number(), []):
-            if not kept.gradients:  # the first of perhaps several backward passes through this forward pass
+        for kept, layer, gradient in self._pending.pop(_backward_number(), []):
+            # The first of perhaps several backward passes through this forward pass.
+            if layer == len(self.watched) - 1 and not kept.gradients[layer]:
                 self.passes.append(kept)
-            kept.gradients.append(gradient)
+            kept.gradients[layer].append(gradient)
 
     def clear(self) -> None:
         """Forget what was kept."""
-        self.passes, self._inputs, self._pending = [], None, {}
+        self.passes, self._current, self._pending = [], None, {}
 
     def inputs(self, dtype: torch.dtype) -> Tensor | None:
         """Inputs of all passes, one column per sample ``[d, n]``; ``None`` if there are none."""
-        kept = [_rows(x) for x, _, _ in self.passes if x.numel()]
+        kept = [_rows(p.inputs[0]) for p in self.passes if p.inputs[0].numel()]
         return torch.cat(kept).to(dtype).T if kept else None
 
     def columns(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -236,22 +276,58 @@ class PassCapture:
         The gradients are scaled to what the optimizer sees, ``p.grad`` of the last layer: a ``GradScaler``
         has unscaled it, and clipping may have shortened it.
         """
-        kept = [(_rows(x), _rows(h), _rows(sum_of(gradients))) for x, h, gradients in self.passes if x.numel()]
+        kept = [p for p in self.passes if p.inputs[0].numel()]
         if not kept:
             return None
-        inputs, last, gradient = (torch.cat(part).to(dtype) for part in zip(*kept, strict=True))
+        inputs, last = (self._joined(p.inputs[layer] for p in kept).to(dtype) for layer in (0, -1))
+        gradient = self._joined(sum_of(p.gradients[-1]) for p in kept).to(dtype)
+        return inputs.T, (gradient * self._scale(last, gradient)).T
+
+    def layers(self, dtype: torch.dtype) -> Layers | None:
+        """Inputs and output gradients of every layer; ``None`` if there are none.
+
+        The last layer's gradients are scaled as in :meth:`columns`, the others as they came; those of a layer that
+        no gradient reached are zero.
+        """
+        kept = [p for p in self.passes if p.inputs[0].numel()]
+        if not kept:
+            return None
+        numbers = range(len(self.watched))
+        inputs = [self._joined(p.inputs[layer] for p in kept).to(dtype) for layer in numbers]
+        gradients = [
+            self._joined(
+                sum_of(p.gradients[layer])
+                if p.gradients[layer]
+                else p.inputs[layer].new_zeros(*p.inputs[layer].shape[:-1], self.watched[layer].out_features)
+                for p in kept
+            ).to(dtype)
+            for layer in numbers
+        ]
+        gradients[-1] = gradients[-1] * self._scale(inputs[-1], gradients[-1])
+        squares = [torch.stack([p.squares[layer] for p in kept]).mean().to(dtype) for layer in numbers]
+        outputs = self._joined(p.output for p in kept if p.output is not None).to(dtype)
+        return Layers([h.T for h in inputs], [e.T for e in gradients], squares, outputs.T)
+
+    def _scale(self, last: Tensor, gradient: Tensor) -> Tensor | float:
+        """Factor from output gradients as recorded to those of ``p.grad``."""
         seen = self.linears[-1].weight.grad
-        if seen is not None:
-            recorded = gradient.T @ last
-            product = (recorded * seen.to(dtype)).sum()
-            # Only where the recorded passes explain the gradient: a penalty may have added its own.
-            if float(product) > 0.99 * float(recorded.norm() * seen.to(dtype).norm()) > 0:
-                gradient = gradient * (product / recorded.square().sum())
-        return inputs.T, gradient.T
+        if seen is None:
+            return 1.0
+        recorded, seen = gradient.T @ last, seen.to(gradient.dtype)
+        product = (recorded * seen).sum()
+        # Only where the recorded passes explain the gradient: a penalty may have added its own.
+        if float(product) > 0.99 * float(recorded.norm() * seen.norm()) > 0:
+            return product / recorded.square().sum()
+        return 1.0
+
+    @staticmethod
+    def _joined(tensors: Iterable[Tensor]) -> Tensor:
+        rows = [_rows(t) for t in tensors]
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def __getstate__(self) -> dict[str, Any]:
         """The layers travel with a copy, data and owner do not."""
-        return {**self.__dict__, "passes": [], "_inputs": None, "_owner": None, "_pending": {}}
+        return {**self.__dict__, "passes": [], "_current": None, "_owner": None, "_pending": {}}
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -11,28 +11,6 @@ from metatele.metaopt.equivariant import EquivariantOptimizer, EquivariantStates
 from metatele.mlp import Pass, attach_gradient
 from metatele.tasks.fitting import Fitting
 
-_LONGEST = 10.0  # cotangent of the weights, in units of the gradient of log L
-
-
-class _Bounded(torch.autograd.Function):
-    """The identity, whose cotangents are shortened to a length for each trajectory.
-
-    Where a trajectory is chaotic its derivative grows without bound with the window, and says nothing.
-    """
-
-    @staticmethod
-    def forward(ctx, weights, limit):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(limit)
-        return weights.view_as(weights)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        (limit,) = ctx.saved_tensors
-        norm = grad_output.norm(dim=-1)
-        factor = torch.where(norm > limit, limit / norm, 1.0)
-        return torch.where(torch.isfinite(norm)[:, None], factor[:, None] * grad_output, 0.0), None
-
 
 @dataclass(frozen=True)
 class Rollout:
@@ -66,19 +44,15 @@ class Rollout:
         return replace(self, weights=self.weights.detach(), loss=self.loss.detach(), states=states)
 
     def advanced(self, optimizer: EquivariantOptimizer) -> Rollout:
-        """One step further; its loss is differentiable in the meta-parameters."""
+        """One step further; its loss is differentiable in the meta-parameters, with every gradient a constant."""
         mlp = self.problems.mlp
-        point = self.weights if self.weights.requires_grad else None
-        changes, states, _ = optimizer.step(Observation.of(self.done, point), self.states)
+        changes, states, _ = optimizer.step(Observation.of(self.done), self.states)
         weights = self.weights + mlp.flatten(parted(changes, mlp.biases))
         loss, done = self.problems.visit(weights, self.age + 1)
         if weights.requires_grad:
             gradient = mlp.flatten(done.gradient())
             sound = torch.isfinite(loss) & torch.isfinite(gradient).all(-1)
-            gradient = torch.where(sound.unsqueeze(-1), gradient, 0.0)
-            limit = _LONGEST * gradient.norm(dim=-1) / loss.abs().clamp_min(torch.finfo(loss.dtype).tiny)
-            weights = _Bounded.apply(weights, torch.where(sound, limit, 0.0))
-            loss = attach_gradient(weights, loss, gradient)
+            loss = attach_gradient(weights, loss, torch.where(sound.unsqueeze(-1), gradient, 0.0))
         return Rollout(self.problems, weights, loss, done, states, self.age + 1)
 
 
