@@ -18,10 +18,19 @@ import safetensors.torch
 import torch
 
 from metatele._version import __version__
-from metatele.config import MethodConfig, RunConfig, TaskConfig, from_dict, to_dict
+from metatele.config import (
+    EquivariantConfig,
+    MethodConfig,
+    MixtureConfig,
+    RunConfig,
+    TaskConfig,
+    TransferConfig,
+    from_dict,
+    to_dict,
+)
 from metatele.errors import CheckpointError, MetateleError
 from metatele.files import existing_folder, replace_folder
-from metatele.metaopt import MetaOptimizer
+from metatele.metaopt import EquivariantOptimizer, MetaOptimizer
 
 FORMAT = 1
 CONFIG_NAME, MODEL_NAME = "config.json", "model.safetensors"
@@ -39,9 +48,9 @@ class Checkpoint:
         scores: What it reached, by name.
     """
 
-    optimizer: MetaOptimizer
-    method: MethodConfig
-    task: TaskConfig
+    optimizer: MetaOptimizer | EquivariantOptimizer
+    method: MethodConfig | EquivariantConfig
+    task: TaskConfig | MixtureConfig
     training: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
 
@@ -58,9 +67,9 @@ def _digest(config: dict[str, Any]) -> str:
 
 def save(
     path: str | Path,
-    optimizer: MetaOptimizer,
+    optimizer: MetaOptimizer | EquivariantOptimizer,
     *,
-    run: RunConfig | None = None,
+    run: RunConfig | TransferConfig | None = None,
     progress: dict[str, Any] | None = None,
     scores: dict[str, Any] | None = None,
 ) -> None:
@@ -81,8 +90,9 @@ def save(
         "package": "metatele",
         "versions": versions(),
         "name": optimizer.config.title,
+        "family": "equivariant" if isinstance(optimizer, EquivariantOptimizer) else "flat",
         "method": to_dict(optimizer.config),
-        "task": to_dict(optimizer.task),
+        "task": to_dict(_task_of(optimizer, run)),
         "training": {**({} if run is None else to_dict(run)), **(progress or {})},
         "scores": scores or {},
     }
@@ -92,6 +102,14 @@ def save(
     config["sha256"] = _digest(json.loads(json.dumps(config)))
     text = json.dumps(config, indent=1) + "\n"
     replace_folder(Path(path), {CONFIG_NAME: text.encode(), MODEL_NAME: model})
+
+
+def _task_of(
+    optimizer: MetaOptimizer | EquivariantOptimizer, run: RunConfig | TransferConfig | None
+) -> TaskConfig | MixtureConfig:
+    if isinstance(optimizer, MetaOptimizer):
+        return optimizer.task
+    return run.task if isinstance(run, TransferConfig) else MixtureConfig()
 
 
 def find(path: str | Path) -> Path:
@@ -156,8 +174,13 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         raise CheckpointError(f"{file} is damaged or belongs to another {CONFIG_NAME}: its checksum does not match")
     try:
         tensors = safetensors.torch.load(content)
-        method, task = from_dict(MethodConfig, config["method"]), from_dict(TaskConfig, config["task"])
-        optimizer = MetaOptimizer(method, task)
+        optimizer: MetaOptimizer | EquivariantOptimizer
+        if config.get("family", "flat") == "equivariant":
+            method, task = from_dict(EquivariantConfig, config["method"]), from_dict(MixtureConfig, config["task"])
+            optimizer = EquivariantOptimizer(method)
+        else:
+            method, task = from_dict(MethodConfig, config["method"]), from_dict(TaskConfig, config["task"])
+            optimizer = MetaOptimizer(method, task)
         optimizer.load_state_dict(tensors)
     except (MetateleError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -56,6 +56,8 @@ def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any]) -> No
         group = parser.add_argument_group(cls.__name__, (cls.__doc__ or "").strip().splitlines()[0])
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
+            if flag(f.name) in parser._option_string_actions:  # another family's setting of this name
+                continue
             kind = hints[f.name]
             convert = _CONVERTERS.get(kind, _integers)
             choices = f.metadata.get("choices") or None

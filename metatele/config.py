@@ -78,6 +78,24 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class MixtureConfig:
+    """The distribution of inner problems of every shape: widths, depths, activations, data, losses, batches."""
+
+    narrowest: int = _setting(5, "least width")
+    widest: int = _setting(64, "largest width; widths are log-uniform")
+    depths: tuple[int, ...] = _setting((2, 2, 3, 3, 4), "numbers of weight layers, drawn evenly")
+
+    def __post_init__(self) -> None:
+        """Check sizes."""
+        _check_types(self)
+        _require(2 <= self.narrowest <= self.widest, "narrowest", f"from 2 to widest ({self.widest})", self.narrowest)
+        _require(
+            len(self.depths) > 0 and all(isinstance(d, int) and d >= 2 for d in self.depths),
+            *("depths", "numbers of layers, at least 2", self.depths),
+        )
+
+
+@dataclass(frozen=True)
 class MethodConfig:
     """A meta-optimizer: which moves, and their sizes. Enough to rebuild the network."""
 
@@ -137,7 +155,7 @@ class EquivariantConfig:
     """A meta-optimizer that takes networks of any shape. Enough to rebuild it."""
 
     hidden: int = _setting(32, "size of the controller's LSTM cell")
-    decay: float = _setting(0.95, "of the running second moments on mini-batches")
+    averaging: float = _setting(0.95, "decay of the running second moments on mini-batches")
     growth: float = _setting(4.0, "growth of the loss (on mini-batches its square root) at which a step is shortened")
     reach: float = _setting(1.0, "largest relative change of a layer's pre-activations by its own step")
     small: int = _setting(64, "widths up to this have their spectra computed at every step")
@@ -147,10 +165,15 @@ class EquivariantConfig:
         """Check sizes and ranges."""
         _check_types(self)
         _require_positive(self, "hidden", "small")
-        _require(0 <= self.decay < 1, "decay", "in [0, 1)", self.decay)
+        _require(0 <= self.averaging < 1, "averaging", "in [0, 1)", self.averaging)
         _require_positive(self, "reach")
         _require(1 < self.growth < math.inf, "growth", "above 1", self.growth)
         _require(0 <= self.keep < math.inf, "keep", "zero or positive", self.keep)
+
+    @property
+    def title(self) -> str:
+        """Name in tables and figures."""
+        return "Equivariant(update,tele)"
 
 
 @dataclass(frozen=True)
@@ -162,6 +185,7 @@ class TrainingConfig:
     horizon: int = _setting(100, "steps of one trajectory")
     unroll: int = _setting(10, "steps between two meta-updates")
     shorter: tuple[int, ...] = _setting((), "horizons that some trajectories of a batch have instead, in turn")
+    groups: int = _setting(1, "groups of trajectories, each of its own shape, that are unrolled in turn")
     staggered: bool = _setting(False, "start the trajectories of a batch at different ages")
     objective: str = _setting("sum", "loss of a window: sum, or mean of the logarithm", ("sum", "mean-log"))
     local_lr: float = _setting(1e-3, "Adam's rate for the local move's LSTM")
@@ -184,7 +208,17 @@ class TrainingConfig:
         _check_types(self)
         _require_positive(
             self,
-            *("trajectories", "batch", "horizon", "unroll", "local_lr", "teleport_lr", "lost_loss", "max_skipped"),
+            *(
+                "trajectories",
+                "batch",
+                "groups",
+                "horizon",
+                "unroll",
+                "local_lr",
+                "teleport_lr",
+                "lost_loss",
+                "max_skipped",
+            ),
             *("validation_trajectories", "validation_steps", "validation_every", "save_every", "log_every"),
         )
         _require(self.unroll <= self.horizon, "unroll", f"at most the horizon ({self.horizon})", self.unroll)
@@ -233,6 +267,17 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
+@dataclass(frozen=True)
+class TransferConfig:
+    """The same for the equivariant family."""
+
+    preset: str = "transfer"
+    seed: int = 0
+    task: MixtureConfig = field(default_factory=MixtureConfig)
+    method: EquivariantConfig = field(default_factory=EquivariantConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested dictionary of JSON values."""
 
@@ -268,6 +313,17 @@ def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
             value = from_dict(typing.cast("type[Any]", hints[name]), value)
         built[name] = tuple(value) if isinstance(value, list) else value
     return cls(**built)
+
+
+def stored_config(values: dict[str, Any]) -> RunConfig | TransferConfig:
+    """What :func:`to_dict` made of a run's configuration of either family.
+
+    Raises:
+        ConfigError: Unknown fields, or values out of range.
+    """
+    kind = TransferConfig if isinstance(values, dict) and values.get("preset") == "transfer" else RunConfig
+    config: RunConfig | TransferConfig = from_dict(kind, values)
+    return config
 
 
 # What each preset changes, for all methods ("") and for one. README, "Presets", has the reasons.
@@ -346,6 +402,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 PRESETS = tuple(_PRESETS)
+TRANSFER = "transfer"  # the preset of the equivariant family
 
 
 def preset(name: str, method: str = "update-tele", **changes: Any) -> RunConfig:
@@ -364,6 +421,46 @@ def preset(name: str, method: str = "update-tele", **changes: Any) -> RunConfig:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     values = {**_PRESETS[name][""], **_PRESETS[name][method], **changes, "method": method}
     parts = {"task": TaskConfig, "method": MethodConfig, "training": TrainingConfig}
+    built, seed = _built(parts, values)
+    return RunConfig(preset=name, seed=seed, **built)
+
+
+_TRANSFER: dict[str, Any] = {
+    "trajectories": 8 * 150,
+    "batch": 8,
+    "groups": 12,
+    "horizon": 300,
+    "shorter": (20, 40, 60, 100, 100, 200),
+    "unroll": 20,
+    "objective": "mean-log",
+    "local_lr": 3e-3,
+    "decay": "cosine",
+    "clip": 0.3,
+    "average": 0.99,
+    "validation_every": 300,
+    "save_every": 300,
+    "validation_trajectories": 4 * 24,
+    "validation_score_at": (30, 100),
+}
+
+
+def transfer(**changes: Any) -> TransferConfig:
+    """The preset of the equivariant family, with fields of any part changed by name.
+
+    Raises:
+        ConfigError: Unknown field, or a value out of range.
+
+    Example:
+        >>> transfer(widest=32).task.widest
+        32
+    """
+    parts = {"task": MixtureConfig, "method": EquivariantConfig, "training": TrainingConfig}
+    built, seed = _built(parts, {**_TRANSFER, **changes})
+    return TransferConfig(seed=seed, **built)
+
+
+def _built(parts: dict[str, Any], values: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The parts of a configuration from fields by name, and the seed."""
     built = {}
     for part, cls in parts.items():
         names = {f.name for f in dataclasses.fields(cls)}
@@ -373,4 +470,4 @@ def preset(name: str, method: str = "update-tele", **changes: Any) -> RunConfig:
         raise ConfigError(f"seed must be a whole number, zero or more, got {seed!r}")
     if values:
         raise ConfigError(f"there is no setting {sorted(values)[0]!r}")
-    return RunConfig(preset=name, seed=seed, **built)
+    return built, seed

@@ -11,14 +11,14 @@ from torch import nn
 
 import metatele
 from metatele.activations import LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
-from metatele.config import EquivariantConfig
+from metatele.config import EquivariantConfig, MixtureConfig
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
 from metatele.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError, level
 from metatele.metaopt.equivariant import EquivariantOptimizer, Observation, joined, parted
 from metatele.metaopt.spectrum import Spectrum
 from metatele.mlp import MLP, Pass
+from metatele.rollout import Rollout, losses_of
 from metatele.tasks.fitting import Fitting, Mixture, usual_weights
-from metatele.training.transfer import Rollout, losses_of
 
 MLPS = [
     MLP((5, 7, 3), LeakyReLU(0.1)),
@@ -240,7 +240,7 @@ def test_shared_data_are_those_of_each(loss):
 
 def test_problems_of_the_mixture_are_reproducible_finite_and_apart():
     for index in range(60):
-        a, b, c = (Mixture().sample(0, stream, index, 2) for stream in ("train", "train", "validation"))
+        a, b, c = (Mixture(MixtureConfig()).sample(0, stream, index, 2) for stream in ("train", "train", "validation"))
         assert a.mlp == b.mlp
         assert torch.equal(a.initial, b.initial)
         assert torch.equal(a.inputs, b.inputs)
@@ -260,7 +260,7 @@ def test_an_epoch_of_batches_has_each_sample_once():
 def test_bad_settings_are_one_sentence():
     for name, value, words in (
         ("growth", 1.0, "growth must be above 1"),
-        ("decay", 1.0, "decay must be in"),
+        ("averaging", 1.0, "averaging must be in"),
         ("reach", 0.0, "reach must be positive"),
         ("keep", -1.0, "keep must be zero or positive"),
     ):

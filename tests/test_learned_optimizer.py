@@ -407,7 +407,7 @@ def test_what_cannot_be_done_is_one_clear_error():
         run(optimizer, closure, 1)
     model, optimizer, closure, _ = make()
     closure()
-    optimizer._capture.clear()
+    optimizer.family.capture.clear()
     with pytest.raises(MetateleError, match="no gradient was taken"):
         optimizer.step()
     optimizer.zero_grad()

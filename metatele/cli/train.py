@@ -7,9 +7,22 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from metatele.command_line import OneLineParser, add_config_flags, device_named, whole_number
-from metatele.config import PRESETS, MethodConfig, TaskConfig, TrainingConfig, preset
+from metatele.config import (
+    PRESETS,
+    TRANSFER,
+    EquivariantConfig,
+    MethodConfig,
+    MixtureConfig,
+    RunConfig,
+    TaskConfig,
+    TrainingConfig,
+    TransferConfig,
+    preset,
+    transfer,
+)
 from metatele.errors import ConfigError
 
 _EPILOG = """examples:
@@ -29,15 +42,30 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("preset", choices=PRESETS, help="settings to begin with; flags change them")
+    p.add_argument("preset", choices=(*PRESETS, TRANSFER), help="settings to begin with; flags change them")
+    p.add_argument(
+        "--family",
+        choices=("flat", "equivariant"),
+        help=f"flat: the paper's LSTMs, for one shape of network; equivariant (preset {TRANSFER}): for every shape",
+    )
     p.add_argument("--out", required=True, metavar="FOLDER", help="run folder, new or empty")
     p.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of everything random (default 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     p.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="CPU threads (default: torch's)")
     p.add_argument("--resume", action="store_true", help="go on from the last saved state of the folder")
     p.add_argument("--quiet", action="store_true", help="no progress")
-    add_config_flags(p, MethodConfig, TrainingConfig, TaskConfig)
+    add_config_flags(p, MethodConfig, EquivariantConfig, TrainingConfig, TaskConfig, MixtureConfig)
     return p
+
+
+def _configured(values: dict[str, Any]) -> RunConfig | TransferConfig:
+    name = values.pop("preset")
+    family = "equivariant" if name == TRANSFER else "flat"
+    if values.pop("family") not in (None, family):
+        raise ConfigError(f"the preset {name} is for the family {family}")
+    if family == "equivariant":
+        return transfer(**values)
+    return preset(name, values.pop("method", "update-tele"), **values)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     resume, quiet = values.pop("resume"), values.pop("quiet")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several processes are not supported yet: start train_meta.py without torchrun")
-    config = preset(values.pop("preset"), values.pop("method", "update-tele"), **values)
+    config = _configured(values)
 
     import torch
 

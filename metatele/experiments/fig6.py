@@ -127,7 +127,7 @@ def publish(methods: Sequence[str], runs: Path, seeds: int, doc: dict[str, Any],
     for entry, method in zip(doc["methods"], methods, strict=False):
         loaded = [checkpoint.load(runs / f"{method}-{seed}") for seed in range(seeds)]
         training = preset(doc["preset"], method).training
-        problems = Regression(loaded[0].task).sample(0, "validation", range(_SELECTION))
+        problems = Regression(preset(doc["preset"], method).task).sample(0, "validation", range(_SELECTION))
         curves = [learned_curves(c.optimizer, problems, training.validation_steps)[0] for c in loaded]
         scores = [held_out_score(c.double().mean(1), training.validation_score_at) for c in curves]
         seed = scores.index(min(scores))

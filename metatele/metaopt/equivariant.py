@@ -355,7 +355,7 @@ class EquivariantOptimizer(nn.Module):
             states = self._initial(seen, fingerprint)
         tolerance = 1e-5 * fingerprint[1].abs()
         same = states.age > 0 and bool(((fingerprint - states.fingerprint).abs() <= tolerance).all())
-        decay = 0.0 if same or states.age == 0 else self.config.decay
+        decay = 0.0 if same or states.age == 0 else self.config.averaging
         averaged = 1 if decay == 0 else states.averaged + 1
         # A running average that begins with equal weights.
         share = max(1 - decay, 1 / averaged)

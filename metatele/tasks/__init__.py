@@ -1,5 +1,6 @@
 """Distributions of inner problems."""
 
+from metatele.tasks.fitting import Fitting, Mixture
 from metatele.tasks.regression import Problems, Regression
 
-__all__ = ["Problems", "Regression"]
+__all__ = ["Fitting", "Mixture", "Problems", "Regression"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from metatele.activations import Activation, LeakyReLU, ReLU, Sigmoid, SiLU, Softplus, Tanh
+from metatele.config import MixtureConfig
 from metatele.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError
 from metatele.mlp import MLP, Pass
 from metatele.random import generator
@@ -81,26 +81,23 @@ def usual_weights(mlp: MLP, count: int, draws: torch.Generator) -> Tensor:
     return w
 
 
+_ACTIVATIONS: tuple[Activation, ...] = (LeakyReLU(0.1), LeakyReLU(0.1), ReLU(), Tanh(), Softplus(), SiLU(), Sigmoid())
+
+
 @dataclass(frozen=True)
 class Mixture:
     """A distribution of fitting problems: widths, depths, activations, data, losses, initial weights, batches.
 
     Attributes:
-        narrowest: Least width.
-        widest: Largest width; widths are log-uniform.
-        layers: Numbers of weight layers to choose from.
-        activations: To choose from.
+        config: Sizes.
 
     Example:
-        >>> problems = Mixture().sample(0, "train", index=3, count=4)
+        >>> problems = Mixture(MixtureConfig()).sample(0, "train", index=3, count=4)
         >>> len(problems), problems.initial.shape[-1] == problems.mlp.num_parameters
         (4, True)
     """
 
-    narrowest: int = 5
-    widest: int = 64
-    layers: Sequence[int] = (2, 2, 3, 3, 4)
-    activations: Sequence[Activation] = (LeakyReLU(0.1), LeakyReLU(0.1), ReLU(), Tanh(), Softplus(), SiLU(), Sigmoid())
+    config: MixtureConfig
 
     def sample(self, seed: int, stream: str, index: int, count: int) -> Fitting:
         """``count`` problems of one shape; number ``index`` of a stream."""
@@ -114,17 +111,17 @@ class Mixture:
         return self._synthetic(kind, choose, draws, count)
 
     def _width(self, choose: random.Random) -> int:
-        return round(math.exp(choose.uniform(math.log(self.narrowest), math.log(self.widest))))
+        return round(math.exp(choose.uniform(math.log(self.config.narrowest), math.log(self.config.widest))))
 
     def _hidden(self, choose: random.Random) -> list[int]:
-        hidden = [self._width(choose) for _ in range(choose.choice(self.layers) - 1)]
+        hidden = [self._width(choose) for _ in range(choose.choice(self.config.depths) - 1)]
         return hidden[:1] * len(hidden) if choose.random() < 0.4 else hidden
 
     def _paper(self, choose: random.Random, draws: torch.Generator, count: int) -> Fitting:
         """Like the paper's task: everything uniform on [0, 1], one hidden layer, all samples at once."""
         k = self._width(choose)
         d, o, n = (k, k, k) if choose.random() < 0.5 else (self._width(choose) for _ in range(3))
-        mlp = MLP((d, k, o), choose.choice(self.activations[:3]))
+        mlp = MLP((d, k, o), choose.choice(_ACTIVATIONS[:3]))
         X, Y = torch.rand(count, d, n, generator=draws), torch.rand(count, o, n, generator=draws)
         w = torch.rand(count, mlp.num_parameters, generator=draws)
         return Fitting(mlp, X, Y, w, SquaredError())
@@ -142,7 +139,7 @@ class Mixture:
         o = self._width(choose) if kind == "random" else choose.randint(1, 12)
         if kind == "classes":
             o = max(2, o)
-        mlp = MLP((d, *hidden, o), choose.choice(self.activations), choose.random() < 0.6)
+        mlp = MLP((d, *hidden, o), choose.choice(_ACTIVATIONS), choose.random() < 0.6)
         n, size = self._batching(choose, min(hidden))
         X = self._inputs(choose, draws, (count, d, n))
         if kind == "random":
@@ -177,7 +174,7 @@ class Mixture:
         from metatele.data import load_images
 
         images = load_images("digits")
-        mlp = MLP((images.features, *self._hidden(choose), 10), choose.choice(self.activations), choose.random() < 0.6)
+        mlp = MLP((images.features, *self._hidden(choose), 10), choose.choice(_ACTIVATIONS), choose.random() < 0.6)
         size = choose.choice((32, 64, 100, 200))
         w = usual_weights(mlp, count, draws)
         return Fitting(mlp, images.train_images.T, images.train_labels, w, CrossEntropy(), size, choose.getrandbits(30))

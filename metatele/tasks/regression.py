@@ -10,8 +10,10 @@ from torch import Tensor
 
 from metatele.activations import activation
 from metatele.config import TaskConfig
+from metatele.losses import SquaredError
 from metatele.mlp import MLP
 from metatele.random import generator
+from metatele.tasks.fitting import Fitting
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Problems:
     def loss_and_gradient(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """``½‖Y - f(X; w)‖²_F`` as ``[B]`` and its gradient ``[B, P]``, both detached."""
         return self.mlp.squared_error(self.mlp.unflatten(flat.detach()), self.inputs, self.targets)
+
+    def fitting(self) -> Fitting:
+        """The same problems as those of every kind are given."""
+        return Fitting(self.mlp, self.inputs, self.targets, self.initial, SquaredError())
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Problems:
         """The same problems elsewhere."""

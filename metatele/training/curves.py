@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metatele.metaopt import MetaOptimizer
+from metatele.metaopt import EquivariantOptimizer, MetaOptimizer
+from metatele.rollout import losses_of
 from metatele.tasks import Problems
 from metatele.unroll import start, unroll
 
@@ -61,9 +62,14 @@ class Curves:
 
 
 @torch.no_grad()
-def learned_curves(optimizer: MetaOptimizer, problems: Problems, num_steps: int) -> tuple[Tensor, float]:
+def learned_curves(
+    optimizer: MetaOptimizer | EquivariantOptimizer, problems: Problems, num_steps: int
+) -> tuple[Tensor, float]:
     """Losses ``[num_steps + 1, B]`` of a meta-optimizer, and seconds per trajectory-step."""
     begin_s = time.perf_counter()
+    if isinstance(optimizer, EquivariantOptimizer):
+        result = losses_of(optimizer, problems.fitting(), num_steps).cpu()
+        return result, (time.perf_counter() - begin_s) / (num_steps * len(problems))
     current = start(optimizer, problems)
     losses = [current.loss]
     for _ in range(num_steps):

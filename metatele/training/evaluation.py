@@ -21,7 +21,7 @@ def evaluate(
     """Curves of checkpoints and of every baseline on the same held-out trajectories.
 
     Args:
-        checkpoints: Run or checkpoint folders, all trained for one task.
+        checkpoints: Run or checkpoint folders; those of the flat family all trained for one task.
         num_trajectories: Held-out problems.
         num_steps: Steps of each.
         seed: Of the problems; the evaluation stream never meets the training stream.
@@ -31,12 +31,15 @@ def evaluate(
         CheckpointError: A checkpoint cannot be used, or they are for different tasks.
     """
     loaded = [checkpoint.load(path, device) for path in checkpoints]
-    task = loaded[0].task
-    for path, other in zip(checkpoints, loaded, strict=True):
-        if other.task != task:
+    # One that takes every shape is evaluated on the task of the others, or on the paper's.
+    tasks = [
+        (path, one.task) for path, one in zip(checkpoints, loaded, strict=True) if isinstance(one.task, TaskConfig)
+    ]
+    first, task = tasks[0] if tasks else (checkpoints[0], TaskConfig())
+    for path, other in tasks:
+        if other != task:
             raise CheckpointError(
-                f"checkpoints must be trained for one task: {checkpoints[0]} has {to_dict(task)}, "
-                f"{path} has {to_dict(other.task)}"
+                f"checkpoints must be trained for one task: {first} has {to_dict(task)}, {path} has {to_dict(other)}"
             )
     problems = Regression(task).sample(seed, "evaluation", range(num_trajectories)).to(device)
     curves = []

@@ -21,18 +21,24 @@ from typing import Any
 import torch
 
 from metatele import checkpoint
-from metatele.config import RunConfig, from_dict, to_dict
+from metatele.config import RunConfig, TransferConfig, stored_config, to_dict
 from metatele.errors import CheckpointError, RunFolderError, SaveError
 from metatele.files import existing_folder, write_atomically
-from metatele.training.trainer import MetaTrainer
+from metatele.training.trainer import MetaTrainer, Trainer
+from metatele.training.transfer import TransferTrainer
 
 _SEAL = b"\nmetatele sha256 "  # the file ends with its own checksum; torch.load does not check any
 STATE_NAME, METRICS_NAME, CHECKPOINT_NAME = "training_state.pt", "metrics.jsonl", "checkpoint"
 
 
 def train(
-    config: RunConfig, out: str | Path, *, device: torch.device | str = "cpu", resume: bool = False, quiet: bool = False
-) -> MetaTrainer:
+    config: RunConfig | TransferConfig,
+    out: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    quiet: bool = False,
+) -> Trainer:
     """Meta-train into a folder; the whole of ``train_meta.py``.
 
     Args:
@@ -68,9 +74,13 @@ def train(
     return trainer
 
 
-def _begun(config: RunConfig, folder: Path, device: torch.device | str) -> MetaTrainer:
+def _trainer(config: RunConfig | TransferConfig, device: torch.device | str) -> Trainer:
+    return TransferTrainer(config, device) if isinstance(config, TransferConfig) else MetaTrainer(config, device)
+
+
+def _begun(config: RunConfig | TransferConfig, folder: Path, device: torch.device | str) -> Trainer:
     _check_new(folder)
-    trainer = MetaTrainer(config, device)  # first, so that settings it refuses leave no folder behind
+    trainer = _trainer(config, device)  # first, so that settings it refuses leave no folder behind
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -97,16 +107,18 @@ def _check_new(folder: Path) -> None:
         raise RunFolderError(f"{folder} is not empty (it holds {sorted(foreign)[0]}); choose another --out")
 
 
-def _resumed(config: RunConfig, folder: Path, device: torch.device | str) -> MetaTrainer:
+def _resumed(config: RunConfig | TransferConfig, folder: Path, device: torch.device | str) -> Trainer:
     state = read_state(folder)
-    stored = from_dict(RunConfig, state["config"])
+    stored = stored_config(state["config"])
+    if type(stored) is not type(config):
+        raise RunFolderError(f"cannot resume {folder} with other settings: its preset is {stored.preset}")
     for part in ("seed", "task", "method", "training"):
         ours, theirs = to_dict(getattr(config, part)), to_dict(getattr(stored, part))
         if ours != theirs:
             names = [k for k in ours if ours[k] != theirs[k]] if isinstance(ours, dict) else [part]
             a, b = (ours[names[0]], theirs[names[0]]) if isinstance(ours, dict) else (ours, theirs)
             raise RunFolderError(f"cannot resume {folder} with other settings: {names[0]} is {a} here and {b} there")
-    trainer = MetaTrainer(config, device)
+    trainer = _trainer(config, device)
     trainer.load_state_dict(state)
     if not (existing_folder(folder / CHECKPOINT_NAME) / checkpoint.CONFIG_NAME).is_file():
         trainer.best = math.inf  # there is none to beat
@@ -135,14 +147,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _save(trainer: MetaTrainer, folder: Path) -> None:
+def _save(trainer: Trainer, folder: Path) -> None:
     buffer = io.BytesIO()
     torch.save(trainer.state_dict(), buffer)
     content = buffer.getvalue()
     write_atomically(folder / STATE_NAME, content + _SEAL + hashlib.sha256(content).hexdigest().encode())
 
 
-def _validate(trainer: MetaTrainer, folder: Path, log: _Log) -> None:
+def _validate(trainer: Trainer, folder: Path, log: _Log) -> None:
     score, losses = trainer.validate()
     log.validation(score, losses)
     if score < trainer.best:
@@ -157,7 +169,7 @@ def _validate(trainer: MetaTrainer, folder: Path, log: _Log) -> None:
 class _Log:
     """metrics.jsonl, TensorBoard, and one line or a bar for whoever watches."""
 
-    def __init__(self, folder: Path, trainer: MetaTrainer, quiet: bool) -> None:
+    def __init__(self, folder: Path, trainer: Trainer, quiet: bool) -> None:
         self.folder, self.trainer, self.quiet = folder, trainer, quiet
         self.last_losses: dict[int, float] = {}
 
@@ -238,7 +250,7 @@ class _Log:
 
     def _histograms(self) -> None:
         values = {n: p.detach() for n, p in self.trainer.evaluated.named_parameters() if "head" in n}
-        values["inner/log10_gradient"] = self.trainer.trajectories.gradient.abs().clamp_min(1e-12).log10()
+        values["inner/log10_gradient"] = self.trainer.gradients().abs().clamp_min(1e-12).log10()
         for name, value in values.items():
             drawable = value[value.abs() < 1e30]  # TensorBoard has no bins for what is not, or barely, finite
             if drawable.numel():

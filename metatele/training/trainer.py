@@ -5,64 +5,68 @@ from __future__ import annotations
 import copy
 import math
 import time
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metatele.config import RunConfig, to_dict
+from metatele.config import RunConfig, TransferConfig, to_dict
 from metatele.errors import CheckpointError, ConfigError, DivergedError
-from metatele.metaopt import MetaOptimizer, Stepped
-from metatele.tasks import Regression
+from metatele.metaopt import EquivariantOptimizer, MetaOptimizer, Stepped
+from metatele.tasks import Problems, Regression
 from metatele.training.curves import held_out_score, learned_curves
 from metatele.unroll import Trajectories, start, unroll, window_loss
 
 _WARM_UP = 0.02  # fraction of the run over which a decaying rate first rises
 
 
-class MetaTrainer:
-    """The state of one meta-training run, and the two things it does: update and validate.
+class Window(NamedTuple):
+    """What an unrolled window leaves.
+
+    Attributes:
+        objective: What was differentiated.
+        steps: Trajectory-steps made.
+        lost: Trajectories that were lost.
+        measured: More numbers to log.
+    """
+
+    objective: Tensor
+    steps: int
+    lost: int
+    measured: dict[str, float]
+
+
+class Trainer(ABC):
+    """One meta-training run: Adam on windows of unrolled trajectories, whatever is unrolled.
 
     Args:
         config: What to train and how.
+        optimizer: What is trained.
+        groups: Its parameters, with a rate each, as ``torch.optim`` takes them.
         device: Where.
 
     Attributes:
-        optimizer: The meta-optimizer being trained.
         update: Meta-updates done.
         skipped: Updates skipped because a loss or gradient was not finite.
         best: Least validation score so far.
-
-    Example:
-        >>> from metatele.config import preset
-        >>> config = preset("paper", trajectories=4, batch=2, horizon=4, unroll=2, hidden=8,
-        ...     widths=(3, 4, 2), samples=3)
-        >>> trainer = MetaTrainer(config)
-        >>> metrics = trainer.step()
-        >>> trainer.update, trainer.config.training.updates
-        (1, 4)
     """
 
-    def __init__(self, config: RunConfig, device: torch.device | str = "cpu") -> None:
-        self.config, self.device = config, torch.device(device)
-        self.task = Regression(config.task)
-        self.optimizer = MetaOptimizer(config.method, config.task, config.seed).to(self.device)
-        self.optimizer.set_precision(config.training.precision)
-        groups = self.optimizer.parameter_groups(config.training.local_lr, config.training.teleport_lr)
+    def __init__(
+        self,
+        config: RunConfig | TransferConfig,
+        optimizer: MetaOptimizer | EquivariantOptimizer,
+        groups: list[dict[str, object]],
+        device: torch.device | str,
+    ) -> None:
+        self.config, self.optimizer, self.device = config, optimizer, torch.device(device)
         self.adam = torch.optim.Adam(groups, fused=True)
         self._rates = [float(group["lr"]) for group in self.adam.param_groups]
-        self.averaged: MetaOptimizer | None = None
+        self.averaged: MetaOptimizer | EquivariantOptimizer | None = None
         if config.training.average:
-            self.averaged = copy.deepcopy(self.optimizer).requires_grad_(False)
+            self.averaged = copy.deepcopy(optimizer).requires_grad_(False)
         self.update = self.skipped = self.skipped_in_row = self.started = 0
         self.best = math.inf
-        self.trajectories = self._fresh(config.training.batch)
-        worst = float(self.trajectories.loss.max())
-        if not worst < config.training.lost_loss:
-            raise ConfigError(
-                f"lost_loss must be above the losses that trajectories begin with ({worst:.3g}), "
-                f"got {config.training.lost_loss:g}"
-            )
 
     @property
     def finished(self) -> bool:
@@ -70,30 +74,33 @@ class MetaTrainer:
         return self.update >= self.config.training.updates
 
     @property
-    def evaluated(self) -> MetaOptimizer:
+    def evaluated(self) -> MetaOptimizer | EquivariantOptimizer:
         """The weights that are validated and published: the averaged ones, if there are any."""
         return self.optimizer if self.averaged is None else self.averaged
 
-    def _fresh(self, count: int) -> Trajectories:
-        indices = range(self.started, self.started + count)
-        self.started += count
-        return start(self.optimizer, self.task.sample(self.config.seed, "train", indices).to(self.device))
+    @abstractmethod
+    def validate(self) -> tuple[float, dict[int, float]]:
+        """Score, and what it is made of, at a few steps, on validation trajectories."""
 
-    def _due(self) -> list[int]:
-        """Trajectories whose horizon ends with the window just done.
+    @abstractmethod
+    def _unrolled(self, measure: bool) -> Window:
+        """Unroll the next window and differentiate it."""
 
-        The window lengths repeat with the update number, so a trajectory that starts with any of
-        them still sees each once, and their sum is the horizon.
-        """
-        c = self.config.training
-        horizons = (c.horizon, *c.shorter)
-        due = []
-        for i in range(c.batch):
-            windows = math.ceil(horizons[i % len(horizons)] / c.unroll)
-            offset = i * windows // c.batch if c.staggered else 0
-            if (self.update + 1) % windows == offset:
-                due.append(i)
-        return due
+    @abstractmethod
+    def _renewed(self) -> None:
+        """Begin trajectories anew where their horizon ended or they were lost."""
+
+    @abstractmethod
+    def _where(self) -> dict[str, Any]:
+        """Where the trajectories are: tensors and plain values only."""
+
+    @abstractmethod
+    def _return(self, where: dict[str, Any]) -> None:
+        """Go on from :meth:`_where`."""
+
+    @abstractmethod
+    def gradients(self) -> Tensor:
+        """Inner gradients of the trajectories, for a histogram."""
 
     def _set_rates(self) -> None:
         c = self.config.training
@@ -121,9 +128,134 @@ class MetaTrainer:
         """
         c = self.config.training
         begin_s = time.perf_counter()
-        steps = c.windows[self.update % len(c.windows)]
         self._set_rates()
         self.adam.zero_grad(set_to_none=True)
+        done = self._unrolled(measure)
+        norm = torch.nn.utils.clip_grad_norm_(self.optimizer.parameters(), c.clip or math.inf)
+        healthy = bool(torch.isfinite(done.objective)) and bool(torch.isfinite(norm))
+        # No gradient at all: every trajectory was lost at once, and there is nothing to learn from.
+        healthy = healthy and float(norm) > 0
+        if healthy:
+            self.adam.step()
+            self.skipped_in_row = 0
+            self._average()
+        else:
+            self.skipped += 1
+            self.skipped_in_row += 1
+        self._renewed()
+        self.update += 1
+        if self.skipped_in_row >= c.max_skipped:
+            raise DivergedError(
+                f"{self.skipped_in_row} updates in a row had a loss or gradient that is not finite, or no gradient "
+                f"(at update {self.update}); earlier files are intact: lower the learning rates or set clip"
+            )
+        metrics = {
+            "meta_loss": float(done.objective.detach()),
+            "meta_gradient_norm": float(norm),
+            "skipped": float(self.skipped),
+            "lost_trajectories": float(done.lost),
+            "ms_per_trajectory_step": 1e3 * (time.perf_counter() - begin_s) / done.steps,
+        }
+        return {**metrics, **done.measured}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.averaged is None:
+            return
+        decay = min(self.config.training.average, (self.update + 1) / (self.update + 11))
+        targets: list[Tensor] = list(self.averaged.parameters())
+        torch._foreach_lerp_(targets, list(self.optimizer.parameters()), 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on to the same bits: tensors and plain values only."""
+        return {
+            "format": 1,
+            "config": to_dict(self.config),
+            "optimizer": self.optimizer.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "adam": self.adam.state_dict(),
+            "counters": [self.update, self.skipped, self.skipped_in_row, self.started],
+            "best": self.best,
+            "trajectories": self._where(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: The state does not belong to this configuration.
+        """
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.averaged is not None:
+                self.averaged.load_state_dict(state["averaged"])
+            self.adam.load_state_dict(state["adam"])
+            self.update, self.skipped, self.skipped_in_row, self.started = state["counters"]
+            self.best = state["best"]
+            self._return(state["trajectories"])
+        except (KeyError, ValueError, RuntimeError, StopIteration) as error:
+            raise CheckpointError(f"the training state does not fit its configuration: {error}") from error
+
+
+class MetaTrainer(Trainer):
+    """Meta-training of the flat family on one distribution of problems of one shape.
+
+    Args:
+        config: What to train and how.
+        device: Where.
+
+    Example:
+        >>> from metatele.config import preset
+        >>> config = preset("paper", trajectories=4, batch=2, horizon=4, unroll=2, hidden=8,
+        ...     widths=(3, 4, 2), samples=3)
+        >>> trainer = MetaTrainer(config)
+        >>> metrics = trainer.step()
+        >>> trainer.update, trainer.config.training.updates
+        (1, 4)
+    """
+
+    config: RunConfig
+    optimizer: MetaOptimizer
+    evaluated: MetaOptimizer
+
+    def __init__(self, config: RunConfig, device: torch.device | str = "cpu") -> None:
+        self.task = Regression(config.task)
+        optimizer = MetaOptimizer(config.method, config.task, config.seed).to(device)
+        optimizer.set_precision(config.training.precision)
+        groups = optimizer.parameter_groups(config.training.local_lr, config.training.teleport_lr)
+        super().__init__(config, optimizer, groups, device)
+        self.trajectories = self._fresh(config.training.batch)
+        worst = float(self.trajectories.loss.max())
+        if not worst < config.training.lost_loss:
+            raise ConfigError(
+                f"lost_loss must be above the losses that trajectories begin with ({worst:.3g}), "
+                f"got {config.training.lost_loss:g}"
+            )
+
+    def _fresh(self, count: int) -> Trajectories:
+        indices = range(self.started, self.started + count)
+        self.started += count
+        return start(self.optimizer, self.task.sample(self.config.seed, "train", indices).to(self.device))
+
+    def _due(self) -> list[int]:
+        """Trajectories whose horizon ends with the window just done.
+
+        The window lengths repeat with the update number, so a trajectory that starts with any of
+        them still sees each once, and their sum is the horizon.
+        """
+        c = self.config.training
+        horizons = (c.horizon, *c.shorter)
+        due = []
+        for i in range(c.batch):
+            windows = math.ceil(horizons[i % len(horizons)] / c.unroll)
+            offset = i * windows // c.batch if c.staggered else 0
+            if (self.update + 1) % windows == offset:
+                due.append(i)
+        return due
+
+    def _unrolled(self, measure: bool) -> Window:
+        c = self.config.training
+        steps = c.windows[self.update % len(c.windows)]
         last: list[tuple[Trajectories, Stepped]] = []
         with self.optimizer.window():
             end, losses = unroll(
@@ -135,37 +267,19 @@ class MetaTrainer:
             )
             objective = window_loss(losses, c.objective)
             objective.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.optimizer.parameters(), c.clip or math.inf)
-        end = end.detach()
-        lost = (~(end.loss < c.lost_loss)).tolist()
-        healthy = bool(torch.isfinite(objective)) and bool(torch.isfinite(norm))
-        # No gradient at all: every trajectory was lost at once, and there is nothing to learn from.
-        healthy = healthy and float(norm) > 0
-        if healthy:
-            self.adam.step()
-            self.skipped_in_row = 0
-            self._average()
-        else:
-            self.skipped += 1
-            self.skipped_in_row += 1
+        self.trajectories = end.detach()
+        lost = int((~(self.trajectories.loss < c.lost_loss)).sum())
+        return Window(objective, steps * c.batch, lost, self._measure(*last[0]) if measure else {})
+
+    def _renewed(self) -> None:
+        lost = (~(self.trajectories.loss < self.config.training.lost_loss)).tolist()
         restart = sorted({*self._due(), *(i for i, gone in enumerate(lost) if gone)})
-        self.trajectories = end.restarted(restart, self._fresh(len(restart))) if restart else end
-        self.update += 1
-        if self.skipped_in_row >= c.max_skipped:
-            raise DivergedError(
-                f"{self.skipped_in_row} updates in a row had a loss or gradient that is not finite, or no gradient "
-                f"(at update {self.update}); earlier files are intact: lower the learning rates or set clip"
-            )
-        metrics = {
-            "meta_loss": float(objective.detach()),
-            "meta_gradient_norm": float(norm),
-            "skipped": float(self.skipped),
-            "lost_trajectories": float(sum(lost)),
-            "ms_per_trajectory_step": 1e3 * (time.perf_counter() - begin_s) / (steps * c.batch),
-        }
-        if measure:
-            metrics |= self._measure(*last[0])
-        return metrics
+        if restart:
+            self.trajectories = self.trajectories.restarted(restart, self._fresh(len(restart)))
+
+    def gradients(self) -> Tensor:
+        """See the base class."""
+        return self.trajectories.gradient
 
     @torch.no_grad()
     def _measure(self, where: Trajectories, done: Stepped) -> dict[str, float]:
@@ -180,14 +294,6 @@ class MetaTrainer:
             measured["algebra_norm"] = done.algebra.norm(dim=-1)
             measured["drift"] = (after - before).abs() / before
         return {name: float(values.median()) for name, values in measured.items()}
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        if self.averaged is None:
-            return
-        decay = min(self.config.training.average, (self.update + 1) / (self.update + 11))
-        targets: list[Tensor] = list(self.averaged.parameters())
-        torch._foreach_lerp_(targets, list(self.optimizer.parameters()), 1 - decay)
 
     def validate(self) -> tuple[float, dict[int, float]]:
         """Score and mean held-out losses at a few steps, on validation trajectories.
@@ -204,50 +310,24 @@ class MetaTrainer:
         score = held_out_score(mean, c.validation_score_at)
         return score, {s: float(mean[s]) for s in shown}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on to the same bits: tensors and plain values only."""
+    def _where(self) -> dict[str, Any]:
         t = self.trajectories
         return {
-            "format": 1,
-            "config": to_dict(self.config),
-            "optimizer": self.optimizer.state_dict(),
-            "averaged": None if self.averaged is None else self.averaged.state_dict(),
-            "adam": self.adam.state_dict(),
-            "counters": [self.update, self.skipped, self.skipped_in_row, self.started],
-            "best": self.best,
-            "trajectories": {
-                "inputs": t.problems.inputs,
-                "targets": t.problems.targets,
-                "initial": t.problems.initial,
-                "prepared": t.prepared,
-                "weights": t.weights,
-                "loss": t.loss,
-                "gradient": t.gradient,
-                "states": t.states.tensors(),
-            },
+            "inputs": t.problems.inputs,
+            "targets": t.problems.targets,
+            "initial": t.problems.initial,
+            "prepared": t.prepared,
+            "weights": t.weights,
+            "loss": t.loss,
+            "gradient": t.gradient,
+            "states": t.states.tensors(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Raises:
-            CheckpointError: The state does not belong to this configuration.
-        """
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.averaged is not None:
-                self.averaged.load_state_dict(state["averaged"])
-            self.adam.load_state_dict(state["adam"])
-            self.update, self.skipped, self.skipped_in_row, self.started = state["counters"]
-            self.best = state["best"]
-            saved = {k: self._restored(v) for k, v in state["trajectories"].items() if k != "states"}
-            tensors = iter(state["trajectories"]["states"])
-            states = self.trajectories.states.map(lambda _: self._restored(next(tensors)))
-        except (KeyError, ValueError, RuntimeError, StopIteration) as error:
-            raise CheckpointError(f"the training state does not fit its configuration: {error}") from error
-        problems = type(self.trajectories.problems)(
-            self.task.mlp, saved.pop("inputs"), saved.pop("targets"), saved.pop("initial")
-        )
+    def _return(self, where: dict[str, Any]) -> None:
+        saved = {k: self._restored(v) for k, v in where.items() if k != "states"}
+        tensors = iter(where["states"])
+        states = self.trajectories.states.map(lambda _: self._restored(next(tensors)))
+        problems = Problems(self.task.mlp, saved.pop("inputs"), saved.pop("targets"), saved.pop("initial"))
         self.trajectories = Trajectories(problems, states=states, **saved)
 
     def _restored(self, tensor: Tensor | None) -> Any:

@@ -1,67 +1,158 @@
-"""Unrolling and meta-training of an optimizer that takes any shape, over a distribution of problems."""
+"""Meta-training of an optimizer that takes any shape, over a distribution of problems.
+
+A batch holds trajectories of one shape; several groups of them, each of its own shape, are unrolled in turn. Where a
+group's horizon ends, a new shape takes its place.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metatele.metaopt.equivariant import EquivariantOptimizer, EquivariantStates, Observation, parted
-from metatele.mlp import Pass, attach_gradient
-from metatele.tasks.fitting import Fitting
+from metatele.config import TransferConfig
+from metatele.errors import ConfigError
+from metatele.metaopt import EquivariantOptimizer, EquivariantStates
+from metatele.rollout import Rollout, losses_of
+from metatele.tasks import Mixture
+from metatele.training.trainer import Trainer, Window
+from metatele.unroll import window_loss
+
+_FLOOR = 1e-9  # of a loss relative to the initial one: rounding, below which nothing is learned
+_VALIDATED = 4  # trajectories of each shape
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """``[B]`` trajectories of one shape, and where they are.
+@dataclass
+class _Group:
+    """Trajectories of one shape.
 
     Attributes:
-        problems: What they fit.
-        weights: Flat ``[B, P]``.
-        loss: On the batch of the next step, ``[B]``.
-        done: The pass made there.
-        states: Memories; ``None`` at the beginning.
-        age: Steps done.
+        number: Of the problems in their stream.
+        begun: Their initial losses ``[B]``.
+        at: Where they are.
     """
 
-    problems: Fitting
-    weights: Tensor
-    loss: Tensor
-    done: Pass
-    states: EquivariantStates | None
-    age: int
+    number: int
+    begun: Tensor
+    at: Rollout
 
-    @staticmethod
-    def begin(problems: Fitting) -> Rollout:
-        """At the initial weights."""
-        loss, done = problems.visit(problems.initial, 0)
-        return Rollout(problems, problems.initial, loss, done, None, 0)
-
-    def detach(self) -> Rollout:
-        """The same point without history."""
-        states = None if self.states is None else self.states.map(Tensor.detach)
-        return replace(self, weights=self.weights.detach(), loss=self.loss.detach(), states=states)
-
-    def advanced(self, optimizer: EquivariantOptimizer) -> Rollout:
-        """One step further; its loss is differentiable in the meta-parameters, with every gradient a constant."""
-        mlp = self.problems.mlp
-        changes, states, _ = optimizer.step(Observation.of(self.done), self.states)
-        weights = self.weights + mlp.flatten(parted(changes, mlp.biases))
-        loss, done = self.problems.visit(weights, self.age + 1)
-        if weights.requires_grad:
-            gradient = mlp.flatten(done.gradient())
-            sound = torch.isfinite(loss) & torch.isfinite(gradient).all(-1)
-            loss = attach_gradient(weights, loss, torch.where(sound.unsqueeze(-1), gradient, 0.0))
-        return Rollout(self.problems, weights, loss, done, states, self.age + 1)
+    def relative(self, loss: Tensor) -> Tensor:
+        """Losses relative to the initial ones, and no smaller than rounding."""
+        return loss / self.begun + _FLOOR
 
 
-@torch.no_grad()
-def losses_of(optimizer: EquivariantOptimizer, problems: Fitting, steps: int) -> Tensor:
-    """Losses ``[steps + 1, B]``, each on the batch of its step."""
-    current = Rollout.begin(problems)
-    losses = [current.loss]
-    for _ in range(steps):
-        current = current.advanced(optimizer)
-        losses.append(current.loss)
-    return torch.stack(losses)
+class TransferTrainer(Trainer):
+    """Meta-training of the equivariant family.
+
+    Args:
+        config: What to train and how.
+        device: Where.
+
+    Example:
+        >>> from metatele.config import transfer
+        >>> trainer = TransferTrainer(transfer(trajectories=4, batch=2, groups=2, horizon=4, shorter=(), unroll=2))
+        >>> metrics = trainer.step()
+        >>> trainer.update, trainer.config.training.updates
+        (1, 4)
+    """
+
+    config: TransferConfig
+    optimizer: EquivariantOptimizer
+    evaluated: EquivariantOptimizer
+
+    def __init__(self, config: TransferConfig, device: torch.device | str = "cpu") -> None:
+        c = config.training
+        if c.precision != "float32":
+            raise ConfigError(f"precision must be float32 for the equivariant family, got {c.precision}")
+        self.mixture = Mixture(config.task)
+        optimizer = EquivariantOptimizer(config.method, config.seed).to(device)
+        super().__init__(config, optimizer, [{"params": list(optimizer.parameters()), "lr": c.local_lr}], device)
+        self.groups = [self._fresh() for _ in range(c.groups)]
+
+    def _fresh(self) -> _Group:
+        self.started += 1
+        return self._group(self.started - 1)
+
+    def _group(self, number: int) -> _Group:
+        c = self.config
+        problems = self.mixture.sample(c.seed, "train", number, c.training.batch).to(self.device)
+        at = Rollout.begin(problems)
+        return _Group(number, at.loss, at)
+
+    @property
+    def _turn(self) -> _Group:
+        return self.groups[self.update % len(self.groups)]
+
+    def _unrolled(self, measure: bool) -> Window:
+        c, group = self.config.training, self._turn
+        at, losses = group.at.detach(), []
+        for _ in range(c.unroll):
+            at = at.advanced(self.optimizer)
+            losses.append(group.relative(at.loss).clamp(max=c.lost_loss))
+        objective = window_loss(torch.stack(losses), c.objective)
+        objective.backward()
+        group.at = at.detach()
+        return Window(objective, c.unroll * c.batch, self._lost(group), {})
+
+    def _lost(self, group: _Group) -> int:
+        sound = torch.isfinite(group.at.weights).all(-1) & (
+            group.relative(group.at.loss) < self.config.training.lost_loss
+        )
+        return int((~sound).sum())
+
+    def _renewed(self) -> None:
+        c, group = self.config.training, self._turn
+        horizons = (c.horizon, *c.shorter)
+        if group.at.age >= horizons[group.number % len(horizons)] or 2 * self._lost(group) > c.batch:
+            self.groups[self.update % len(self.groups)] = self._fresh()
+
+    def gradients(self) -> Tensor:
+        """See the base class."""
+        at = self._turn.at
+        return at.problems.mlp.flatten(at.done.gradient())
+
+    def validate(self) -> tuple[float, dict[int, float]]:
+        """Score and geometric mean of the losses relative to the initial ones at a few steps.
+
+        The score is the mean of their logarithms over ``validation_score_at``. On mini-batches a loss is the mean
+        over the last ten steps.
+        """
+        c = self.config.training
+        steps = [s for s in c.validation_score_at if s <= c.validation_steps]
+        logs = []
+        for number in range(max(1, c.validation_trajectories // _VALIDATED)):
+            problems = self.mixture.sample(self.config.seed, "validation", number, _VALIDATED).to(self.device)
+            losses = losses_of(self.evaluated, problems, max(steps)).double()
+            rows = [losses[max(0, s - 9) : s + 1].mean(0) if problems.batch_size else losses[s] for s in steps]
+            ratio = torch.stack(rows) / losses[0] + _FLOOR
+            logs.append(ratio.nan_to_num(nan=c.lost_loss).clamp(max=c.lost_loss).log().mean(1))
+        mean = torch.stack(logs).mean(0)
+        return float(mean.mean()), {s: math.exp(v) for s, v in zip(steps, mean.tolist(), strict=True)}
+
+    def _where(self) -> dict[str, Any]:
+        return {
+            "groups": [
+                {
+                    "number": g.number,
+                    "age": g.at.age,
+                    "weights": g.at.weights,
+                    "states": None if g.at.states is None else g.at.states.tensors(),
+                }
+                for g in self.groups
+            ]
+        }
+
+    def _return(self, where: dict[str, Any]) -> None:
+        self.groups = []
+        for saved in where["groups"]:
+            group = self._group(saved["number"])
+            weights = saved["weights"].to(self.device)
+            loss, done = group.at.problems.visit(weights, saved["age"])
+            states = saved["states"]
+            if states is not None:
+                states = EquivariantStates.from_tensors({k: t.to(self.device) for k, t in states.items()})
+            group.at = Rollout(group.at.problems, weights, loss, done, states, saved["age"])
+            self.groups.append(group)
