@@ -46,7 +46,7 @@ class Observation(NamedTuple):
     """What a forward and a backward pass of ``[B]`` networks tell about each layer.
 
     Attributes:
-        inputs: h ``[B, i, n]``, with a row of ones below where the layer has a bias.
+        inputs: h ``[B, i, n]``, with a row of ones below where the layer has a bias; ``[1, i, n]`` if it is shared.
         errors: δ ``[B, o, n]``.
         squares: Mean ``z²``, ``[B]``.
         outputs: z of the last layer, ``[B, o, n]``.
@@ -66,8 +66,7 @@ class Observation(NamedTuple):
     def of(done: Pass) -> Observation:
         """Of a pass that has been made backwards too."""
         mlp = done.mlp
-        batch = done.weights.matrices[0].shape[:-2]
-        hidden = [h.expand(*batch, *h.shape[-2:]) for h in done.hidden]  # the data may be shared
+        hidden = [h if h.dim() == 3 else h[None] for h in done.hidden]  # data that all share are there once
         return Observation(
             [with_row(h) if b else h for h, b in zip(hidden, mlp.biases, strict=True)],
             done.errors,
@@ -444,7 +443,7 @@ class EquivariantOptimizer(nn.Module):
                         one * (math.log(states.age + 1) / 3),
                         one * float(same),
                         one * room,
-                        spectrum.participation.log() / 2,
+                        (spectrum.participation.log() / 2).expand_as(one),
                         errors.participation.log() / 2,
                         size[layer].nan_to_num(0.0).clamp(-20, 3) / 4,
                         one * float(layer == 0),

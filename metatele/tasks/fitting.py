@@ -103,11 +103,13 @@ class Mixture:
         """``count`` problems of one shape; number ``index`` of a stream."""
         draws = generator(seed, stream, index)
         choose = random.Random(int(torch.randint(2**62, (), generator=draws)))
-        kind = choose.choices(("paper", "random", "teacher", "classes", "digits"), (2, 4, 2, 2, 1))[0]
+        kind = choose.choices(("paper", "random", "teacher", "classes", "digits", "wide"), (2, 4, 2, 2, 1, 1))[0]
         if kind == "paper":
             return self._paper(choose, draws, count)
         if kind == "digits":
             return self._digits(choose, draws, count)
+        if kind == "wide":
+            return self._wide(choose, draws, count)
         return self._synthetic(kind, choose, draws, count)
 
     def _width(self, choose: random.Random) -> int:
@@ -178,3 +180,20 @@ class Mixture:
         size = choose.choice((32, 64, 100, 200))
         w = usual_weights(mlp, count, draws)
         return Fitting(mlp, images.train_images.T, images.train_labels, w, CrossEntropy(), size, choose.getrandbits(30))
+
+    def _wide(self, choose: random.Random, draws: torch.Generator, count: int) -> Fitting:
+        """Classification of data with many features of low rank, some of them always zero, like images."""
+        d, rank, classes = choose.randint(100, 400), choose.randint(10, 60), choose.randint(2, 10)
+        size = choose.choice((50, 100, 200))
+        n = size * choose.randint(4, 12)
+        latent = torch.randn(rank, n, generator=draws) * (1 + torch.arange(rank)).pow(-choose.uniform(0, 1))[:, None]
+        mix = torch.randn(d, rank, generator=draws)
+        X = (mix @ latent + choose.uniform(-1, 1) + 0.1 * torch.randn(d, n, generator=draws)).clamp_min(0)
+        X[torch.rand(d, generator=draws) < choose.uniform(0, 0.4)] = 0
+        X = X / X.square().mean().sqrt() * choose.uniform(0.2, 1)
+        teacher = MLP((rank, 30, classes), Tanh(), True)
+        Y = teacher.forward(teacher.unflatten(4 * usual_weights(teacher, 1, draws)[0]), latent)
+        labels = (Y - Y.mean(-1, keepdim=True) + 0.05 * torch.randn(Y.shape, generator=draws)).argmax(-2)
+        mlp = MLP((d, *self._hidden(choose), classes), choose.choice(_ACTIVATIONS), choose.random() < 0.6)
+        w = usual_weights(mlp, count, draws)
+        return Fitting(mlp, X, labels, w, CrossEntropy(), size, choose.getrandbits(30))
