@@ -326,12 +326,12 @@ def data(widths, samples=12, seed=3):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("widths", [(4, 3), (4, 9, 3), (6, 5, 7, 2)])
 def test_steps_of_a_model_are_those_of_the_functional_unroll(widths, bias):
-    model, (x, y) = network(widths, bias=bias), data(widths)
+    model, (x, y) = network(widths, bias=bias).double(), [t.double() for t in data(widths)]
     mlp = MLP(widths, Tanh() if len(widths) > 2 else (), bias)
     fitting = Fitting(mlp, x.T[None], y.T[None], flat(model)[None], MeanSquaredError())
-    expected = steps(single(), fitting, 5).weights[0]
-    run(model, metatele.LearnedOptimizer(model, single()), x, y, 5)
-    torch.testing.assert_close(flat(model), expected, rtol=1e-4, atol=1e-6)
+    expected = steps(trained(), fitting, 5).weights[0]
+    run(model, metatele.LearnedOptimizer(model, trained()), x, y, 5)
+    torch.testing.assert_close(flat(model), expected, rtol=1e-7, atol=1e-9)
 
 
 def test_models_that_begin_with_flatten_are_the_same():

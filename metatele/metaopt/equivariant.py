@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,6 +98,15 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum((-2, -1))
 
 
+def _norm(a: Tensor) -> Tensor:
+    return a.square().sum((-2, -1)).sqrt()
+
+
+def _stacked(values: Iterable[Tensor]) -> Tensor:
+    """A value for each layer, ``[B, layers]``."""
+    return torch.stack(list(values), -1)
+
+
 def _log(x: Tensor) -> Tensor:
     return x.clamp_min(_TINY).log()
 
@@ -164,9 +173,11 @@ class EquivariantStates:
 
     def tensors(self) -> dict[str, Tensor]:
         """Plain tensors by name, for files."""
-        found: dict[str, Tensor] = {}
+        found = {"counters": torch.tensor([self.age, self.averaged, *self.renew], dtype=torch.float64)}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
+            if f.name in ("age", "averaged", "renew"):
+                continue
             for number, part in enumerate(value if isinstance(value, list) else [value]):
                 name = f"{f.name}_{number}" if isinstance(value, list) else f.name
                 if isinstance(part, Spectrum):
@@ -174,7 +185,7 @@ class EquivariantStates:
                 elif isinstance(part, LSTMState):
                     found |= {f"{name}_hidden": part.hidden[0], f"{name}_cell": part.cell[0]}
                 else:
-                    found[name] = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64)
+                    found[name] = part
         return found
 
     @staticmethod
@@ -189,13 +200,14 @@ class EquivariantStates:
         def spectra(name: str) -> list[Spectrum]:
             return [Spectrum(*(found[f"{name}_{i}_{key}"] for key in Spectrum._fields)) for i in layers]
 
+        age, averaged, *renew = map(int, found["counters"].tolist())
         return EquivariantStates(
-            age=int(found["age"]),
-            averaged=int(found["averaged"]),
+            age=age,
+            averaged=averaged,
             lstm=LSTMState((found["lstm_hidden"],), (found["lstm_cell"],)),
             inputs=spectra("inputs"),
             errors=spectra("errors"),
-            renew=[int(found[f"renew_{i}"]) for i in layers],
+            renew=renew,
             **{name: [found[f"{name}_{i}"] for i in layers] for name in _PER_LAYER},  # type: ignore[arg-type]
             **{name: found[name] for name in _JOINT},  # type: ignore[arg-type]
         )
@@ -264,11 +276,15 @@ class EquivariantOptimizer(nn.Module):
         Differentiable in the meta-parameters, and through the states in those of earlier steps; what was seen is
         a constant.
         """
-        seen = seen._replace(gradients=[torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in seen.gradients])
         states, same = self._observed(seen, states)
         now = level(seen.outputs, seen.errors[-1])
         finite = torch.isfinite(now)
-        length = torch.stack([_log(g.norm(dim=(-2, -1))) for g in seen.gradients], -1)
+        length = _stacked(_norm(g) for g in seen.gradients)
+        if not bool(torch.isfinite(length).all()):
+            gradients = [torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in seen.gradients]
+            seen = seen._replace(gradients=gradients)
+            length = _stacked(_norm(g) for g in gradients)
+        length = _log(length)
         if states.age == 0:
             states = dataclasses.replace(states, level=torch.stack([now, now], -1), length=length)
         rise = now - states.level[:, 1]
@@ -411,51 +427,41 @@ class EquivariantOptimizer(nn.Module):
         self, seen: Observation, states: EquivariantStates, now: Tensor, length: Tensor, same: bool
     ) -> Tensor:
         """Numbers about each layer, ``[B, layers, FEATURES]``, free of units and of the order of units."""
-        layers = len(seen.gradients)
-        along, turned, size = [], [], []
-        total = torch.zeros_like(now)
-        for layer, g in enumerate(seen.gradients):
-            change = self._last_change(states, layer)
-            ahead = _inner(g, change)
-            total = total + ahead
-            along.append(_inner(g, states.direction[layer]))
-            turned.append(ahead / (g.norm(dim=(-2, -1)) * change.norm(dim=(-2, -1)) + _TINY))
-            size.append(_log(change.norm(dim=(-2, -1))) - _log(seen.weights[layer].norm(dim=(-2, -1))))
-        one = torch.ones_like(now)
-        n = seen.inputs[0].shape[-1]
-        ratio = (torch.stack(along, -1) / (states.slope + _TINY)).nan_to_num(0.0, 0.0, 0.0).clamp(-3, 1.5)
-        overall = (-total / (states.predicted.abs() + _TINY)).nan_to_num(0.0, 0.0, 0.0).clamp(-3, 3)
+        layers, n = len(seen.gradients), seen.inputs[0].shape[-1]
+        changes = [self._last_change(states, layer) for layer in range(layers)]
+        ahead = _stacked(_inner(g, c) for g, c in zip(seen.gradients, changes, strict=True))
+        along = _stacked(_inner(g, d) for g, d in zip(seen.gradients, states.direction, strict=True))
+        size = _log(_stacked(map(_norm, changes)))
+        weight = _log(_stacked(map(_norm, seen.weights)))
+        one = torch.ones_like(length)
+        overall = -ahead.sum(-1) / (states.predicted.abs() + _TINY)
         trend = (now - states.level[:, 1]).nan_to_num(3.0).clamp(-3, 3)
         since = (now - states.level[:, 0]).nan_to_num(10.0).clamp(-40, 10)
-        steeper = (length - states.length).nan_to_num(0.0).clamp(-5, 5) / 2
-        columns = []
-        for layer in range(layers):
-            spectrum, errors = states.inputs[layer], states.errors[layer]
-            room = math.log(n / seen.inputs[layer].shape[-2]) / 2 if same else 1.0
-            columns.append(
-                torch.stack(
-                    [
-                        ratio[:, layer],
-                        overall,
-                        turned[layer].nan_to_num(0.0).clamp(-1, 1),
-                        trend,
-                        since / 8,
-                        one * (math.log(states.age + 1) / 3),
-                        one * float(same),
-                        one * room,
-                        (spectrum.participation.log() / 2).expand_as(one),
-                        errors.participation.log() / 2,
-                        size[layer].nan_to_num(0.0).clamp(-20, 3) / 4,
-                        one * float(layer == 0),
-                        one * float(layer == layers - 1),
-                        one * (layers - 3),
-                        states.reach[:, layer].clamp(-20, 5) / 4,
-                        steeper[:, layer],
-                    ],
-                    -1,
-                )
-            )
-        return torch.stack(columns, 1)
+        rooms = [math.log(n / h.shape[-2]) / 2 if same else 1.0 for h in seen.inputs]
+        place = [[float(layer == 0), float(layer == layers - 1), layers - 3.0] for layer in range(layers)]
+        fixed = torch.tensor(
+            [
+                [math.log(states.age + 1) / 3, float(same), room, *where]
+                for room, where in zip(rooms, place, strict=True)
+            ],
+            dtype=length.dtype,
+        ).to(length.device)
+        columns = torch.stack(
+            [
+                (along / (states.slope + _TINY)).nan_to_num(0.0, 0.0, 0.0).clamp(-3, 1.5),
+                overall.nan_to_num(0.0, 0.0, 0.0).clamp(-3, 3).unsqueeze(-1) * one,
+                (ahead / (length + size).exp().clamp_min(_TINY)).nan_to_num(0.0).clamp(-1, 1),
+                trend.unsqueeze(-1) * one,
+                since.unsqueeze(-1) / 8 * one,
+                _stacked(s.participation.expand_as(now) for s in states.inputs).log() / 2,
+                _stacked(s.participation for s in states.errors).log() / 2,
+                (size - weight).nan_to_num(0.0).clamp(-20, 3) / 4,
+                states.reach.clamp(-20, 5) / 4,
+                (length - states.length).nan_to_num(0.0).clamp(-5, 5) / 2,
+            ],
+            -1,
+        )
+        return torch.cat([columns, fixed.expand(len(now), -1, -1)], -1)
 
     def _control(self, features: Tensor, states: EquivariantStates) -> tuple[_Controls, LSTMState]:
         """The outputs of the controller for each layer."""
