@@ -437,7 +437,7 @@ class EquivariantOptimizer(nn.Module):
         overall = -ahead.sum(-1) / (states.predicted.abs() + _TINY)
         trend = (now - states.level[:, 1]).nan_to_num(3.0).clamp(-3, 3)
         since = (now - states.level[:, 0]).nan_to_num(10.0).clamp(-40, 10)
-        rooms = [math.log(n / h.shape[-2]) / 2 if same else 1.0 for h in seen.inputs]
+        rooms = [math.log(n / h.shape[-2]) / 2 for h in seen.inputs]
         place = [[float(layer == 0), float(layer == layers - 1), layers - 3.0] for layer in range(layers)]
         fixed = torch.tensor(
             [
