@@ -106,7 +106,8 @@ class TransferTrainer(Trainer):
     def _renewed(self) -> None:
         c, group = self.config.training, self._turn
         horizons = (c.horizon, *c.shorter)
-        if group.at.age >= horizons[group.number % len(horizons)] or 2 * self._lost(group) > c.batch:
+        arrived = bool((group.at.loss < 10 * _FLOOR * group.begun).all())  # nothing is left to learn from
+        if arrived or group.at.age >= horizons[group.number % len(horizons)] or 2 * self._lost(group) > c.batch:
             self.groups[self.update % len(self.groups)] = self._fresh()
 
     def gradients(self) -> Tensor:
