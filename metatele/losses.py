@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from metatele.errors import ConfigError
+from metatele.errors import ConfigError, ShapeMismatchError
 
 
 class Loss(ABC):
@@ -33,6 +33,20 @@ class Loss(ABC):
     @abstractmethod
     def curvature(self, outputs: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
         """``(∂²L/∂y²) r`` for a direction ``r``, ``[..., o, n]``."""
+
+    def check(self, targets: Tensor, outputs: int, inputs: Tensor) -> None:
+        """Refuse targets that do not fit a network with so many outputs on inputs ``[..., d, n]``.
+
+        Raises:
+            ShapeMismatchError: Their shape does not.
+            ConfigError: Their dtype or values do not.
+        """
+        if targets.shape[-2:] != (outputs, inputs.shape[-1]):
+            raise ShapeMismatchError(
+                f"targets must be [..., {outputs}, {inputs.shape[-1]}], a column per sample, got {list(targets.shape)}"
+            )
+        if targets.dtype != inputs.dtype:
+            raise ConfigError(f"targets must be {inputs.dtype} as the inputs are, got {targets.dtype}")
 
     def drift(self, before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
         """Relative change ``|L(after) - L(before)| / |L(before)|`` between two outputs, ``[...]``."""
@@ -90,6 +104,20 @@ class CrossEntropy(Loss):
     """
 
     name: ClassVar[str] = "cross-entropy"
+
+    def check(self, targets: Tensor, outputs: int, inputs: Tensor) -> None:
+        """Class indices ``[..., n]``."""
+        if targets.dim() < 1 or targets.shape[-1] != inputs.shape[-1]:
+            raise ShapeMismatchError(
+                f"targets must be class indices [..., {inputs.shape[-1]}], one per sample, got {list(targets.shape)}"
+            )
+        if targets.dtype != torch.int64:
+            raise ConfigError(f"targets must be class indices of dtype torch.int64, got {targets.dtype}")
+        # Not on a GPU, where looking at values would wait for it.
+        if not targets.is_cuda and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < outputs:
+            raise ConfigError(
+                f"class indices must lie from 0 to {outputs - 1}, got {int(targets.min())} to {int(targets.max())}"
+            )
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """See the class."""
@@ -158,6 +186,9 @@ class Differentiable(Loss):
     function: Callable[[Tensor, Tensor], Tensor]
     name: ClassVar[str] = "differentiable"
 
+    def check(self, targets: Tensor, outputs: int, inputs: Tensor) -> None:
+        """Whatever the function takes."""
+
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """See the class."""
         self._check(outputs)
@@ -168,7 +199,10 @@ class Differentiable(Loss):
         self._check(outputs)
         with torch.enable_grad():
             point = outputs.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.function(point.mT, targets), point)
+            value = self.function(point.mT, targets)
+            if not (isinstance(value, Tensor) and value.requires_grad):
+                raise ConfigError("the loss function must be differentiable in the outputs")
+            (gradient,) = torch.autograd.grad(value, point)
         return gradient
 
     def curvature(self, outputs: Tensor, targets: Tensor, direction: Tensor) -> Tensor:

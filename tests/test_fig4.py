@@ -215,17 +215,24 @@ def test_an_interrupted_run_goes_on_after_the_common_epochs(tmp_path, images, ca
     key, file = {"a": 1}, tmp_path / fig4.STATE
     args = SimpleNamespace(experiment="fig4", lr=0.1, settings="ref", dataset="digits", directions=2, curves=1)
     arms = fig4.arms(args, 1437, 1)[:1]
-    first, second, third = (replicas(images, arms) for _ in range(3))
-    fig4.halfway(first, 1, file, key)
-    fig4.halfway(second, 1, file, key)
+
+    def make():
+        return replicas(images, arms)
+
+    first = fig4.halfway(make, 1, file, key)
+    kept = torch.load(file, weights_only=True)
+    second = fig4.halfway(make, 1, file, key)
     assert "going on from" in capsys.readouterr().out
     assert torch.equal(first.weights.matrices[0], second.weights.matrices[0])
-    file.write_bytes(b"damaged")
-    fig4.halfway(third, 1, file, key)
-    assert "training anew" in capsys.readouterr().out
-    assert torch.equal(first.weights.matrices[0], third.weights.matrices[0])
-    fig4.halfway(first, 1, file, {"a": 2})  # other settings: trained on
-    assert first.epoch == 2
+    torch.save({**kept, "state": {k: v for k, v in kept["state"].items() if k != "history"}}, tmp_path / "half.pt")
+    for damaged in (b"damaged", (tmp_path / "half.pt").read_bytes()):
+        file.write_bytes(damaged)
+        again = fig4.halfway(make, 1, file, key)
+        assert "training anew" in capsys.readouterr().out
+        assert torch.equal(first.weights.matrices[0], again.weights.matrices[0])
+        assert again.history.train_loss[-1].equal(first.history.train_loss[-1])
+    other = fig4.halfway(make, 2, file, {"a": 2})  # other settings
+    assert other.epoch == 2
 
 
 def test_a_change_that_no_norm_makes_is_come_as_near_to_as_can_be(trained):

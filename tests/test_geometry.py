@@ -57,13 +57,9 @@ def name_of(value):
 
 def plain_sharpness(phi, landscape, w):
     """Eq. 4, one displaced loss after another."""
-    return torch.stack(
-        [
-            landscape.value(w + t * d)
-            for d in phi.draw(w.shape[-1], w)
-            for t in torch.tensor(phi.displacements).to(w).tolist()
-        ]
-    ).mean(0)
+    return torch.stack([landscape.value(w + t * d) for d in phi.draw(w.shape[-1], w) for t in phi.displacements]).mean(
+        0
+    )
 
 
 SHARPNESS = {
@@ -707,3 +703,56 @@ def test_lanczos_that_does_not_converge_says_so(monkeypatch):
     monkeypatch.setattr(library, "eigsh", stuck)
     with pytest.raises(ConfigError, match="tolerance 1e-06 was not reached: 2 of 3 eigenvalues were found"):
         largest_eigenvalues(landscape, w, 3)
+
+
+@pytest.mark.parametrize("activation", [LEAKY, Tanh()], ids=str)
+def test_curvature_neither_hides_nor_makes_what_is_not_a_number(activation):
+    for widths in ((8, 6, 4), (8, 6, 5, 4)):
+        landscape, w = problem(activation, widths=widths, batch=(3,), data=())
+        good = Curvature(curves=3).value(landscape.at(w))
+        for bad in (math.nan, math.inf):
+            for place in (0, -1):  # the first layer's weight, and the last layer's bias or weight
+                broken = w.clone()
+                broken[1, place if place == 0 else -6] = bad
+                value = Curvature(curves=3).value(landscape.at(broken))
+                assert torch.isnan(value).tolist() == [False, True, False]
+                torch.testing.assert_close(value[[0, 2]], good[[0, 2]])
+
+
+def test_curvature_of_large_and_small_networks_is_neither_infinite_nor_zero():
+    landscape, w = problem(LEAKY, widths=(8, 6, 4), biases=False)
+    landscape = Landscape(landscape.mlp, landscape.inputs.float(), landscape.targets.float(), landscape.loss)
+    expected = Curvature(curves=3).value(landscape.at(w.float()))
+    for factor in (1e-20, 1e-12, 1e12, 1e18):  # γ is homogeneous in the weights
+        value = Curvature(curves=3).value(landscape.at(w.float() * factor))
+        torch.testing.assert_close(value * factor, expected, rtol=1e-3, atol=0)
+
+
+def test_landscapes_refuse_what_does_not_fit():
+    mlp = MLP((5, 4, 3), LEAKY)
+    x, y = torch.randn(5, 7), torch.randn(3, 7)
+    for given, words in (
+        ((x.mT, y, SquaredError()), r"inputs must be \[..., 5, n\]"),
+        ((x[:, :0], y[:, :0], SquaredError()), r"inputs must be \[..., 5, n\]"),
+        ((x, y[0], SquaredError()), r"targets must be \[..., 3, 7\]"),
+        ((x, y[:1], MeanSquaredError()), r"targets must be \[..., 3, 7\]"),
+        ((x, y.mT, FixedGradient()), r"targets must be \[..., 3, 7\]"),
+        ((x, torch.zeros(1, dtype=torch.int64), CrossEntropy()), r"class indices \[..., 7\]"),
+    ):
+        with pytest.raises(ShapeMismatchError, match=words):
+            Landscape(mlp, *given)
+    for given, words in (
+        ((x, y.double(), SquaredError()), "targets must be torch.float32"),
+        ((x.long(), y, SquaredError()), "inputs must be floating-point numbers"),
+        ((x, torch.full((7,), 3), CrossEntropy()), "class indices must lie from 0 to 2, got 3 to 3"),
+        ((x, torch.zeros(7), CrossEntropy()), "class indices of dtype torch.int64"),
+        ((x, y, nn.functional.mse_loss), "loss must be one of metatele.losses"),
+        ((x, y.tolist(), SquaredError()), "targets must be a tensor, got list"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Landscape(mlp, *given)
+    scene = Landscape(mlp, x, y, SquaredError())
+    with pytest.raises(ConfigError, match=r"weights must be torch\.float32"):
+        scene.at(torch.zeros(32, dtype=torch.float64))
+    with pytest.raises(ShapeMismatchError, match=r"weights must be \[..., 32\]"):
+        scene.at(torch.zeros(0, 32))

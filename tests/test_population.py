@@ -73,8 +73,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
     second = make()
     second.train(3, state=state)
     assert torch.equal(second.flat, whole.flat)
-    with pytest.raises(RunFolderError, match="other networks or settings"):
+    with pytest.raises(RunFolderError, match="other networks, data or settings"):
         make(lr=0.1).train(4, state=state)
+    with pytest.raises(RunFolderError, match="3 epochs behind it, more than the 2 asked"):
+        make().train(2, state=state)
+    kept = torch.load(state, weights_only=True)
+    for name, value in (("flat", kept["flat"][0]), ("epochs", -1), ("epochs", 2.7), ("seconds", float("nan"))):
+        torch.save({**kept, name: value}, state)
+        with pytest.raises(RunFolderError, match="not a readable state"):
+            make().train(4, state=state)
+    torch.save(kept, state)
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(RunFolderError, match="not a readable state"):
         make().train(4, state=state)

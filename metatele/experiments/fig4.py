@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,23 +99,28 @@ def arms(args: Any, samples: int, at: int) -> list[Arm]:
     return result + controls
 
 
-def halfway(replicas: Replicas, at: int, file: Path, key: dict[str, Any]) -> None:
+def halfway(make: Callable[[], Replicas], at: int, file: Path, key: dict[str, Any]) -> Replicas:
     """Train to the teleport, or go on from where an interrupted run of the same settings had come."""
     import torch
 
+    replicas = make()
     if file.is_file():
         try:
             kept = torch.load(io.BytesIO(file.read_bytes()), weights_only=True)
             if kept["key"] == key:
                 replicas.restore(kept["state"])
+                if len(replicas.history.train_loss) != at + 1:
+                    raise ValueError
                 print(f"going on from {file}", flush=True)
-                return
+                return replicas
         except Exception:  # whatever a damaged file raises: it is trained anew and replaced
             print(f"{file} cannot be read, training anew", flush=True)
+            replicas = make()  # some of it may have been restored
     common.run_arms(replicas, at)
     buffer = io.BytesIO()
     torch.save({"key": key, "state": replicas.state()}, buffer)
     write_atomically(file, buffer.getvalue())
+    return replicas
 
 
 def run(args: Any) -> dict[str, Any]:
@@ -132,7 +137,10 @@ def run(args: Any) -> dict[str, Any]:
     count = min(_TRAIN_SAMPLES.get(args.dataset, len(data.train_labels)), len(data.train_labels))
     mlp = MLP((data.features, 32, 10, data.classes), LeakyReLU(0.1))
     chosen = arms(args, count, at)
-    first = Replicas(data, mlp, chosen[:1], range(args.seeds), count, 20, device)
+
+    def alone() -> Replicas:
+        return Replicas(data, mlp, chosen[:1], range(args.seeds), count, 20, device)
+
     key = {
         "dataset": data.sha256,
         "seeds": args.seeds,
@@ -140,8 +148,7 @@ def run(args: Any) -> dict[str, Any]:
         "optimizer": [chosen[0].optimizer.__name__, chosen[0].settings["lr"]],
         "device": str(device),
     }
-    halfway(first, at, out / STATE, key)
-    replicas = first.branched(chosen)
+    replicas = halfway(alone, at, out / STATE, key).branched(chosen)
     print(f"{len(chosen) - 1} teleports at epoch {at}", flush=True)
     history = common.run_arms(replicas, args.epochs - at)
     doc = common.document(args.experiment, args, data, chosen, history, replicas)
@@ -328,6 +335,6 @@ def main(arguments: Sequence[str], experiment: str = "fig4", description: str | 
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise ConfigError(f"--lr must be positive, got {args.lr}")
     out = common.folder(experiment, args)
-    doc = common.stored(out) if args.redraw else run(args)
+    doc = common.stored(out, args.experiment) if args.redraw else run(args)
     common.finish(doc, out, table, figure, note=note(doc))
     (out / STATE).unlink(missing_ok=True)

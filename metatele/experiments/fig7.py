@@ -112,5 +112,5 @@ def main(arguments: Sequence[str]) -> None:
     out = Path(args.out)
     if not args.redraw:
         make_folder(out)
-    doc = common.stored(out) if args.redraw else run(args.steps)
+    doc = common.stored(out, "fig7") if args.redraw else run(args.steps)
     common.finish(doc, out, table, figure, "displacement.png", note(doc))

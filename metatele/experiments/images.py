@@ -43,19 +43,22 @@ def folder(name: str, args: argparse.Namespace) -> Path:
     return Path(args.out or f"results/{name}-{args.dataset}")
 
 
-def stored(out: Path) -> dict[str, Any]:
-    """Results of an earlier run.
+def stored(out: Path, *names: str) -> dict[str, Any]:
+    """Results of an earlier run of one of the experiments named.
 
     Raises:
-        RunFolderError: There are none, or none that can be read.
+        RunFolderError: There are none, none that can be read, or those of another experiment.
     """
     try:
         doc: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
         if doc["format"] != FORMAT:
             raise ValueError
-        doc["arms"]
+        if not doc["arms"] or not all(isinstance(arm, dict) for arm in doc["arms"]):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"there is no readable results.json in {out}") from error
+    if names and doc.get("experiment") not in names:
+        raise RunFolderError(f"{out} holds results of {doc.get('experiment')}, not of {' or '.join(names)}")
     return doc
 
 

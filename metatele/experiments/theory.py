@@ -573,5 +573,5 @@ def main(arguments: Sequence[str]) -> None:
     out = Path(args.out)
     if not args.redraw:
         make_folder(out)
-    doc = common.stored(out) if args.redraw else run(args.seeds, args.steps)
+    doc = common.stored(out, "theory") if args.redraw else run(args.seeds, args.steps)
     common.finish(doc, out, table, figure, "theory.png", note(doc))

@@ -328,22 +328,26 @@ def curvatures(
     """
     order = 3 if slope else 2
     rows = derivatives(landscape, weights, M, order, coordinates=True, truncate=truncate, pre=pre)
+    # In units of the largest entry of γ', so that no square over- or underflows; κ is in units of its inverse.
+    unit = torch.stack([part.detach().abs().amax((-2, -1)) for part in rows[0]]).amax(0)
+    unit = torch.where(unit == 0, 1.0, unit)
+    rows = [[part / unit[..., None, None] for part in row] for row in rows]
     first, second = rows[0], rows[1]
     squared = _inner(first, first)
-    moving = squared > 0
+    moving = squared != 0  # what is not a number stays so
     safe = torch.where(moving, squared, 1.0)
     along = _inner(first, second) / safe
     bend = [b - along[..., None, None] * a for a, b in zip(first, second, strict=True)]
     size = _root(_inner(bend, bend))
     kappa = torch.where(moving, size / safe, 0.0)
     if not slope:
-        return Curvatures(kappa, None)
+        return Curvatures(kappa / unit, None)
     third = rows[2]
     straight = size == 0
     ahead = _inner(first, third) / safe
     rest = [c - ahead[..., None, None] * a for a, c in zip(first, third, strict=True)]
     turning = torch.where(straight, _root(_inner(rest, rest)), _inner(bend, third) / torch.where(straight, 1.0, size))
-    return Curvatures(kappa, torch.where(moving, turning / safe - 3 * kappa * along, 0.0))
+    return Curvatures(kappa / unit, torch.where(moving, turning / safe - 3 * kappa * along, 0.0) / unit)
 
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -353,8 +357,8 @@ def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 def _root(square: Tensor) -> Tensor:
     """Square root with derivative zero at zero."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+    zero = square <= 0  # false for what is not a number
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 
 
 @dataclass(frozen=True)
@@ -363,8 +367,8 @@ class Curvature(Objective):
 
     The M are the same for every network and every call. Entries are uniform on [0, 1] and the Frobenius norm is 1,
     as in the reference implementation, one M for each hidden layer, all layers in one curve. Memory is
-    bounded by chunks. Of several networks, one that has no such curve (weights not finite, hidden units rank
-    deficient) gets not a number and leaves the others alone; a single one is an error.
+    bounded by chunks. A network whose weights are not finite gets not a number. Of several networks, one whose
+    hidden units are rank deficient does too and leaves the others alone; a single one is an error.
 
     Args:
         curves: k.
@@ -389,6 +393,8 @@ class Curvature(Objective):
 
     def __post_init__(self) -> None:
         """Check settings."""
+        if not isinstance(self.curves, int) or not isinstance(self.seed, int):
+            raise ConfigError(f"curves and seed must be whole numbers, got {self.curves!r} and {self.seed!r}")
         if self.curves < 1:
             raise ConfigError(f"curves must be at least 1, got {self.curves}")
 

@@ -73,6 +73,11 @@ class LocalLoss:
         bend = self.hessian_product(self.gradient).detach().norm() / length
         return bend + (self.third().norm() / length).sqrt()
 
+    def bend(self, field: VelocityFunction) -> Tensor:
+        """``‖∇²L v‖/‖v‖`` of a field v."""
+        v = self.velocity(field).detach()
+        return ratio(self.hessian_product(v).detach().norm(), v.norm())
+
     def velocity(self, field: VelocityFunction) -> Tensor:
         """The field at the point, ``[P]``, in the graph.
 
@@ -315,7 +320,8 @@ def _newton_step(here: LocalLoss, fields: list[VelocityFunction]) -> tuple[float
     graphs = [here.velocity(field) for field in fields]
     velocities = torch.stack([a.detach() for a in graphs])
     c = toward.detach() @ velocities.T
-    longest = toward.detach().norm() + ratio(here.rate(), g.norm())
+    rate = max(here.rate(), *(here.bend(field) for field in fields))
+    longest = toward.detach().norm() + ratio(rate, g.norm())
     size = float(ratio(c.abs(), velocities.norm(dim=-1) * longest).max())
 
     K = torch.stack([velocities @ derivative(toward @ a, here.w).detach() for a in graphs])

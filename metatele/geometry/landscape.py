@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from metatele.errors import NotExactError, SingularInputError
+from metatele.errors import ConfigError, NotExactError, ShapeMismatchError, SingularInputError
 from metatele.losses import Loss
 from metatele.mlp import MLP, Pass, Weights
 from metatele.symmetry import (
@@ -38,6 +38,10 @@ class Landscape:
         loss: Of the outputs.
         stored: The weights are kept in this dtype: those of a point are rounded to it.
 
+    Raises:
+        ShapeMismatchError: Inputs or targets are not of these shapes.
+        ConfigError: They are not of one dtype, or the loss is none.
+
     Example:
         >>> import torch
         >>> from metatele.activations import Identity
@@ -53,8 +57,34 @@ class Landscape:
     loss: Loss
     stored: torch.dtype | None = None
 
+    def __post_init__(self) -> None:
+        """Check that the parts fit each other."""
+        if not isinstance(self.loss, Loss):
+            raise ConfigError(
+                f"loss must be one of metatele.losses (a function goes into Differentiable), got {self.loss!r}"
+            )
+        for name in ("inputs", "targets"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise ConfigError(f"{name} must be a tensor, got {type(getattr(self, name)).__name__}")
+        x, d = self.inputs, self.mlp.widths[0]
+        if x.dim() < 2 or x.shape[-2] != d or x.shape[-1] < 1:
+            raise ShapeMismatchError(f"inputs must be [..., {d}, n], one column per sample, got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise ConfigError(f"inputs must be floating-point numbers, got {x.dtype}")
+        self.loss.check(self.targets, self.mlp.widths[-1], x)
+
     def at(self, flat: Tensor) -> Point:
-        """The loss and its derivatives at weights ``[..., P]``."""
+        """The loss and its derivatives at weights ``[..., P]``.
+
+        Raises:
+            ShapeMismatchError: They are not the network's, or there are none.
+            ConfigError: Their dtype is not that of the inputs.
+        """
+        if not isinstance(flat, Tensor) or flat.dim() < 1 or not flat.numel():
+            what = list(flat.shape) if isinstance(flat, Tensor) else type(flat).__name__
+            raise ShapeMismatchError(f"weights must be [..., {self.mlp.num_parameters}], got {what}")
+        if flat.dtype != self.inputs.dtype:
+            raise ConfigError(f"weights must be {self.inputs.dtype} as the inputs are, got {flat.dtype}")
         kept = flat.detach() if self.stored is None else flat.detach().to(self.stored).to(flat.dtype)
         point = Point(self, self.mlp.unflatten(kept))
         point.flat = kept

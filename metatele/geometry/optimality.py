@@ -53,8 +53,8 @@ class OptimalityReport(NamedTuple):
 
     Attributes:
         enough: The verdict: all points are optimal, and stay so.
-        commutator: ``[A, R]L`` of each field at the points given, over ``2‖a‖‖∇L‖`` and the rate at which the
-            gradient changes along itself; between -1 and 1, ``[..., m]``.
+        commutator: ``[A, R]L`` of each field at the points given, over ``2‖a‖‖∇L‖`` and the largest rate
+            at which the gradient changes, along itself or along a field; between -1 and 1, ``[..., m]``.
         points: Where one teleport led, ``[..., P]``; the points given if they were not moved.
         commutator_after: As ``commutator``, at ``points``.
         derivatives: ``R[A, R]L, RR[A, R]L, …`` at ``points``, in the same units, ``[..., m, orders]``.
@@ -161,7 +161,9 @@ def _checked(here: LocalLoss, fields: list[VelocityFunction], number: int, toler
 
 def _brackets(here: LocalLoss, fields: list[VelocityFunction], orders: int) -> Tensor:
     """``[A, R]L`` and its derivatives along the flow, scale-free, ``[m, orders + 1]``."""
-    rate, length = here.rate(), here.gradient.detach().norm()
+    # Along the fields too: a loss that is linear along its flow, like a distance, bends only across it.
+    rate = max(here.rate(), *(here.bend(field) for field in fields))
+    length = here.gradient.detach().norm()
     rows = []
     for field in fields:
         value, row = here.bracket(field), []

@@ -58,8 +58,15 @@ class Sharpness(Objective):
 
     def __post_init__(self) -> None:
         """Check settings."""
-        if not self.displacements or not all(math.isfinite(t) for t in self.displacements):
-            raise ConfigError(f"displacements must be a list of finite numbers, got {self.displacements}")
+        try:
+            steps = tuple(float(t) for t in self.displacements)
+        except (TypeError, ValueError):
+            steps = ()
+        if not steps or not all(map(math.isfinite, steps)):
+            raise ConfigError(f"displacements must be a list of finite numbers, got {self.displacements!r}")
+        object.__setattr__(self, "displacements", steps)
+        if not isinstance(self.directions, int) or not isinstance(self.seed, int):
+            raise ConfigError(f"directions and seed must be whole numbers, got {self.directions!r} and {self.seed!r}")
         if self.directions < 1:
             raise ConfigError(f"directions must be at least 1, got {self.directions}")
 
@@ -89,7 +96,7 @@ class Sharpness(Objective):
         networks = min(count, fit)
         moves = min(len(self.displacements), max(1, fit // networks))
         group = min(self.directions, max(1, fit // (networks * moves)))
-        steps = torch.tensor(self.displacements).to(scene.pre)
+        steps = torch.tensor(self.displacements, dtype=scene.pre.dtype, device=scene.pre.device)
         total = scene.pre.new_zeros(count)
         by_pre, by_tail = torch.zeros_like(scene.pre), torch.zeros_like(scene.tail)
         drawn = self.draw(point.flat.shape[-1], point.flat)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError, UnsupportedModelError
-from metatele.geometry import GradientNorm, Landscape, objective
+from metatele.geometry import GradientNorm, Landscape, Objective, objective
 from metatele.losses import Differentiable, FixedGradient
 from metatele.optim.conjugate import Conjugation
 from metatele.optim.modules import PassCapture, flat_modules, read_sequential
@@ -424,7 +424,7 @@ def teleport_(
     inputs: Tensor,
     targets: Tensor,
     loss_fn: LossFunction,
-    objective: str | TeleportMove = "grad-norm",
+    objective: str | Objective | TeleportMove = "grad-norm",
     **settings: Any,
 ) -> Report:
     """Teleport a model's weights in place, once, on one batch.
@@ -434,8 +434,9 @@ def teleport_(
         inputs: What the model is called with.
         targets: What ``loss_fn`` takes beside the model's output.
         loss_fn: Gives a scalar, like ``torch.nn.functional.cross_entropy``.
-        objective: What to raise (``grad-norm``), or a teleport move to make.
-        **settings: Of :class:`~metatele.teleport.Ascent`, for an objective given by name.
+        objective: What to raise, by name (``grad-norm``, ``sharpness``, ``curvature``) or as an
+            :class:`~metatele.geometry.Objective`; or a teleport move to make.
+        **settings: Of :class:`~metatele.teleport.Ascent`, for an objective.
 
     Returns:
         Loss and objective before and after, drift, whether it was rolled back, seconds.
@@ -460,14 +461,16 @@ def teleport_(
     return result.report
 
 
-def _move(wanted: str | TeleportMove, settings: dict[str, Any]) -> TeleportMove:
+def _move(wanted: str | Objective | TeleportMove, settings: dict[str, Any]) -> TeleportMove:
     if isinstance(wanted, TeleportMove):
         if settings:
             raise ConfigError(f"{sorted(settings)[0]} belongs to the move that was given")
         return wanted
+    if isinstance(wanted, Objective):
+        settings = {"objective": wanted, **settings}
     if "lr" in settings:
         settings = {"rate": "fixed", **settings}
-    known = {f.name for f in dataclasses.fields(Ascent)} - {"objective"}
+    known = {f.name for f in dataclasses.fields(Ascent)} - ({"objective"} if isinstance(wanted, str) else set())
     if unknown := sorted(set(settings) - known):
         raise ConfigError(f"an ascent has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    return Ascent(objective=objective(wanted), **settings)
+    return Ascent(**settings) if isinstance(wanted, Objective) else Ascent(objective=objective(wanted), **settings)

@@ -52,6 +52,10 @@ class Ascent(TeleportMove):
     def __post_init__(self) -> None:
         """Check settings."""
         super().__post_init__()
+        if not isinstance(self.objective, Objective):
+            raise ConfigError(f"objective must be an Objective such as Curvature(), got {self.objective!r}")
+        if math.isnan(self.cap):
+            raise ConfigError("cap must be a number, got nan")
         if self.rate not in RATES:
             raise ConfigError(f"rate must be one of {', '.join(RATES)}, got {self.rate!r}")
         if self.rate == "fixed" and not 0 < self.lr < math.inf:

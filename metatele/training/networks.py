@@ -49,12 +49,16 @@ class Networks:
                 f"train_samples must lie between the batch size ({batch_size}) and {len(images.train_labels)}, "
                 f"got {count}"
             )
+        if not len(seeds):
+            raise ConfigError("seeds must name at least one network")
+        if mlp.widths[-1] < images.classes:
+            raise ConfigError(f"{images.name} has {images.classes} classes, the network gives {mlp.widths[-1]} outputs")
         self.mlp, self.seeds, self.batch_size = mlp, list(seeds), batch_size
         self.device = torch.device(device)
         self.train_images = images.train_images[:count].to(self.device)
         self.train_labels = images.train_labels[:count].to(self.device)
         self.test_images, self.test_labels = images.test_images.to(self.device), images.test_labels.to(self.device)
-        self.loss = CrossEntropy()
+        self.sha256, self.loss = images.sha256, CrossEntropy()
 
     def initial(self) -> Weights:
         """Weights uniform on ``±1/√fan_in``, ``[seeds, ...]``."""
@@ -75,6 +79,8 @@ class Networks:
     @torch.no_grad()
     def evaluated(self, weights: Weights, split: str) -> tuple[Tensor, Tensor]:
         """Mean loss and accuracy ``[m]`` of networks ``[m, ...]`` on the ``train`` or ``test`` samples, float64."""
+        if split not in ("train", "test"):
+            raise ConfigError(f"split must be train or test, got {split!r}")
         images, labels = (
             (self.train_images, self.train_labels) if split == "train" else (self.test_images, self.test_labels)
         )

@@ -90,7 +90,7 @@ class Population(Networks):
             RunFolderError: The file holds the state of other networks, or cannot be read.
         """
         if state is not None and state.exists():
-            self._load(state)
+            self._load(state, epochs)
         while self.epochs < epochs:
             begin_s = time.perf_counter()
             order = torch.randperm(len(self.train_labels), generator=generator(0, "train", self.epochs))
@@ -152,7 +152,8 @@ class Population(Networks):
         return Landscape(self.mlp, self.train_images[index].T[None], self.train_labels[index][None], self.loss)
 
     def _identity(self) -> list[float]:
-        return [float(v) for v in (*self.mlp.widths, *self.seeds, self.lr, self.batch_size, len(self.train_labels))]
+        sizes = (*self.mlp.widths, *self.seeds, self.lr, self.batch_size, len(self.train_labels))
+        return [float(v) for v in sizes] + [float(byte) for byte in bytes.fromhex(self.sha256)]
 
     def _save(self, path: Path) -> None:
         buffer = io.BytesIO()
@@ -160,15 +161,23 @@ class Population(Networks):
         torch.save(kept, buffer)
         write_atomically(path, buffer.getvalue())
 
-    def _load(self, path: Path) -> None:
+    def _load(self, path: Path, most: int) -> None:
         try:
             kept = torch.load(path, map_location=self.device, weights_only=True)
-            of, flat = kept["of"], kept["flat"]
-            self.epochs, self.seconds = int(kept["epochs"]), float(kept["seconds"])
+            of, flat, epochs, seconds = kept["of"], kept["flat"], kept["epochs"], kept["seconds"]
+            readable = flat.shape == self.flat.shape and flat.dtype == self.flat.dtype and type(epochs) is int
+            readable = readable and epochs >= 0 and 0 <= seconds < float("inf")
         except Exception as error:  # torch raises many kinds for damaged files
             raise RunFolderError(f"{path} is not a readable state; delete it to begin anew") from error
         if of != self._identity():
-            raise RunFolderError(f"{path} is the state of other networks or settings; delete it to begin anew")
+            raise RunFolderError(f"{path} is the state of other networks, data or settings; delete it to begin anew")
+        if not readable:
+            raise RunFolderError(f"{path} is not a readable state; delete it to begin anew")
+        if epochs > most:
+            raise RunFolderError(
+                f"{path} has {epochs} epochs behind it, more than the {most} asked; delete it to begin anew"
+            )
+        self.epochs, self.seconds = epochs, float(seconds)
         for old, new in zip(self.weights, self.mlp.unflatten(flat), strict=True):
             for target, source in zip(old, new, strict=True):
                 if target is not None and source is not None:
