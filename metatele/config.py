@@ -426,7 +426,7 @@ def preset(name: str, method: str = "update-tele", **changes: Any) -> RunConfig:
 
 
 _TRANSFER: dict[str, Any] = {
-    "trajectories": 8 * 150,
+    "trajectories": 8 * 200,
     "batch": 8,
     "groups": 12,
     "horizon": 300,

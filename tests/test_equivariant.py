@@ -417,3 +417,17 @@ def test_scaled_and_clipped_gradients_are_understood():
             p.grad /= 2.0**12
         optimizer.step()
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-4, atol=1e-6)
+
+
+def test_a_spectrum_that_single_precision_does_not_give_comes_from_double(monkeypatch):
+    """LAPACK returns NaN for some rank-deficient matrices in single precision, and says nothing."""
+    plain = torch.linalg.eigh
+
+    def unsteady(matrices):
+        values, vectors = plain(matrices)
+        return (values, vectors) if matrices.dtype == torch.float64 else (values * math.nan, vectors)
+
+    A = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+    expected = Spectrum.of((A @ A.T).double())
+    monkeypatch.setattr(torch.linalg, "eigh", unsteady)
+    torch.testing.assert_close(Spectrum.of(A @ A.T).values, expected.values.float(), rtol=1e-4, atol=1e-5)

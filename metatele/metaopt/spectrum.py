@@ -106,8 +106,12 @@ class Spectrum(NamedTuple):
 
 
 def _eigenpairs(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors; LAPACK gives up on some matrices in single precision, with an error or without."""
     try:
-        return torch.linalg.eigh(matrices)
-    except RuntimeError:  # LAPACK gives up on some matrices in single precision
-        values, vectors = torch.linalg.eigh(matrices.double())
-        return values.to(matrices.dtype), vectors.to(matrices.dtype)
+        values, vectors = torch.linalg.eigh(matrices)
+        if bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):
+            return values, vectors
+    except RuntimeError:
+        pass
+    values, vectors = torch.linalg.eigh(matrices.double())
+    return values.to(matrices.dtype), vectors.to(matrices.dtype)
