@@ -39,6 +39,7 @@ _FLOOR = 0.01  # of a mean squared pre-activation
 _START = -2.5  # log of the first step size, in units of the change that makes pre-activations as large as they are
 _LARGEST = 1.5  # change of the log of a step size in one step
 _FOLLOW = 0.7
+_SLOW = 4  # steps between two spectra of running averages, at least
 _SHORTEN = 0.25  # of a step after which the output's gradient had grown too much
 
 
@@ -376,22 +377,26 @@ class EquivariantOptimizer(nn.Module):
         share = max(1 - decay, 1 / averaged)
         renewed: dict[str, Any] = {name: [] for name in ("input_moments", "error_moments", "inputs", "errors", "renew")}
         for layer, (h, e) in enumerate(zip(seen.inputs, seen.errors, strict=True)):
-            S, G = h @ h.mT / h.shape[-1], e @ e.mT
-            G = G / G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(_TINY)
-            if states.age and share < 1:
-                S = states.input_moments[layer].lerp(S, share)
-                G = states.error_moments[layer].lerp(G, share)
+            # The work for a spectrum grows with the cube of the width, that for a step with its square.
+            period = max(1, math.ceil((max(h.shape[-2], e.shape[-2]) / self.config.small) ** 2))
+            if states.age and not same:
+                period = max(period, _SLOW)
+            due = states.age >= states.renew[layer]
+            # Running averages need not take in every batch between two spectra.
+            if due or same or states.age % max(1, min(period // _SLOW, states.age // 4)) == 0:
+                S, G = h @ h.mT / h.shape[-1], e @ e.mT
+                G = G / G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(_TINY)
+                if states.age and share < 1:
+                    S = states.input_moments[layer].lerp(S, share)
+                    G = states.error_moments[layer].lerp(G, share)
+            else:
+                S, G = states.input_moments[layer], states.error_moments[layer]
             renewed["input_moments"].append(S)
             renewed["error_moments"].append(G)
-            if states.age >= states.renew[layer]:
-                period = max(1, math.ceil((max(S.shape[-1], G.shape[-1]) / self.config.small) ** 2))
-                renewed["inputs"].append(Spectrum.of(S, self.config.keep))
-                renewed["errors"].append(Spectrum.of(G, self.config.keep))
-                renewed["renew"].append(states.age + min(period, states.age // 2 + 1))
-            else:
-                renewed["inputs"].append(states.inputs[layer])
-                renewed["errors"].append(states.errors[layer])
-                renewed["renew"].append(states.renew[layer])
+            renewed["inputs"].append(Spectrum.of(S, self.config.keep) if due else states.inputs[layer])
+            renewed["errors"].append(Spectrum.of(G, self.config.keep) if due else states.errors[layer])
+            wait = min(period, states.age // 2 + 1) if due else 0
+            renewed["renew"].append(states.age + wait if due else states.renew[layer])
         return dataclasses.replace(states, averaged=averaged, fingerprint=fingerprint, **renewed), same
 
     def _initial(self, seen: Observation, fingerprint: Tensor) -> EquivariantStates:

@@ -47,7 +47,7 @@ class Spectrum(NamedTuple):
         """
         k = moment.shape[-1]
         scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-        sound = torch.isfinite(moment).all(-1).all(-1) & (scale > 0)
+        sound = torch.isfinite(scale) & (scale > 0)  # a second moment is no larger than its diagonal
         scale = torch.where(sound, scale, 1.0)
         eye = torch.eye(k, dtype=moment.dtype, device=moment.device)
         values, vectors = _eigenpairs(torch.where(sound[..., None, None], moment / scale[..., None, None], eye))
@@ -109,7 +109,7 @@ def _eigenpairs(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and vectors; LAPACK gives up on some matrices in single precision, with an error or without."""
     try:
         values, vectors = torch.linalg.eigh(matrices)
-        if bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):
+        if bool(torch.isfinite(values).all()):
             return values, vectors
     except RuntimeError:
         pass
