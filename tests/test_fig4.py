@@ -11,7 +11,7 @@ import torch
 
 from metatele.activations import LeakyReLU
 from metatele.data import load_images
-from metatele.errors import ConfigError, SingularInputError
+from metatele.errors import ConfigError, DivergedError, SingularInputError
 from metatele.experiments import fig4
 from metatele.experiments.__main__ import main
 from metatele.geometry import Curvature, Landscape, Sharpness
@@ -242,3 +242,9 @@ def test_a_change_that_no_norm_makes_is_come_as_near_to_as_can_be(trained):
     assert (report.drift > 0.01).all()
     assert (report.drift < 1e2).all()
     assert not report.rolled_back.any()
+
+
+def test_training_that_diverges_is_said_so(tmp_path, capsys):
+    with pytest.raises(DivergedError, match="diverged before the teleport at epoch 1: lower --lr"):
+        main(["fig4", "--out", str(tmp_path), "--lr", "1e4", "--seeds", "2", "--epochs", "2"])
+    assert not (tmp_path / fig4.STATE).exists()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metatele.command_line import whole_number
-from metatele.errors import ConfigError
+from metatele.errors import ConfigError, DivergedError
 from metatele.experiments import images as common
 from metatele.files import write_atomically
 
@@ -125,6 +125,8 @@ def halfway(make: Callable[[], Replicas], at: int, file: Path, key: dict[str, An
 
 def run(args: Any) -> dict[str, Any]:
     """All arms and seeds in one program; the content of ``results.json``."""
+    import torch
+
     from metatele.activations import LeakyReLU
     from metatele.mlp import MLP
     from metatele.training.replicas import Replicas
@@ -148,7 +150,11 @@ def run(args: Any) -> dict[str, Any]:
         "optimizer": [chosen[0].optimizer.__name__, chosen[0].settings["lr"]],
         "device": str(device),
     }
-    replicas = halfway(alone, at, out / STATE, key).branched(chosen)
+    first = halfway(alone, at, out / STATE, key)
+    if not all(bool(torch.isfinite(W).all()) for W in first.weights.matrices):
+        (out / STATE).unlink(missing_ok=True)
+        raise DivergedError(f"training diverged before the teleport at epoch {at}: lower --lr")
+    replicas = first.branched(chosen)
     print(f"{len(chosen) - 1} teleports at epoch {at}", flush=True)
     history = common.run_arms(replicas, args.epochs - at)
     doc = common.document(args.experiment, args, data, chosen, history, replicas)

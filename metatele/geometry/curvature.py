@@ -227,14 +227,21 @@ def derivatives(
         if truncated:
             moved: Jet = _times(S, [landscape.truncated_inverse.unsqueeze(-3), *still])
         elif layer == 0 and tall and coordinates:
-            turn = landscape.inverse_factor.unsqueeze(-3)
+            try:
+                turn = landscape.inverse_factor.unsqueeze(-3)
+            except SingularInputError as error:
+                raise SingularInputError(f"{error}; truncate=True takes data of any rank") from None
             moved = [None, *(None if s is None else _shared(s, turn) for s in S[1:])]
         elif before is not None and given.shape[-1] >= given.shape[-2]:
             # (gA)⁺ = A⁺g⁻¹ where A has full row rank; the bias's ones are not moved.
             fixed = pseudo_inverse(given, rank_tolerance=RANK)
             moved = _acted_from_the_right([None, *(None if s is None else s @ fixed for s in S[1:])], before)
         else:
-            moved = _times(S, _pseudo_inverse(seen))
+            try:
+                moved = _times(S, _pseudo_inverse(seen))
+            except SingularInputError as error:
+                hint = "; truncate=True takes data of any rank" if layer == 0 and not truncate else ""
+                raise SingularInputError(f"{error}{hint}") from None
         for j in range(order):
             # Behind the first layer the weights already move: they are U g⁻¹ of the layer before.
             part = _add(moved[j + 1], _joined(W[j + 1], bias))
