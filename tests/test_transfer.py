@@ -1,0 +1,154 @@
+"""Meta-training of the equivariant family: resumable, published and evaluated like the flat one."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+import metatele
+from metatele import checkpoint
+from metatele.cli.evaluate import main as evaluate
+from metatele.cli.train import main as train_main
+from metatele.config import TransferConfig, from_dict, stored_config, to_dict, transfer
+from metatele.errors import CheckpointError, ConfigError, RunFolderError
+from metatele.metaopt import EquivariantOptimizer
+from metatele.training.run import read_state, train
+from metatele.training.transfer import TransferTrainer
+
+SMALL = {
+    "trajectories": 12,
+    "batch": 2,
+    "groups": 3,
+    "horizon": 8,
+    "shorter": (4,),
+    "unroll": 4,
+    "widest": 12,
+    "hidden": 8,
+    "validation_trajectories": 8,
+    "validation_steps": 10,
+    "validation_score_at": (5, 10),
+    "validation_every": 4,
+    "save_every": 4,
+    "log_every": 4,
+}
+
+
+def parameters(optimizer):
+    return torch.cat([p.detach().flatten() for p in optimizer.parameters()])
+
+
+def test_training_lowers_the_losses_it_reaches():
+    trainer = TransferTrainer(transfer(**{**SMALL, "trajectories": 120, "groups": 6, "batch": 4}))
+    before, _ = trainer.validate()
+    while not trainer.finished:
+        trainer.step()
+    after, losses = trainer.validate()
+    assert after < before
+    assert set(losses) == {5, 10}
+    assert all(0 < value < 1 for value in losses.values())
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
+    config = transfer(**SMALL)
+    assert config.training.updates == 12
+    whole = train(config, tmp_path / "whole", quiet=True)
+    part = TransferTrainer(config)
+    for _ in range(7):  # past the end of some horizons, in the middle of others
+        part.step()
+    torch.save(part.state_dict(), tmp_path / "state.pt")
+    again = TransferTrainer(config)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    while not again.finished:
+        again.step()
+    assert torch.equal(parameters(again.optimizer), parameters(whole.optimizer))
+    assert torch.equal(parameters(again.averaged), parameters(whole.averaged))
+    assert again.started == whole.started > 3
+    state = read_state(tmp_path / "whole")
+    assert stored_config(state["config"]) == config
+    del state["trajectories"]["groups"][0]["weights"]
+    with pytest.raises(CheckpointError, match="does not fit its configuration"):
+        TransferTrainer(config).load_state_dict(state)
+
+
+def test_a_run_folder_is_resumed_and_refused_as_that_of_the_flat_family(tmp_path):
+    config = transfer(**SMALL)
+    train(config, tmp_path / "run", quiet=True)
+    train(config, tmp_path / "run", resume=True, quiet=True)  # finished: nothing to do
+    with pytest.raises(RunFolderError, match="other settings: seed is 1 here and 0 there"):
+        train(transfer(seed=1, **SMALL), tmp_path / "run", resume=True)
+    with pytest.raises(RunFolderError, match="other settings: its preset is transfer"):
+        train(metatele.config.preset("quick"), tmp_path / "run", resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines if "meta_loss" in line] == [4, 8, 12]
+    assert all(math.isfinite(line["meta_loss"]) for line in lines if "meta_loss" in line)
+
+
+def test_checkpoints_hold_the_family_and_load_for_any_shape(tmp_path):
+    config = transfer(**SMALL)
+    optimizer = EquivariantOptimizer(config.method, seed=3)
+    checkpoint.save(tmp_path / "c", optimizer, run=config)
+    loaded = metatele.load(tmp_path / "c")
+    assert loaded.method == config.method
+    assert loaded.task == config.task
+    assert torch.equal(parameters(loaded.optimizer), parameters(optimizer))
+    for widths in ((3, 2), (7, 30, 5), (4, 6, 5, 3)):
+        layers = [layer for d, o in pairwise(widths) for layer in (torch.nn.Linear(d, o), torch.nn.Tanh())]
+        model = torch.nn.Sequential(*layers[:-1])
+        step = metatele.LearnedOptimizer(model, tmp_path / "c")
+        before = [p.detach().clone() for p in model.parameters()]
+        model(torch.randn(9, widths[0])).square().mean().backward()
+        step.step()
+        assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    document = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert document["family"] == "equivariant"
+    assert document["name"] == "Equivariant(update,tele)"
+
+
+def test_the_published_checkpoint_learns_digits_faster_than_adam():
+    from metatele.data import load_images
+
+    images = load_images("digits")
+    x, y = images.train_images, images.train_labels
+    losses = []
+    for make in (
+        lambda m: metatele.LearnedOptimizer(m, "checkpoints/transfer"),
+        lambda m: torch.optim.Adam(m.parameters(), 1e-2),
+    ):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+        optimizer = make(model)
+        for _ in range(2):
+            for batch in torch.randperm(len(x)).split(100):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+                optimizer.step()
+        losses.append(float(torch.nn.functional.cross_entropy(model(x), y).detach()))
+    assert losses[0] < 0.5 * losses[1]
+
+
+def test_the_programs_know_the_family(tmp_path, capsys):
+    flags = ["--trajectories", "4", "--batch", "2", "--groups", "2", "--horizon", "4", "--shorter", "none"]
+    flags += ["--unroll", "2", "--widest", "9", "--validation-trajectories", "4", "--validation-steps", "10"]
+    flags += ["--validation-score-at", "10", "--quiet"]
+    train_main(["transfer", "--family", "equivariant", *flags, "--out", str(tmp_path / "run")])
+    evaluate([str(tmp_path / "run"), "--trajectories", "2", "--steps", "5", "--out", str(tmp_path / "e")])
+    curves = json.loads((tmp_path / "e" / "curves.json").read_text())
+    assert curves["methods"][0]["name"] == "Equivariant(update,tele)"
+    assert len(curves["methods"][0]["loss"]["mean"]) == 6
+    for given, words in (
+        (["quick", "--family", "equivariant"], "the preset quick is for the family flat"),
+        (["transfer", "--family", "flat"], "the preset transfer is for the family equivariant"),
+        (["transfer", "--method", "update"], "there is no setting 'method'"),
+        (["quick", "--widest", "9"], "there is no setting 'widest'"),
+        (["transfer", "--precision", "bf16"], "precision must be float32"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            train_main([*given, "--out", str(tmp_path / "no")])
+    assert not (tmp_path / "no").exists()
+
+
+def test_configurations_survive_json():
+    config = transfer(seed=4, widest=32, hidden=16)
+    assert from_dict(TransferConfig, json.loads(json.dumps(to_dict(config)))) == config
