@@ -50,8 +50,14 @@ def _integers(text: str) -> tuple[int, ...]:
 _CONVERTERS: dict[Any, Callable[[str], Any]] = {bool: _boolean, int: int, float: float, str: str}
 
 
-def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any]) -> None:
-    """One flag for every field of the given configuration classes; unset flags stay absent."""
+def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any], default: str = "paper") -> None:
+    """One flag for every field of the given configuration classes; unset flags stay absent.
+
+    Args:
+        parser: Gets the flags.
+        classes: The earlier one has the help of a field that two have.
+        default: What a field's default is called.
+    """
     for cls in classes:
         group = parser.add_argument_group(cls.__name__, (cls.__doc__ or "").strip().splitlines()[0])
         hints = typing.get_type_hints(cls)
@@ -61,8 +67,8 @@ def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any]) -> No
             kind = hints[f.name]
             convert = _CONVERTERS.get(kind, _integers)
             choices = f.metadata.get("choices") or None
-            default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            default = "none" if default == "" else default
+            value = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            value = "none" if value == "" else value
             group.add_argument(
                 flag(f.name),
                 dest=f.name,
@@ -70,7 +76,7 @@ def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any]) -> No
                 choices=choices,
                 default=argparse.SUPPRESS,
                 metavar=None if choices else {bool: "BOOL", int: "N", float: "X", str: "TEXT"}.get(kind, "N,N,..."),
-                help=f"{f.metadata['help']} (paper: {default})",
+                help=f"{f.metadata['help']} ({default}: {value})",
             )
 
 

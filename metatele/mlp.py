@@ -7,6 +7,7 @@ network that advances at the same time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -134,6 +135,19 @@ class MLP:
             matrices.append(part.unflatten(-1, shape))
             biases.append(next(parts)[0] if has_bias else None)
         return Weights(tuple(matrices), tuple(biases))
+
+    def usual_weights(self, uniform: Tensor) -> Weights:
+        """Initial weights as those of ``nn.Linear``, uniform on ``±1/√fan_in``, biases too.
+
+        Args:
+            uniform: Draws from [0, 1], ``[..., num_parameters]``.
+        """
+        drawn = self.unflatten(uniform)
+        bounds = [1 / math.sqrt(fan_in) for fan_in in self.widths[:-1]]
+        return Weights(
+            tuple((2 * W - 1) * bound for W, bound in zip(drawn.matrices, bounds, strict=True)),
+            tuple(None if b is None else (2 * b - 1) * bound for b, bound in zip(drawn.biases, bounds, strict=True)),
+        )
 
     def flatten(self, weights: Weights) -> Tensor:
         """Inverse of :meth:`unflatten`."""

@@ -1,6 +1,7 @@
 """The equivariant family: what its steps commute with, and its parts against plain formulas."""
 
 import copy
+import dataclasses
 import math
 import pickle
 from itertools import pairwise
@@ -226,6 +227,17 @@ def test_a_step_after_which_the_loss_has_grown_is_shortened():
     assert done.shortened.tolist() == [False, True, False]
     moved = mlp.flatten(parted(done.changes, mlp.biases))
     torch.testing.assert_close(moved[1], -0.75 * change[1])
+
+
+def test_one_easy_batch_does_not_stop_all_later_steps():
+    optimizer, fitting = trained(), problems(MLPS[1], samples=24, batch_size=4)
+    current = steps(optimizer, fitting, 3)
+    states = dataclasses.replace(current.states, level=current.states.level - 20)
+    current = dataclasses.replace(current, states=states)
+    after = current.advanced(optimizer)
+    assert (after.states.level[:, 1] > states.level[:, 1] + 5).all()
+    seen = Observation.of(after.done)
+    assert not optimizer.step(seen, after.states).shortened.any()
 
 
 @pytest.mark.parametrize("loss", [SquaredError(), CrossEntropy()], ids=lambda loss: loss.name)

@@ -54,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="CPU threads (default: torch's)")
     p.add_argument("--resume", action="store_true", help="go on from the last saved state of the folder")
     p.add_argument("--quiet", action="store_true", help="no progress")
-    add_config_flags(p, MethodConfig, EquivariantConfig, TrainingConfig, TaskConfig, MixtureConfig)
+    add_config_flags(p, MethodConfig, TrainingConfig, TaskConfig)
+    add_config_flags(p, EquivariantConfig, MixtureConfig, default="default")
     return p
 
 

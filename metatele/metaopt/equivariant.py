@@ -6,7 +6,7 @@ Layer l computes ``z = W h`` (a bias is a column of W, for an input that is alwa
 
 .. math::
     D = (g_δ^T g_δ)\, ∇W\, (g_h^T g_h), \qquad
-    V ← β V - η D, \qquad W ← W + V + ν β (V - V_{before}) \;\text{(Nesterov)}
+    V ← β V - η D, \qquad W ← W + V + ν β (V - V_{\text{before}}) \;\text{(Nesterov)}
 
 How far the moments are followed (their damping λ and exponent p), the step size η, the momentum β and the share
 ν of Nesterov's correction come from a small LSTM, one and the same for every layer, that reads numbers about
@@ -31,6 +31,7 @@ from metatele.metaopt.lstm import LSTMState, StackedLSTM
 from metatele.metaopt.spectrum import Spectrum
 from metatele.mlp import Pass, Weights
 from metatele.random import generator
+from metatele.symmetry import with_ones
 
 FEATURES = 16
 OUTPUTS = 7
@@ -38,9 +39,10 @@ _TINY = 1e-38
 _FLOOR = 0.01  # of a mean squared pre-activation
 _START = -2.5  # log of the first step size, in units of the change that makes pre-activations as large as they are
 _LARGEST = 1.5  # change of the log of a step size in one step
-_FOLLOW = 0.7
+_FOLLOW = 0.7  # how much of the room that a step left goes into the next one, before training
 _SLOW = 4  # steps between two spectra of running averages, at least
-_SHORTEN = 0.25  # of a step after which the output's gradient had grown too much
+_STRIDE = 5  # batches between two that a running average takes in, at most
+_SHORTEN = 0.25  # what is left of a step after which the loss had grown too much
 
 
 class Observation(NamedTuple):
@@ -69,18 +71,13 @@ class Observation(NamedTuple):
         mlp = done.mlp
         hidden = [h if h.dim() == 3 else h[None] for h in done.hidden]  # data that all share are there once
         return Observation(
-            [with_row(h) if b else h for h, b in zip(hidden, mlp.biases, strict=True)],
+            [with_ones(h) if b else h for h, b in zip(hidden, mlp.biases, strict=True)],
             done.errors,
             [z.square().mean((-2, -1)) for z in done.pre],
             done.pre[-1],
             joined(done.weights),
             joined(done.gradient()),
         )
-
-
-def with_row(h: Tensor) -> Tensor:
-    """``h [..., i, n]`` with a row of ones below."""
-    return torch.cat([h, torch.ones_like(h[..., :1, :])], -2)
 
 
 def joined(weights: Weights) -> list[Tensor]:
@@ -335,7 +332,8 @@ class EquivariantOptimizer(nn.Module):
             log_rate = torch.where(shorten[:, None], states.log_rate + math.log(_SHORTEN), log_rate)
             slope = torch.where(shorten[:, None], states.slope, slope)
             predicted = torch.where(shorten, _SHORTEN * states.predicted, predicted)
-            kept = torch.where(shorten, states.level[:, 1], now)
+            # Another batch does not tell how good the old point was: an easy one must not stop all later steps.
+            kept = torch.where(shorten if same else ~finite, states.level[:, 1], now)
             length = torch.where(shorten[:, None], states.length, length)
             reach = torch.where(shorten[:, None], states.reach + math.log(_SHORTEN), reach)
         new = dataclasses.replace(
@@ -383,7 +381,7 @@ class EquivariantOptimizer(nn.Module):
                 period = max(period, _SLOW)
             due = states.age >= states.renew[layer]
             # Running averages need not take in every batch between two spectra.
-            if due or same or states.age % max(1, min(period // _SLOW, states.age // 4)) == 0:
+            if due or same or states.age % max(1, min(period // _SLOW, _STRIDE, states.age // 4)) == 0:
                 S, G = h @ h.mT / h.shape[-1], e @ e.mT
                 G = G / G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(_TINY)
                 if states.age and share < 1:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from metatele.errors import MetateleError, ShapeMismatchError
 from metatele.metaopt import EquivariantOptimizer, EquivariantStates, LSTMState, MetaOptimizer, MoveStates, Observation
-from metatele.metaopt.equivariant import joined, parted, with_row
+from metatele.metaopt.equivariant import joined, parted
 from metatele.mlp import MLP
 from metatele.optim.modules import PassCapture, describe
-from metatele.symmetry import drift
+from metatele.symmetry import drift, with_ones
 
 
 class Situation(NamedTuple):
@@ -167,7 +167,7 @@ class Equivariant(Family):
         biases = self.mlp.biases
         one = at.weights[None]
         seen = Observation(
-            [(with_row(h) if b else h)[None] for h, b in zip(layers.inputs, biases, strict=True)],
+            [(with_ones(h) if b else h)[None] for h, b in zip(layers.inputs, biases, strict=True)],
             [e[None] for e in layers.gradients],
             [s[None] for s in layers.squares],
             layers.outputs[None],

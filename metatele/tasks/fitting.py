@@ -70,15 +70,8 @@ class Fitting:
 
 
 def usual_weights(mlp: MLP, count: int, draws: torch.Generator) -> Tensor:
-    """Flat weights ``[count, P]`` as torch.nn.Linear begins: uniform on ``±1/√fan_in``, biases too."""
-    w = 2 * torch.rand(count, mlp.num_parameters, generator=draws) - 1
-    weights = mlp.unflatten(w)
-    for W, b in zip(weights.matrices, weights.biases, strict=True):
-        bound = 1 / math.sqrt(W.shape[-1])
-        W.mul_(bound)
-        if b is not None:
-            b.mul_(bound)
-    return w
+    """Flat weights ``[count, P]`` as ``nn.Linear`` begins with."""
+    return mlp.flatten(mlp.usual_weights(torch.rand(count, mlp.num_parameters, generator=draws)))
 
 
 _ACTIVATIONS: tuple[Activation, ...] = (LeakyReLU(0.1), LeakyReLU(0.1), ReLU(), Tanh(), Softplus(), SiLU(), Sigmoid())

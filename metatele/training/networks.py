@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -62,19 +61,10 @@ class Networks:
 
     def initial(self) -> Weights:
         """Weights uniform on ``±1/√fan_in``, ``[seeds, ...]``."""
-        drawn = self.mlp.unflatten(
-            torch.stack(
-                [
-                    torch.rand(self.mlp.num_parameters, generator=generator(seed, "initialisation"))
-                    for seed in self.seeds
-                ]
-            ).to(self.device)
-        )
-        bounds = [1 / math.sqrt(W.shape[-1]) for W in drawn.matrices]
-        return Weights(
-            tuple((2 * W - 1) * bound for W, bound in zip(drawn.matrices, bounds, strict=True)),
-            tuple(None if b is None else (2 * b - 1) * bound for b, bound in zip(drawn.biases, bounds, strict=True)),
-        )
+        draws = [
+            torch.rand(self.mlp.num_parameters, generator=generator(seed, "initialisation")) for seed in self.seeds
+        ]
+        return self.mlp.usual_weights(torch.stack(draws).to(self.device))
 
     @torch.no_grad()
     def evaluated(self, weights: Weights, split: str) -> tuple[Tensor, Tensor]:
