@@ -150,6 +150,10 @@ class MethodConfig:
         return METHODS[self.method]
 
 
+# What the equivariant family's controller sees, by kind: how many numbers, in their order.
+SENSES = {"slopes": 2, "cosine": 1, "loss": 2, "spectra": 2, "sizes": 3, "clock": 1, "data": 2, "place": 3}
+
+
 @dataclass(frozen=True)
 class EquivariantConfig:
     """A meta-optimizer that takes networks of any shape. Enough to rebuild it."""
@@ -159,7 +163,12 @@ class EquivariantConfig:
     growth: float = _setting(4.0, "growth of the loss (on mini-batches its square root) at which a step is shortened")
     reach: float = _setting(1.0, "largest relative change of a layer's pre-activations by its own step")
     small: int = _setting(64, "widths up to this have their spectra computed at every step")
-    keep: float = _setting(0.0, "eigenvalues below this, in units of their mean, may share one value; 0: none")
+    keep: float = _setting(1.0, "eigenvalues below this, in units of their mean, may share one value; 0: none")
+    opening: bool = _setting(True, "teleport the network itself before the first step")
+    inputs: bool = _setting(True, "steps are made where the second moments of a layer's inputs have been evened out")
+    errors: bool = _setting(True, "the same for those of the errors")
+    drift: float = _setting(0.3, "largest relative change of the outputs by the teleport before the first step")
+    blind: tuple[str, ...] = _setting((), "numbers the controller does not see, to find out what they are worth")
 
     def __post_init__(self) -> None:
         """Check sizes and ranges."""
@@ -169,6 +178,8 @@ class EquivariantConfig:
         _require_positive(self, "reach")
         _require(1 < self.growth < math.inf, "growth", "above 1", self.growth)
         _require(0 <= self.keep < math.inf, "keep", "zero or positive", self.keep)
+        _require(0 <= self.drift < math.inf, "drift", "zero or positive", self.drift)
+        _require(set(self.blind) <= set(SENSES), "blind", f"among {', '.join(SENSES)}", self.blind)
 
     @property
     def title(self) -> str:
@@ -189,7 +200,7 @@ class TrainingConfig:
     staggered: bool = _setting(False, "start the trajectories of a batch at different ages")
     objective: str = _setting("sum", "loss of a window: sum, or mean of the logarithm", ("sum", "mean-log"))
     local_lr: float = _setting(1e-3, "Adam's rate for the local move's LSTM")
-    teleport_lr: float = _setting(1e-4, "Adam's rate for the teleport move's LSTM")
+    teleport_lr: float = _setting(1e-4, "Adam's rate for what makes the teleports")
     decay: str = _setting("constant", "of the meta learning rates over the run", ("constant", "cosine"))
     clip: float = _setting(0.0, "largest norm of a meta-gradient; 0: no clipping")
     average: float = _setting(0.0, "decay of the averaged weights that are evaluated and saved; 0: none")
@@ -426,14 +437,15 @@ def preset(name: str, method: str = "update-tele", **changes: Any) -> RunConfig:
 
 
 _TRANSFER: dict[str, Any] = {
-    "trajectories": 8 * 200,
-    "batch": 8,
+    "trajectories": 16 * 240,
+    "batch": 16,
     "groups": 12,
     "horizon": 300,
     "shorter": (20, 40, 60, 100, 100, 200),
     "unroll": 20,
     "objective": "mean-log",
     "local_lr": 3e-3,
+    "teleport_lr": 2e-3,
     "decay": "cosine",
     "clip": 0.3,
     "average": 0.99,

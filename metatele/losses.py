@@ -223,18 +223,44 @@ class Differentiable(Loss):
             )
 
 
-def level(outputs: Tensor, gradient: Tensor) -> Tensor:
+def kind(outputs: Tensor, gradient: Tensor) -> str | None:
+    r"""What a loss is a sum of over outputs and samples, from its gradient ``∂L/∂y`` alone, for all of ``[..., o, n]``.
+
+    - ``cross-entropy``, if ``∂L/∂y = s (softmax(y) - onehot)`` in every column, with any s;
+    - ``logistic``, if ``∂L/∂y = s (sigmoid(y) - t)`` with t zero or one;
+    - else a ``squared`` error, as near the minimum of every smooth loss.
+
+    Returns:
+        ``None`` if not all networks have the same.
+
+    Example:
+        >>> y, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
+        >>> kind(y, CrossEntropy().gradient(y, labels))
+        'cross-entropy'
+    """
+    if outputs.shape[-2:].numel() < 4:  # too few numbers to tell one loss from another
+        return "squared"
+    size = gradient.square().sum((-2, -1))
+    found = _is_multiple(gradient, outputs.sigmoid() - (gradient < 0).to(outputs.dtype), size).to(torch.int)
+    if outputs.shape[-2] > 1:
+        p = outputs.softmax(-2)
+        index = gradient.argmin(-2, keepdim=True)
+        guess = p.scatter_add(-2, index, -torch.ones_like(p[..., :1, :]))
+        found = torch.where(_is_multiple(gradient, guess, size), 2, found)
+    values = found.unique().tolist()
+    return KINDS[values[0]] if len(values) == 1 else None
+
+
+KINDS = ("squared", "logistic", "cross-entropy")
+
+
+def level(outputs: Tensor, gradient: Tensor, which: str | None = None) -> Tensor:
     r"""Log of a loss, up to a constant, from what its gradient alone tells: ``[...]``.
-
-    The loss is taken for a sum over outputs and samples of
-
-    - cross-entropy, if ``∂L/∂y = s (softmax(y) - onehot)`` in every column, with any s;
-    - the logistic loss, if ``∂L/∂y = s (sigmoid(y) - t)`` with t zero or one;
-    - else a squared error, ``L ∝ ‖∂L/∂y‖²``, as near the minimum of every smooth loss.
 
     Args:
         outputs: y ``[..., o, n]``.
         gradient: ``∂L/∂y``.
+        which: Its :func:`kind`, if that is known; a squared error is taken as ``L ∝ ‖∂L/∂y‖²``.
 
     Example:
         >>> y, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
@@ -242,24 +268,16 @@ def level(outputs: Tensor, gradient: Tensor) -> Tensor:
         >>> torch.allclose(level(y, loss.gradient(y, labels)), (2 * loss.value(y, labels)).log())
         True
     """
-    size = gradient.square().sum((-2, -1))
-    found = size
-    if outputs.shape[-2:].numel() < 4:  # too few numbers to tell one loss from another
-        return found.clamp_min(torch.finfo(outputs.dtype).tiny).log()
-    wanted = gradient < 0
-    found = torch.where(
-        _is_multiple(gradient, outputs.sigmoid() - wanted.to(outputs.dtype), size),
-        torch.nn.functional.softplus(torch.where(wanted, -outputs, outputs)).sum((-2, -1)),
-        found,
-    )
-    if outputs.shape[-2] > 1:
+    if which is None and outputs.ndim > 2:
+        return torch.stack([level(y, g) for y, g in zip(outputs, gradient, strict=True)])
+    which = which or kind(outputs, gradient)
+    if which == "cross-entropy":
         index = gradient.argmin(-2, keepdim=True)
-        p = outputs.softmax(-2)
-        found = torch.where(
-            _is_multiple(gradient, p.scatter_add(-2, index, -torch.ones_like(p[..., :1, :])), size),
-            (outputs.logsumexp(-2, keepdim=True) - outputs.gather(-2, index)).sum((-2, -1)),
-            found,
-        )
+        found = (outputs.logsumexp(-2, keepdim=True) - outputs.gather(-2, index)).sum((-2, -1))
+    elif which == "logistic":
+        found = torch.nn.functional.softplus(torch.where(gradient < 0, -outputs, outputs)).sum((-2, -1))
+    else:
+        found = gradient.square().sum((-2, -1))
     return found.clamp_min(torch.finfo(outputs.dtype).tiny).log()
 
 

@@ -10,7 +10,7 @@ import hashlib
 
 import torch
 
-STREAMS = ("train", "validation", "evaluation", "tuning", "initialisation")
+STREAMS = ("train", "validation", "evaluation", "tuning", "initialisation", "exploration")
 
 
 def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from metatele.metaopt.equivariant import EquivariantOptimizer, EquivariantStates, Observation, parted
+from metatele.metaopt import EquivariantOptimizer, EquivariantStates, Observation, Opened
+from metatele.metaopt.observation import parted
 from metatele.mlp import Pass, attach_gradient
 from metatele.tasks import Fitting
 
@@ -22,7 +23,8 @@ class Rollout:
         loss: On the batch of the next step, ``[B]``.
         done: The pass made there.
         states: Memories; ``None`` at the beginning.
-        age: Steps done.
+        age: Steps done; the teleport at the beginning counts as one.
+        opened: What that teleport did, if there was one.
     """
 
     problems: Fitting
@@ -31,6 +33,7 @@ class Rollout:
     done: Pass
     states: EquivariantStates | None
     age: int
+    opened: Opened | None = None
 
     @staticmethod
     def begin(problems: Fitting) -> Rollout:
@@ -43,9 +46,18 @@ class Rollout:
         states = None if self.states is None else self.states.map(Tensor.detach)
         return replace(self, weights=self.weights.detach(), loss=self.loss.detach(), states=states)
 
-    def advanced(self, optimizer: EquivariantOptimizer) -> Rollout:
-        """One step further; its loss is differentiable in the meta-parameters, with every gradient a constant."""
+    def advanced(self, optimizer: EquivariantOptimizer, noise: Tensor | None = None) -> Rollout:
+        """One step further; its loss is differentiable in the meta-parameters, with every gradient a constant.
+
+        Args:
+            optimizer: Makes the step.
+            noise: What is tried beside the policy of the teleport at the beginning, if this step is that.
+        """
         mlp = self.problems.mlp
+        if self.age == 0 and optimizer.opens(mlp):
+            opened = optimizer.opening(mlp, self.weights, self.problems.batch(0)[0], noise)
+            loss, done = self.problems.visit(opened.weights, 1)
+            return Rollout(self.problems, opened.weights, loss, done, None, 1, opened)
         changes, states, _ = optimizer.step(Observation.of(self.done), self.states)
         weights = self.weights + mlp.flatten(parted(changes, mlp.biases))
         loss, done = self.problems.visit(weights, self.age + 1)
@@ -53,7 +65,7 @@ class Rollout:
             gradient = mlp.flatten(done.gradient())
             sound = torch.isfinite(loss) & torch.isfinite(gradient).all(-1)
             loss = attach_gradient(weights, loss, torch.where(sound.unsqueeze(-1), gradient, 0.0))
-        return Rollout(self.problems, weights, loss, done, states, self.age + 1)
+        return Rollout(self.problems, weights, loss, done, states, self.age + 1, self.opened)
 
 
 @torch.no_grad()

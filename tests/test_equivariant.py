@@ -14,8 +14,9 @@ import metatele
 from metatele.activations import LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
 from metatele.config import EquivariantConfig, MixtureConfig
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
-from metatele.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError, level
-from metatele.metaopt.equivariant import EquivariantOptimizer, Observation, joined, parted
+from metatele.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError, kind, level
+from metatele.metaopt import ConstantOptimizer, EquivariantOptimizer, Observation
+from metatele.metaopt.observation import joined, parted
 from metatele.metaopt.spectrum import Spectrum
 from metatele.mlp import MLP, Pass
 from metatele.rollout import Rollout, losses_of
@@ -28,9 +29,10 @@ MLPS = [
 ]
 
 
-def trained(seed=0):
+def trained(seed=0, opening=False, **settings):
     """An optimizer whose outputs depend on everything it reads, in float64."""
-    optimizer = EquivariantOptimizer(EquivariantConfig(hidden=8), seed).double().requires_grad_(False)
+    config = EquivariantConfig(hidden=8, opening=opening, **settings)
+    optimizer = EquivariantOptimizer(config, seed).double().requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
     for p in optimizer.parameters():
         p.add_(0.3 * torch.randn(p.shape, generator=random, dtype=torch.float64))
@@ -66,8 +68,9 @@ def permuted(mlp, flat, orders):
 
 @pytest.mark.parametrize("mlp", MLPS, ids=str)
 @pytest.mark.parametrize("batch_size", [0, 4])
-def test_steps_commute_with_permutations_of_hidden_units(mlp, batch_size):
-    optimizer, fitting = trained(), problems(mlp, batch_size=batch_size)
+@pytest.mark.parametrize("opening", [False, True])
+def test_steps_commute_with_permutations_of_hidden_units(mlp, batch_size, opening):
+    optimizer, fitting = trained(opening=opening), problems(mlp, batch_size=batch_size)
     random = torch.Generator().manual_seed(1)
     orders = [torch.randperm(k, generator=random) for k in mlp.hidden_widths]
     plain = steps(optimizer, fitting)
@@ -96,8 +99,9 @@ class Scaled(Loss):
 
 @pytest.mark.parametrize("loss", [SquaredError(), CrossEntropy()], ids=lambda loss: loss.name)
 @pytest.mark.parametrize("factor", [1e-6, 1e4])
-def test_steps_do_not_depend_on_the_units_of_the_loss(loss, factor):
-    optimizer, fitting = trained(), problems(MLPS[1], loss)
+@pytest.mark.parametrize("opening", [False, True])
+def test_steps_do_not_depend_on_the_units_of_the_loss(loss, factor, opening):
+    optimizer, fitting = trained(opening=opening), problems(MLPS[1], loss)
     plain = steps(optimizer, fitting)
     scaled = steps(optimizer, Fitting(**{**vars(fitting), "loss": Scaled(loss, factor)}))
     torch.testing.assert_close(scaled.weights, plain.weights, rtol=1e-6, atol=1e-9)
@@ -154,6 +158,7 @@ def test_a_spectrum_applies_powers_of_its_matrix(power, damping):
     x = torch.randn(2, 4, 6, generator=random, dtype=torch.float64)
     lam, p = torch.full((2,), damping).double(), torch.full((2,), power).double()
     y, size = spectrum.from_right(x, lam, p)
+    y, size = y * spectrum.scale[:, None, None], size * spectrum.scale**2
     torch.testing.assert_close(y, x @ P)
     torch.testing.assert_close(spectrum.from_left(x.mT, lam, p), P @ x.mT)
     torch.testing.assert_close(size, (y @ M @ y.mT).diagonal(dim1=-2, dim2=-1).sum(-1))
@@ -166,18 +171,39 @@ def test_a_spectrum_applies_powers_of_its_matrix(power, damping):
 
 def test_small_eigenvalues_may_share_one_value():
     random = torch.Generator().manual_seed(6)
-    Q = torch.linalg.qr(torch.randn(20, 20, generator=random, dtype=torch.float64))[0]
-    e = torch.cat([torch.full((15,), 1e-3), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])]).double()
+    Q = torch.linalg.qr(torch.randn(200, 200, generator=random, dtype=torch.float64))[0]
+    e = torch.cat([torch.full((195,), 1e-3), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])]).double()
     M = Q @ e.diag_embed() @ Q.mT
     whole, part = Spectrum.of(M), Spectrum.of(M, keep=0.1)
-    assert part.vectors.shape == (20, 5)
-    x = torch.randn(3, 20, generator=random, dtype=torch.float64)
+    assert part.vectors.shape == (200, 6)
+    x = torch.randn(3, 200, generator=random, dtype=torch.float64)
     lam, p = torch.tensor(0.01).double(), torch.tensor(0.7).double()
     for a, b in zip(whole.from_right(x, lam, p), part.from_right(x, lam, p), strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(whole.from_left(x.mT, lam, p), part.from_left(x.mT, lam, p))
     torch.testing.assert_close(whole.participation, part.participation)
     assert Spectrum.of(M, keep=1e-5).whole  # nothing is saved by fewer columns than half
+
+
+def test_a_spectrum_follows_moments_that_change_a_little():
+    random = torch.Generator().manual_seed(10)
+    Q = torch.linalg.qr(torch.randn(200, 200, generator=random, dtype=torch.float64))[0]
+    e = torch.logspace(2, -4, 200, dtype=torch.float64)
+    M = Q @ e.diag_embed() @ Q.mT
+    noise = torch.randn(200, 400, generator=random, dtype=torch.float64)
+    moved = 0.95 * M + 0.05 * (Q * e.sqrt()) @ (noise @ noise.mT / 400) @ (Q * e.sqrt()).mT
+    last = Spectrum.of(M, keep=1.0)
+    assert last.vectors.shape[-1] < 80
+    followed, exact = Spectrum.of(moved, 1.0, last), Spectrum.of(moved, 1.0)
+    r = min(len(followed.values), len(exact.values))
+    large = exact.values[-r:] >= 1
+    torch.testing.assert_close(followed.values[-r:][large], exact.values[-r:][large], rtol=0.05, atol=0)
+    x, lam, p = torch.randn(3, 200, generator=random).double(), torch.tensor(1.0).double(), torch.tensor(1.0).double()
+    y, z = followed.from_right(x, lam, p)[0], exact.from_right(x, lam, p)[0]
+    assert (y - z).norm() < 0.03 * z.norm()
+    # Where more eigenvalues have become large than there are columns, they are all computed.
+    flat = Spectrum.of(M + torch.eye(200).double() * e[0] / 4, 1.0, Spectrum.of(M, keep=20.0))
+    assert flat.whole or bool((flat.values < 1).any())
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
@@ -199,8 +225,13 @@ def test_level_is_the_log_of_the_loss():
             (CrossEntropy().gradient(y, labels), 7 * CrossEntropy().value(y, labels)),
             (y.sigmoid() - binary, torch.nn.functional.binary_cross_entropy_with_logits(y, binary, reduction="sum")),
         ]
-        for gradient, loss in cases:
+        for (gradient, loss), name in zip(cases, ("cross-entropy", "logistic"), strict=True):
             torch.testing.assert_close(level(y, factor * gradient), loss.log())
+            assert kind(y, factor * gradient) == name
+        assert kind(y, factor * (y - target)) == "squared"
+        mixed = torch.stack([cases[0][0], cases[1][0]])
+        assert kind(torch.stack([y, y]), mixed) is None
+        torch.testing.assert_close(level(torch.stack([y, y]), mixed), torch.stack([cases[0][1], cases[1][1]]).log())
         torch.testing.assert_close(level(y, factor * (y - target)), (factor * (y - target)).square().sum().log())
 
 
@@ -227,6 +258,22 @@ def test_a_step_after_which_the_loss_has_grown_is_shortened():
     assert done.shortened.tolist() == [False, True, False]
     moved = mlp.flatten(parted(done.changes, mlp.biases))
     torch.testing.assert_close(moved[1], -0.75 * change[1])
+
+
+def test_a_loss_that_creeps_up_is_noticed():
+    optimizer, fitting = trained(), problems(MLPS[1])
+    current = steps(optimizer, fitting, 3)
+    lower = torch.tensor([0.0, 0.0, 3.0]).double()  # the lowest loss was e³ times smaller; the last step rose little
+    creeping = dataclasses.replace(current.states, level=current.states.level - lower)
+    done = optimizer.step(Observation.of(current.done), creeping)
+    assert done.shortened.all()
+    for layer, change in enumerate(done.changes):
+        a, b = creeping.last[:, layer, :, None, None].unbind(1)
+        old = a * creeping.velocity[layer] + b * creeping.direction[layer]
+        torch.testing.assert_close(change, -0.75 * old)
+    # The rise is accepted then.
+    assert (done.states.level[:, 2] > creeping.level[:, 2] + 0.5).all()
+    assert (done.states.level[:, 1] - done.states.level[:, 2] < math.log(10)).all()
 
 
 def test_one_easy_batch_does_not_stop_all_later_steps():
@@ -267,6 +314,35 @@ def test_an_epoch_of_batches_has_each_sample_once():
     seen = torch.cat([fitting.batch(step)[0] for step in range(3)], -1)
     torch.testing.assert_close(seen[0].sort(-1).values, fitting.inputs[0].sort(-1).values)
     assert not torch.equal(fitting.batch(0)[0], fitting.batch(3)[0])
+
+
+def test_constant_settings_are_whitening_with_gradient_descent():
+    mlp = MLPS[1]
+    fitting, rate, damping = problems(mlp), 0.3, 0.1
+    optimizer = ConstantOptimizer(rate, damping).double()
+    begin = Rollout.begin(fitting)
+    after = begin.advanced(optimizer)
+    moved = joined(mlp.unflatten(after.weights - begin.weights))
+    seen = Observation.of(begin.done)
+    for layer, (gradient, h) in enumerate(zip(seen.gradients, seen.inputs, strict=True)):
+        S = h @ h.mT / h.shape[-1]
+        s = S.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        D = gradient @ torch.linalg.inv(S + damping * s * torch.eye(S.shape[-1]))
+        change = (D @ h).square().mean((-2, -1)) / (seen.squares[:, layer] + 0.01)
+        torch.testing.assert_close(moved[layer], -rate * D / change.sqrt()[:, None, None], rtol=1e-6, atol=1e-10)
+
+
+def test_what_the_controller_does_not_see_does_not_matter():
+    optimizer, fitting = trained(blind=("slopes", "loss", "clock")), problems(MLPS[0])
+    current = steps(optimizer, fitting, 3)
+    features = torch.ones(3, 2, 16).double()
+    args = Observation.of(current.done), current.states
+    level_, each = current.states.predicted, current.states.slope
+    seen = optimizer._features(*args, level_, each, each, each, True)
+    blind = [0, 1, 3, 4, 10]
+    assert (seen[..., blind] == 0).all()
+    assert features.shape == seen.shape
+    assert (seen[..., [5, 6, 7, 8]] != 0).all()
 
 
 def test_bad_settings_are_one_sentence():
@@ -311,8 +387,8 @@ def network(widths, activation=nn.Tanh, bias=True, flatten=False, seed=0):
     return nn.Sequential(*layers[:-1])
 
 
-def single(seed=0):
-    return trained(seed).float()
+def single(seed=0, opening=True):
+    return trained(seed, opening).float()
 
 
 def flat(model):
@@ -337,12 +413,13 @@ def data(widths, samples=12, seed=3):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("widths", [(4, 3), (4, 9, 3), (6, 5, 7, 2)])
-def test_steps_of_a_model_are_those_of_the_functional_unroll(widths, bias):
+@pytest.mark.parametrize("opening", [False, True])
+def test_steps_of_a_model_are_those_of_the_functional_unroll(widths, bias, opening):
     model, (x, y) = network(widths, bias=bias).double(), [t.double() for t in data(widths)]
     mlp = MLP(widths, Tanh() if len(widths) > 2 else (), bias)
     fitting = Fitting(mlp, x.T[None], y.T[None], flat(model)[None], MeanSquaredError())
-    expected = steps(trained(), fitting, 5).weights[0]
-    run(model, metatele.LearnedOptimizer(model, trained()), x, y, 5)
+    expected = steps(trained(opening=opening), fitting, 5).weights[0]
+    run(model, metatele.LearnedOptimizer(model, trained(opening=opening)), x, y, 5)
     torch.testing.assert_close(flat(model), expected, rtol=1e-7, atol=1e-9)
 
 

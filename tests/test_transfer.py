@@ -14,7 +14,10 @@ from metatele.cli.train import main as train_main
 from metatele.config import TransferConfig, from_dict, stored_config, to_dict, transfer
 from metatele.errors import CheckpointError, ConfigError, RunFolderError
 from metatele.metaopt import EquivariantOptimizer
-from metatele.training.run import read_state, train
+from metatele.rollout import losses_of
+from metatele.tasks.held_out import REGRESSIONS
+from metatele.training.baselines import Baseline, run_candidates
+from metatele.training.run import read_state, train, trained
 from metatele.training.transfer import TransferTrainer
 
 SMALL = {
@@ -98,12 +101,31 @@ def test_checkpoints_hold_the_family_and_load_for_any_shape(tmp_path):
         model = torch.nn.Sequential(*layers[:-1])
         step = metatele.LearnedOptimizer(model, tmp_path / "c")
         before = [p.detach().clone() for p in model.parameters()]
-        model(torch.randn(9, widths[0])).square().mean().backward()
-        step.step()
+        for _ in range(2):  # the first may be a teleport that is refused
+            step.zero_grad()
+            model(torch.randn(9, widths[0])).square().mean().backward()
+            step.step()
         assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     document = json.loads((tmp_path / "c" / "config.json").read_text())
     assert document["family"] == "equivariant"
     assert document["name"] == "Equivariant(update,tele)"
+
+
+def test_the_published_checkpoint_solves_the_papers_task():
+    problems = REGRESSIONS["paper"].sample(5, "evaluation", 16)
+    losses = losses_of(metatele.load("checkpoints/transfer").optimizer, problems, 100)
+    assert losses[30].mean() < 1e-5
+    assert losses[100].mean() < 1e-6
+    assert (losses <= 1.001 * losses[0]).all()
+
+
+@pytest.mark.parametrize("name", ["narrow", "deep", "activation", "deep-over", "deeper-over"])
+def test_the_published_checkpoint_is_far_below_tuned_adam_on_problems_it_never_met(name):
+    kind = REGRESSIONS[name]
+    adam = Baseline("Adam", torch.optim.Adam, tuple({"lr": lr} for lr in (3e-3, 1e-2, 3e-2, 1e-1)))
+    best = run_candidates(adam, adam.grid, kind.sample(6, "evaluation", 8), 100)[-1].mean(-1).min()
+    ours = losses_of(metatele.load("checkpoints/transfer").optimizer, kind.sample(6, "evaluation", 8), 100)[-1].mean()
+    assert ours < best / (100 if kind.suffices else 10)
 
 
 def test_the_published_checkpoint_learns_digits_faster_than_adam():
@@ -125,7 +147,34 @@ def test_the_published_checkpoint_learns_digits_faster_than_adam():
                 torch.nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
                 optimizer.step()
         losses.append(float(torch.nn.functional.cross_entropy(model(x), y).detach()))
-    assert losses[0] < 0.5 * losses[1]
+    assert losses[0] < 0.6 * losses[1]
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_teleports_after_which_it_went_well_become_likelier(better):
+    trainer = TransferTrainer(transfer(**SMALL))
+    group = trainer.groups[0]
+    opened = group.at.advanced(trainer.optimizer, group.noise).opened
+    window = torch.ones(4, 2)
+    window[:, better] = 0.1
+    before = trainer.optimizer.opening.log_likelihood(opened).detach()
+    trainer._policy_loss(opened, window).backward()
+    weight = trainer.optimizer.opening.weight
+    with torch.no_grad():
+        weight -= 1e-4 * weight.grad / weight.grad.norm()
+    after = trainer.optimizer.opening.log_likelihood(opened).detach()
+    assert (after - before)[better] > (after - before)[1 - better]
+
+
+def test_meta_training_is_done_once(tmp_path):
+    trained(transfer(**SMALL), tmp_path / "run")
+    seconds = (tmp_path / "run" / "seconds.json").read_text()
+    assert float(seconds) > 0
+    state = (tmp_path / "run" / "training_state.pt").stat().st_mtime_ns
+    trained(transfer(**SMALL), tmp_path / "run")
+    assert (tmp_path / "run" / "training_state.pt").stat().st_mtime_ns == state
+    with pytest.raises(RunFolderError, match="other settings; choose another --runs"):
+        trained(transfer(seed=1, **SMALL), tmp_path / "run")
 
 
 def test_the_programs_know_the_family(tmp_path, capsys):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from metatele.command_line import OneLineParser, device_named, make_folder, whole_number
-from metatele.config import METHODS, PRESETS, RunConfig, from_dict, preset, to_dict
+from metatele.config import METHODS, PRESETS, preset, to_dict
 from metatele.errors import RunFolderError
 
 _SELECTION = 128
@@ -80,12 +80,13 @@ def run(
     from metatele.training.baselines import baseline_curves
     from metatele.training.curves import Curves, learned_curves, worst_rise
     from metatele.training.report import document
+    from metatele.training.run import trained
 
     device = device_named(device_name)
     begin_s = time.perf_counter()
     for seed in range(seeds):
         for method in methods:
-            _train(preset_name, method, seed, runs / f"{method}-{seed}", device)
+            trained(preset(preset_name, method, seed=seed), runs / f"{method}-{seed}", device)
     task = preset(preset_name).task
     problems = Regression(task).sample(1, "evaluation", range(trajectories)).to(device)
     entries = []
@@ -141,24 +142,3 @@ def publish(methods: Sequence[str], runs: Path, seeds: int, doc: dict[str, Any],
             scores={**loaded[seed].scores, "selection_score": scores[seed], "held_out": held_out},
         )
         print(f"published {method}, seed {seed}, in {out / method}")
-
-
-def _train(preset_name: str, method: str, seed: int, folder: Path, device: Any) -> None:
-    from metatele import checkpoint
-    from metatele.files import write_atomically
-    from metatele.training.run import STATE_NAME, train
-
-    config = preset(preset_name, method, seed=seed)
-    if (folder / "seconds.json").exists():
-        stored = checkpoint.read_config(folder)["training"]
-        run = {name: stored[name] for name in to_dict(config) if name in stored}
-        if from_dict(RunConfig, run) != config:
-            raise RunFolderError(f"{folder} holds a run with other settings; choose another --runs")
-        return
-    print(f"training {method}, seed {seed}, into {folder}", flush=True)
-    begin_s = time.perf_counter()
-    resume = (folder / STATE_NAME).exists()
-    train(config, folder, device=device, resume=resume, quiet=True)
-    # A resumed run's time is not known any more; it is left out rather than guessed.
-    seconds = None if resume else time.perf_counter() - begin_s
-    write_atomically(folder / "seconds.json", json.dumps(seconds).encode())

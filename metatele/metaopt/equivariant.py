@@ -12,101 +12,86 @@ How far the moments are followed (their damping λ and exponent p), the step siz
 ν of Nesterov's correction come from a small LSTM, one and the same for every layer, that reads numbers about
 the layer: none of them depends on the units of the loss, and none changes when hidden units change places. So
 a step commutes with permutations of hidden units, and the loss may be multiplied by any constant.
+
+Before the first step the network itself is moved once along its symmetry
+(:class:`~metatele.metaopt.opening.Opening`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metatele.config import EquivariantConfig
-from metatele.losses import level
+from metatele.config import SENSES, EquivariantConfig
+from metatele.losses import KINDS, kind, level
 from metatele.metaopt.lstm import LSTMState, StackedLSTM
+from metatele.metaopt.observation import Observation, inner
+from metatele.metaopt.opening import Opening
 from metatele.metaopt.spectrum import Spectrum
-from metatele.mlp import Pass, Weights
+from metatele.mlp import MLP
 from metatele.random import generator
-from metatele.symmetry import with_ones
 
-FEATURES = 16
+FEATURES = sum(SENSES.values())
 OUTPUTS = 7
 _TINY = 1e-38
 _FLOOR = 0.01  # of a mean squared pre-activation
 _START = -2.5  # log of the first step size, in units of the change that makes pre-activations as large as they are
-_LARGEST = 1.5  # change of the log of a step size in one step
-_FOLLOW = 0.7  # how much of the room that a step left goes into the next one, before training
-_SLOW = 4  # steps between two spectra of running averages, at least
+_LARGEST = 2.0  # change of the log of a step size in one step
+_FOLLOW = 0.4  # how much of what the slopes tell about the best length goes into the next step, before training
+_SLOW = 4  # steps between two spectra
 _STRIDE = 5  # batches between two that a running average takes in, at most
+_LOOK = 16  # steps between two looks at what kind of loss it is
+_CREPT = math.log(10)  # rise of the log of the loss above its lowest at which a step is shortened too
+_LEAK = 0.02  # by which that lowest rises with every step
 _SHORTEN = 0.25  # what is left of a step after which the loss had grown too much
 
-
-class Observation(NamedTuple):
-    """What a forward and a backward pass of ``[B]`` networks tell about each layer.
-
-    Attributes:
-        inputs: h ``[B, i, n]``, with a row of ones below where the layer has a bias; ``[1, i, n]`` if it is shared.
-        errors: δ ``[B, o, n]``.
-        squares: Mean ``z²``, ``[B]``.
-        outputs: z of the last layer, ``[B, o, n]``.
-        weights: W ``[B, o, i]``, a bias as last column.
-        gradients: ``∂L/∂W``, the same.
-    """
-
-    inputs: list[Tensor]
-    errors: list[Tensor]
-    squares: list[Tensor]
-    outputs: Tensor
-    weights: list[Tensor]
-    gradients: list[Tensor]
-
-    @staticmethod
-    @torch.no_grad()
-    def of(done: Pass) -> Observation:
-        """Of a pass that has been made backwards too."""
-        mlp = done.mlp
-        hidden = [h if h.dim() == 3 else h[None] for h in done.hidden]  # data that all share are there once
-        return Observation(
-            [with_ones(h) if b else h for h, b in zip(hidden, mlp.biases, strict=True)],
-            done.errors,
-            [z.square().mean((-2, -1)) for z in done.pre],
-            done.pre[-1],
-            joined(done.weights),
-            joined(done.gradient()),
-        )
-
-
-def joined(weights: Weights) -> list[Tensor]:
-    """Each layer's matrix with its bias as last column."""
-    pairs = zip(weights.matrices, weights.biases, strict=True)
-    return [W if b is None else torch.cat([W, b.unsqueeze(-1)], -1) for W, b in pairs]
-
-
-def parted(layers: Sequence[Tensor], biases: Sequence[bool]) -> Weights:
-    """The inverse of :func:`joined`."""
-    pairs = list(zip(layers, biases, strict=True))
-    return Weights(tuple(w[..., :-1] if b else w for w, b in pairs), tuple(w[..., -1] if b else None for w, b in pairs))
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum((-2, -1))
-
-
-def _norm(a: Tensor) -> Tensor:
-    return a.square().sum((-2, -1)).sqrt()
-
-
-def _stacked(values: Iterable[Tensor]) -> Tensor:
-    """A value for each layer, ``[B, layers]``."""
-    return torch.stack(list(values), -1)
+# An output is a·tanh((y + o)/2) + b of a number y: o, a and b for the change of the log of the step size, the logs
+# of the two dampings, the two exponents, the momentum and Nesterov's share. The last four lie between 0 and 1.
+_SQUASH = (
+    (0.0, _LARGEST, 0.0),
+    (0.7, 9.0, -5.3),
+    (0.7, 9.0, -5.3),
+    (2.0, 0.5, 0.5),
+    (0.0, 0.5, 0.5),
+    (1.4, 0.5, 0.5),
+    (0.0, 0.5, 0.5),
+)
+# Of the first ten numbers: factor, least and largest value.
+_MEASURES = (
+    (1.0, -2.0, 2.0),  # log of the best length of the last direction, in units of its length, as its slopes tell
+    (1.0, -2.0, 2.0),  # the same of the whole last change
+    (1.0, -1.0, 1.0),  # cosine of the gradient and the last change
+    (1.0, -3.0, 3.0),  # change of the log of the loss
+    (1 / 8, -5.0, 1.25),  # the same since the beginning
+    (1 / 2, -5.0, 0.0),  # log of the participation of the inputs
+    (1 / 2, -5.0, 0.0),  # log of that of the errors
+    (1 / 4, -5.0, 0.75),  # log of the last change relative to the weights
+    (1 / 4, -5.0, 1.25),  # log of the change of the pre-activations by it
+    (1 / 2, -2.5, 2.5),  # change of the log of the gradient's norm
+)
 
 
 def _log(x: Tensor) -> Tensor:
     return x.clamp_min(_TINY).log()
+
+
+@lru_cache(maxsize=32)
+def _ramps(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Ones, and a line from -1 to 1, ``[2, rows]``."""
+    ramp = torch.linspace(-1, 1, rows, dtype=dtype, device=device)
+    return torch.stack([torch.ones_like(ramp), ramp])
+
+
+def _best(after: Tensor, before: Tensor) -> Tensor:
+    """Log of where a parabola has its minimum, from its slopes at 1 and at 0; large if it has none ahead."""
+    return -(1 - after / torch.where(before == 0, _TINY, before)).clamp_min(0.1).log()
 
 
 @dataclass(frozen=True)
@@ -115,33 +100,39 @@ class EquivariantStates:
 
     Attributes:
         age: Steps done.
+        kind: Of the loss.
         lstm: Memory of the controller, ``[B · layers, hidden]``.
         log_rate: Log of the step size of each layer, ``[B, layers]``.
         unit: What it is measured in, ``[B, layers]``.
         velocity: V of each layer, as large as its weights.
         direction: D of the last step, the same.
         last: The last change of the weights as ``a V + b D``: a and b, ``[B, layers, 2]``.
+        squares: ``‖a V + b D‖²`` of it, ``[B, layers]``.
         slope: ``⟨∇W, D⟩`` where D was made, ``[B, layers]``.
         predicted: ``⟨∇L, change⟩`` of the last step, ``[B]``.
-        level: Log of the loss, up to a constant, at the beginning and at the last point that was kept, ``[B, 2]``.
+        level: Log of the loss, up to a constant, at the beginning, at the last point that was kept, and the lowest
+            one, which is slowly forgotten, ``[B, 3]``.
         reach: Log of the relative change of each layer's pre-activations by the last step, ``[B, layers]``.
-        length: Log of ``‖∇W‖`` where D was made, ``[B, layers]``.
+        length: Log of ``‖∇W‖²`` where D was made, ``[B, layers]``.
         input_moments: Running average of ``hhᵀ/n``, for each layer.
         error_moments: The same of ``δδᵀ``, each divided by its trace.
         averaged: Batches in the averages.
+        spread: Logs of their participations, inputs' and errors', ``[B, layers, 2]``.
         inputs: Spectra of the moments in use.
         errors: The same of the errors.
         renew: Age at which each layer's spectra are computed anew.
-        fingerprint: Of the last batch, ``[3]``.
+        fingerprint: Of the last batch, ``[4]``.
     """
 
     age: int
+    kind: str | None
     lstm: LSTMState
     log_rate: Tensor
     unit: Tensor
     velocity: list[Tensor]
     direction: list[Tensor]
     last: Tensor
+    squares: Tensor
     slope: Tensor
     predicted: Tensor
     level: Tensor
@@ -150,6 +141,7 @@ class EquivariantStates:
     input_moments: list[Tensor]
     error_moments: list[Tensor]
     averaged: int
+    spread: Tensor
     inputs: list[Spectrum]
     errors: list[Spectrum]
     renew: list[int]
@@ -171,20 +163,17 @@ class EquivariantStates:
 
     def tensors(self) -> dict[str, Tensor]:
         """Plain tensors by name, for files."""
-        found = {"counters": torch.tensor([self.age, self.averaged, *self.renew], dtype=torch.float64)}
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.name in ("age", "averaged", "renew"):
-                continue
+        look = -1 if self.kind is None else KINDS.index(self.kind)
+        found = {"counters": torch.tensor([self.age, self.averaged, look, *self.renew], dtype=torch.float64)}
+        for name in (*_JOINT, *_PER_LAYER, *_SPECTRA):
+            value = getattr(self, name)
             for number, part in enumerate(value if isinstance(value, list) else [value]):
-                name = f"{f.name}_{number}" if isinstance(value, list) else f.name
+                key = f"{name}_{number}" if isinstance(value, list) else name
                 if isinstance(part, Spectrum):
-                    found |= {f"{name}_{key}": t for key, t in part._asdict().items()}
-                elif isinstance(part, LSTMState):
-                    found |= {f"{name}_hidden": part.hidden[0], f"{name}_cell": part.cell[0]}
+                    found |= {f"{key}_{field}": t for field, t in part._asdict().items()}
                 else:
-                    found[name] = part
-        return found
+                    found[key] = part
+        return found | {"lstm_hidden": self.lstm.hidden[0], "lstm_cell": self.lstm.cell[0]}
 
     @staticmethod
     def from_tensors(found: dict[str, Tensor]) -> EquivariantStates:
@@ -198,21 +187,25 @@ class EquivariantStates:
         def spectra(name: str) -> list[Spectrum]:
             return [Spectrum(*(found[f"{name}_{i}_{key}"] for key in Spectrum._fields)) for i in layers]
 
-        age, averaged, *renew = map(int, found["counters"].tolist())
+        age, averaged, look, *renew = map(int, found["counters"].tolist())
         return EquivariantStates(
             age=age,
             averaged=averaged,
+            kind=None if look < 0 else KINDS[look],
             lstm=LSTMState((found["lstm_hidden"],), (found["lstm_cell"],)),
-            inputs=spectra("inputs"),
-            errors=spectra("errors"),
             renew=renew,
+            **{name: spectra(name) for name in _SPECTRA},  # type: ignore[arg-type]
             **{name: [found[f"{name}_{i}"] for i in layers] for name in _PER_LAYER},  # type: ignore[arg-type]
             **{name: found[name] for name in _JOINT},  # type: ignore[arg-type]
         )
 
 
+_SPECTRA = ("inputs", "errors")
 _PER_LAYER = ("velocity", "direction", "input_moments", "error_moments")
-_JOINT = ("log_rate", "unit", "last", "slope", "predicted", "level", "reach", "length", "fingerprint")
+_JOINT = (
+    *("log_rate", "unit", "last", "squares", "slope", "predicted", "level", "reach", "length"),
+    *("fingerprint", "spread"),
+)
 
 
 class EquivariantStep(NamedTuple):
@@ -229,6 +222,16 @@ class EquivariantStep(NamedTuple):
     shortened: Tensor
 
 
+class _Controls(NamedTuple):
+    """For each trajectory and layer, ``[B, layers]``; damping and power for inputs and for errors."""
+
+    growth: Tensor
+    damping: tuple[Tensor, Tensor]
+    power: tuple[Tensor, Tensor]
+    momentum: Tensor
+    nesterov: Tensor
+
+
 class EquivariantOptimizer(nn.Module):
     """See the module; works on every :class:`~metatele.mlp.MLP`.
 
@@ -236,10 +239,14 @@ class EquivariantOptimizer(nn.Module):
         config: Sizes, and what is learned.
         seed: For the initial meta-parameters.
 
+    Attributes:
+        opening: The teleport before the first step.
+
     Example:
         >>> from metatele.activations import Tanh
         >>> from metatele.losses import MeanSquaredError
-        >>> from metatele.mlp import MLP
+        >>> from metatele.metaopt.observation import parted
+        >>> from metatele.mlp import MLP, Pass
         >>> _ = torch.manual_seed(0)
         >>> optimizer, mlp = EquivariantOptimizer(EquivariantConfig()), MLP((3, 8, 2), Tanh(), True)
         >>> w, x, y, states = torch.randn(5, mlp.num_parameters), torch.randn(3, 9), torch.randn(2, 9), None
@@ -252,6 +259,10 @@ class EquivariantOptimizer(nn.Module):
         (torch.Size([5, 50]), 2)
     """
 
+    _squash: Tensor
+    _sight: Tensor
+    _measures: Tensor
+
     def __init__(self, config: EquivariantConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
@@ -260,11 +271,20 @@ class EquivariantOptimizer(nn.Module):
         with torch.no_grad():
             self.lstm.head_weight.mul_(0.3)
             self.lstm.head_bias.zero_()
-        # What the outputs take from the numbers directly: at first, a step that could have been longer
-        # (the gradient still points its way) makes the next one longer.
+        # What the outputs take from the numbers directly: at first, a step that could have been longer makes the
+        # next one longer.
         direct = torch.zeros(OUTPUTS, FEATURES)
-        direct[0, 1] = _FOLLOW
+        direct[0, :2] = _FOLLOW
         self.direct = nn.Parameter(direct)
+        self.opening = Opening(config.drift)
+        self.register_buffer("_squash", torch.tensor(_SQUASH).T.contiguous(), persistent=False)
+        sight = [0.0 if sense in config.blind else 1.0 for sense, count in SENSES.items() for _ in range(count)]
+        self.register_buffer("_sight", torch.tensor(sight), persistent=False)
+        self.register_buffer("_measures", torch.tensor(_MEASURES).T.contiguous(), persistent=False)
+
+    def opens(self, mlp: MLP) -> bool:
+        """Whether the first step on such a network is a teleport."""
+        return self.config.opening and bool(mlp.hidden_widths)
 
     # --- a step
 
@@ -275,65 +295,67 @@ class EquivariantOptimizer(nn.Module):
         a constant.
         """
         states, same = self._observed(seen, states)
-        now = level(seen.outputs, seen.errors[-1])
+        if states.age % _LOOK == 0:
+            states = dataclasses.replace(states, kind=kind(seen.outputs, seen.errors[-1]))
+        now = level(seen.outputs, seen.errors[-1], states.kind)
         finite = torch.isfinite(now)
-        length = _stacked(_norm(g) for g in seen.gradients)
-        if not bool(torch.isfinite(length).all()):
-            gradients = [torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in seen.gradients]
-            seen = seen._replace(gradients=gradients)
-            length = _stacked(_norm(g) for g in gradients)
-        length = _log(length)
+        with torch.no_grad():
+            length = inner(seen.gradients, seen.gradients)
+            if not bool(torch.isfinite(length).all()):
+                gradients = [torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in seen.gradients]
+                seen = seen._replace(gradients=gradients)
+                length = inner(gradients, gradients)
+            length = _log(length)
+            ahead, along = inner(seen.gradients, states.velocity), inner(seen.gradients, states.direction)
         if states.age == 0:
-            states = dataclasses.replace(states, level=torch.stack([now, now], -1), length=length)
-        rise = now - states.level[:, 1]
-        controls, lstm = self._control(self._features(seen, states, now, length, same), states)
-        D, reaches = [], []
-        for layer, gradient in enumerate(seen.gradients):
-            damping, power = controls.damping[..., layer], controls.power[..., layer]
-            left = states.errors[layer].from_left(gradient, damping[1], power[1])
-            spectrum = states.inputs[layer]
-            d, size = spectrum.from_right(left / spectrum.scale[:, None, None], damping[0], power[0])
-            D.append(d)
-            # D changes the layer's pre-activations by so much, in units of how large they are.
-            reaches.append((size / gradient.shape[-2] / (seen.squares[layer] + _FLOOR)).clamp_min(_TINY).sqrt())
-        reach = torch.stack(reaches, -1)
-        reach = torch.where(torch.isfinite(reach) & (reach > 2 * _TINY**0.5), reach, 0.0)
+            states = dataclasses.replace(states, level=torch.stack([now, now, now], -1), length=length)
+        controls, lstm = self._control(self._features(seen, states, now, length, ahead, along, same), states)
+        D, reach = self._directions(seen, states, controls)
         if states.age == 0:
-            states = dataclasses.replace(
-                states, unit=torch.where(reach > 0, 1 / torch.where(reach > 0, reach, 1.0), 0.0)
-            )
-        reach = reach.detach()
-        furthest = _log(self.config.reach / (states.unit.detach() * reach).clamp_min(_TINY))
-        log_rate = torch.minimum(states.log_rate + controls.growth, furthest)
-        rate = (log_rate.exp() * states.unit).unsqueeze(-1).unsqueeze(-1)
+            unit = torch.where(reach > 0, 1 / torch.where(reach > 0, reach, 1.0), 0.0)
+            states = dataclasses.replace(states, unit=unit)
+        unit = states.unit.detach()
+        reach = _log(unit * reach.detach())
+        log_rate = torch.minimum(states.log_rate + controls.growth, math.log(self.config.reach) - reach)
+        rate = log_rate.exp() * states.unit
         beta, nu = controls.momentum, controls.nesterov
-        V, changes = [], []
         # The change is V + ν(βV - ηD - V) = a V + b D, V the new velocity.
-        a, b = 1 - nu + nu * beta, -nu * rate[..., 0, 0]
-        for layer, d in enumerate(D):
-            V.append(beta[:, layer, None, None] * states.velocity[layer] - rate[:, layer] * d)
-            changes.append(a[:, layer, None, None] * V[-1] + b[:, layer, None, None] * d)
-        last = torch.stack([a, b], -1)
-        slope = torch.stack([_inner(g, d) for g, d in zip(seen.gradients, D, strict=True)], -1)
-        predicted = sum((_inner(g, c) for g, c in zip(seen.gradients, changes, strict=True)), torch.zeros_like(now))
-        # Two mini-batches differ anyway.
-        shorten = (rise > math.log(self.config.growth) * (1 if same else 2)) | ~finite
-        kept = now
-        reach = _log(reach * states.unit.detach()) + log_rate.detach()
+        a, b = 1 - nu + nu * beta, -nu * rate
+        V, changes = [], []
+        factors = (t.unsqueeze(-1).unsqueeze(-1).unbind(1) for t in (beta, -rate, a, b))
+        for d, old, beta_, eta, a_, b_ in zip(D, states.velocity, *factors, strict=True):
+            V.append(torch.addcmul(beta_ * old, eta, d))
+            changes.append(torch.addcmul(a_ * V[-1], b_, d))
+        with torch.no_grad():
+            slope = inner(seen.gradients, D)
+            predicted = (a * (beta * ahead - rate * slope) + b * slope).sum(-1)
+            last, reach = torch.stack([a, b], -1), reach + log_rate
+            # Two mini-batches differ anyway.
+            leapt = (now - states.level[:, 1] > math.log(self.config.growth) * (1 if same else 2)) | ~finite
+            # Many small rises are a large one: without this, steps at the level of rounding may grow for long.
+            crept = same & (now - states.level[:, 2] > _CREPT)
+            shorten = leapt | crept
+            lowest = torch.where(crept, now - _CREPT / 2, torch.minimum(now, states.level[:, 2] + _LEAK))
+            kept, squares = now, inner(changes, changes)
         if states.age and bool(shorten.any()):
             at = shorten[:, None, None]
-            old = [self._last_change(states, layer) for layer in range(len(D))]
+            a_, b_ = states.last[..., None, None].unbind(2)
+            old = [
+                (x * v + y * d).detach()
+                for x, v, y, d in zip(a_.unbind(1), states.velocity, b_.unbind(1), states.direction, strict=True)
+            ]
             changes = [torch.where(at, (_SHORTEN - 1) * o, c) for o, c in zip(old, changes, strict=True)]
+            squares = torch.where(shorten[:, None], _SHORTEN**2 * states.squares, squares)
             # What is left of the step becomes the velocity, and is the last change.
             V = [torch.where(at, _SHORTEN * o, v) for o, v in zip(old, V, strict=True)]
             D = [torch.where(at, o, d) for o, d in zip(states.direction, D, strict=True)]
-            left = torch.stack([torch.ones_like(a), torch.zeros_like(b)], -1)
-            last = torch.where(at, left, last)
+            last = torch.where(at, last.new_tensor([1.0, 0.0]), last)
             log_rate = torch.where(shorten[:, None], states.log_rate + math.log(_SHORTEN), log_rate)
             slope = torch.where(shorten[:, None], states.slope, slope)
             predicted = torch.where(shorten, _SHORTEN * states.predicted, predicted)
             # Another batch does not tell how good the old point was: an easy one must not stop all later steps.
-            kept = torch.where(shorten if same else ~finite, states.level[:, 1], now)
+            kept = torch.where(leapt if same else ~finite, states.level[:, 1], now)
+            lowest = torch.where(leapt, states.level[:, 2], lowest)
             length = torch.where(shorten[:, None], states.length, length)
             reach = torch.where(shorten[:, None], states.reach + math.log(_SHORTEN), reach)
         new = dataclasses.replace(
@@ -343,32 +365,46 @@ class EquivariantOptimizer(nn.Module):
             log_rate=log_rate,
             velocity=V,
             direction=[d.detach() for d in D],
-            last=last.detach(),
-            slope=slope.detach(),
-            predicted=predicted.detach(),
-            level=torch.stack([states.level[:, 0], kept], -1),
+            last=last,
+            squares=squares,
+            slope=slope,
+            predicted=predicted,
+            level=torch.stack([states.level[:, 0], kept, lowest], -1),
             reach=reach,
             length=length,
         )
         return EquivariantStep(changes, new, shorten)
 
-    @staticmethod
-    def _last_change(states: EquivariantStates, layer: int) -> Tensor:
-        a, b = states.last[:, layer, :, None, None].unbind(1)
-        return (a * states.velocity[layer] + b * states.direction[layer]).detach()
+    def _directions(
+        self, seen: Observation, states: EquivariantStates, controls: _Controls
+    ) -> tuple[list[Tensor], Tensor]:
+        """D of each layer, and the relative change of its pre-activations by a step of size 1, ``[B, layers]``."""
+        D, sizes = [], []
+        columns = (t.unbind(1) for t in (*controls.damping, *controls.power))
+        layers = zip(seen.gradients, states.inputs, states.errors, *columns, strict=True)
+        for gradient, inputs, errors, input_damping, error_damping, input_power, error_power in layers:
+            d = gradient
+            if self.config.errors:
+                d = errors.from_left(d, error_damping, error_power)
+            power = input_power if self.config.inputs else torch.zeros_like(input_power)
+            d, size = inputs.from_right(d, input_damping, power)
+            D.append(d)
+            sizes.append(size / gradient.shape[-2])
+        reach = (torch.stack(sizes, -1) / (seen.squares + _FLOOR)).clamp_min(_TINY).sqrt()
+        return D, torch.where(torch.isfinite(reach) & (reach > 2 * _TINY**0.5), reach, 0.0)
 
     # --- moments
 
     @torch.no_grad()
     def _observed(self, seen: Observation, states: EquivariantStates | None) -> tuple[EquivariantStates, bool]:
         """States with the moments of a batch taken in, and whether it is the batch of the step before."""
-        x = torch.nan_to_num(seen.inputs[0], nan=0.0, posinf=0.0, neginf=0.0)
-        ramp = torch.linspace(-1, 1, x.shape[-2], dtype=x.dtype, device=x.device).unsqueeze(-1)
-        fingerprint = torch.stack([x.sum(), x.square().sum(), (ramp * x).sum()])
+        x = seen.inputs[0]
+        rows = _ramps(x.shape[-2], x.dtype, x.device) @ x
+        fingerprint = torch.cat([rows.sum((0, 2)), rows.square().sum((0, 2))]).nan_to_num(0.0, 0.0, 0.0)
         if states is None:
             states = self._initial(seen, fingerprint)
-        tolerance = 1e-5 * fingerprint[1].abs()
-        same = states.age > 0 and bool(((fingerprint - states.fingerprint).abs() <= tolerance).all())
+        pairs = zip(fingerprint.tolist(), states.fingerprint.tolist(), strict=True)
+        same = states.age > 0 and all(math.isclose(a, b, rel_tol=1e-5) for a, b in pairs)
         decay = 0.0 if same or states.age == 0 else self.config.averaging
         averaged = 1 if decay == 0 else states.averaged + 1
         # A running average that begins with equal weights.
@@ -376,12 +412,10 @@ class EquivariantOptimizer(nn.Module):
         renewed: dict[str, Any] = {name: [] for name in ("input_moments", "error_moments", "inputs", "errors", "renew")}
         for layer, (h, e) in enumerate(zip(seen.inputs, seen.errors, strict=True)):
             # The work for a spectrum grows with the cube of the width, that for a step with its square.
-            period = max(1, math.ceil((max(h.shape[-2], e.shape[-2]) / self.config.small) ** 2))
-            if states.age and not same:
-                period = max(period, _SLOW)
+            period = max(_SLOW, math.ceil((max(h.shape[-2], e.shape[-2]) / self.config.small) ** 2))
             due = states.age >= states.renew[layer]
-            # Running averages need not take in every batch between two spectra.
-            if due or same or states.age % max(1, min(period // _SLOW, _STRIDE, states.age // 4)) == 0:
+            # Moments of the one batch are asked for with the spectra; running averages need not take in every batch.
+            if due or (not same and states.age % max(1, min(period // 2, _STRIDE, states.age // 4)) == 0):
                 S, G = h @ h.mT / h.shape[-1], e @ e.mT
                 G = G / G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(_TINY)
                 if states.age and share < 1:
@@ -391,32 +425,48 @@ class EquivariantOptimizer(nn.Module):
                 S, G = states.input_moments[layer], states.error_moments[layer]
             renewed["input_moments"].append(S)
             renewed["error_moments"].append(G)
-            renewed["inputs"].append(Spectrum.of(S, self.config.keep) if due else states.inputs[layer])
-            renewed["errors"].append(Spectrum.of(G, self.config.keep) if due else states.errors[layer])
-            wait = min(period, states.age // 2 + 1) if due else 0
+            for name, moment in (("inputs", S), ("errors", G)):
+                last = getattr(states, name)[layer] if states.age else None
+                renewed[name].append(Spectrum.of(moment, self.config.keep, last) if due or last is None else last)
+            wait = min(period, states.age // 4 + 1)
             renewed["renew"].append(states.age + wait if due else states.renew[layer])
-        return dataclasses.replace(states, averaged=averaged, fingerprint=fingerprint, **renewed), same
+        spread = states.spread
+        if any(old <= states.age for old in states.renew):
+            batch = len(states.predicted)
+            spread = torch.stack(
+                [
+                    torch.stack([s.participation.expand(batch) for s in renewed[name]], -1).log()
+                    for name in ("inputs", "errors")
+                ],
+                -1,
+            )
+        states = dataclasses.replace(states, averaged=averaged, fingerprint=fingerprint, spread=spread, **renewed)
+        return states, same
 
     def _initial(self, seen: Observation, fingerprint: Tensor) -> EquivariantStates:
         batch, layers = seen.gradients[0].shape[0], len(seen.gradients)
         like = seen.gradients[0]
         zeros = [torch.zeros_like(g) for g in seen.gradients]
+        each = like.new_zeros(batch, layers)
         return EquivariantStates(
             age=0,
+            kind=None,
             lstm=self.lstm.initial_state(batch * layers),
-            log_rate=like.new_full((batch, layers), _START),
-            unit=like.new_ones(batch, layers),
+            log_rate=torch.full_like(each, _START),
+            unit=torch.ones_like(each),
             velocity=zeros,
             direction=zeros,
             last=like.new_zeros(batch, layers, 2),
-            slope=like.new_zeros(batch, layers),
+            squares=each,
+            slope=each,
             predicted=like.new_zeros(batch),
-            level=like.new_zeros(batch, 2),
-            reach=like.new_zeros(batch, layers),
-            length=like.new_zeros(batch, layers),
+            level=like.new_zeros(batch, 3),
+            reach=each,
+            length=each,
             input_moments=[],
             error_moments=[],
             averaged=0,
+            spread=like.new_zeros(batch, layers, 2),
             inputs=[],
             errors=[],
             renew=[0] * layers,
@@ -427,44 +477,56 @@ class EquivariantOptimizer(nn.Module):
 
     @torch.no_grad()
     def _features(
-        self, seen: Observation, states: EquivariantStates, now: Tensor, length: Tensor, same: bool
+        self,
+        seen: Observation,
+        states: EquivariantStates,
+        now: Tensor,
+        length: Tensor,
+        ahead: Tensor,
+        along: Tensor,
+        same: bool,
     ) -> Tensor:
         """Numbers about each layer, ``[B, layers, FEATURES]``, free of units and of the order of units."""
         layers, n = len(seen.gradients), seen.inputs[0].shape[-1]
-        changes = [self._last_change(states, layer) for layer in range(layers)]
-        ahead = _stacked(_inner(g, c) for g, c in zip(seen.gradients, changes, strict=True))
-        along = _stacked(_inner(g, d) for g, d in zip(seen.gradients, states.direction, strict=True))
-        size = _log(_stacked(map(_norm, changes)))
-        weight = _log(_stacked(map(_norm, seen.weights)))
-        one = torch.ones_like(length)
-        overall = -ahead.sum(-1) / (states.predicted.abs() + _TINY)
-        trend = (now - states.level[:, 1]).nan_to_num(3.0).clamp(-3, 3)
-        since = (now - states.level[:, 0]).nan_to_num(10.0).clamp(-40, 10)
-        rooms = [math.log(n / h.shape[-2]) / 2 for h in seen.inputs]
-        place = [[float(layer == 0), float(layer == layers - 1), layers - 3.0] for layer in range(layers)]
-        fixed = torch.tensor(
+        a, b = states.last.unbind(-1)
+        ahead = a * ahead + b * along  # ⟨∇W, last change⟩
+        size = _log(states.squares)
+        overall = _best(ahead.sum(-1), states.predicted)
+        since = (now[:, None] - states.level[:, :2].flip(-1)).nan_to_num(40.0, 40.0, 40.0)
+        shared = torch.cat([overall[:, None], since], -1)[:, None].expand(-1, layers, -1).unbind(-1)
+        moved = torch.stack(
             [
-                [math.log(states.age + 1) / 3, float(same), room, *where]
-                for room, where in zip(rooms, place, strict=True)
-            ],
-            dtype=length.dtype,
-        ).to(length.device)
-        columns = torch.stack(
-            [
-                (along / (states.slope + _TINY)).nan_to_num(0.0, 0.0, 0.0).clamp(-3, 1.5),
-                overall.nan_to_num(0.0, 0.0, 0.0).clamp(-3, 3).unsqueeze(-1) * one,
-                (ahead / (length + size).exp().clamp_min(_TINY)).nan_to_num(0.0).clamp(-1, 1),
-                trend.unsqueeze(-1) * one,
-                since.unsqueeze(-1) / 8 * one,
-                _stacked(s.participation.expand_as(now) for s in states.inputs).log() / 2,
-                _stacked(s.participation for s in states.errors).log() / 2,
-                (size - weight).nan_to_num(0.0).clamp(-20, 3) / 4,
-                states.reach.clamp(-20, 5) / 4,
-                (length - states.length).nan_to_num(0.0).clamp(-5, 5) / 2,
+                _best(along, states.slope),
+                shared[0],
+                ahead / ((length + size) / 2).exp().clamp_min(_TINY),
+                shared[1],
+                shared[2],
+                *states.spread.unbind(-1),
+                (size - _log(seen.sizes)) / 2,
+                states.reach,
+                (length - states.length) / 2,
             ],
             -1,
         )
-        return torch.cat([columns, fixed.expand(len(now), -1, -1)], -1)
+        factor, low, high = self._measures.unbind()
+        moved = (moved * factor).nan_to_num(0.0, 0.0, 0.0).clamp(low, high)
+        fixed = torch.tensor(
+            [
+                [
+                    math.log(states.age + 1) / 3,
+                    float(same),
+                    math.log(n / h.shape[-2]) / 2,
+                    float(layer == 0),
+                    float(layer == layers - 1),
+                    layers - 3.0,
+                ]
+                for layer, h in enumerate(seen.inputs)
+            ],
+            dtype=length.dtype,
+            device=length.device,
+        )
+        seen_of = torch.cat([moved, fixed.expand(len(now), -1, -1)], -1)
+        return seen_of * self._sight if self.config.blind else seen_of
 
     def _control(self, features: Tensor, states: EquivariantStates) -> tuple[_Controls, LSTMState]:
         """The outputs of the controller for each layer."""
@@ -472,24 +534,29 @@ class EquivariantOptimizer(nn.Module):
         hidden = states.lstm.hidden[0].view(batch, layers, -1)
         others = hidden.mean(1, keepdim=True).expand_as(hidden)
         output, lstm = self.lstm(torch.cat([features, others], -1).flatten(0, 1), states.lstm)
-        y = (output.view(batch, layers, OUTPUTS) + features @ self.direct.mT).unbind(-1)
-        return (
-            _Controls(
-                growth=_LARGEST * torch.tanh(y[0] / 2),
-                damping=torch.stack([(6 * torch.tanh(y[1] / 2) - 2.3).exp(), (6 * torch.tanh(y[2] / 2) - 2.3).exp()]),
-                power=torch.stack([torch.sigmoid(y[3] + 2), torch.sigmoid(y[4])]),
-                momentum=torch.sigmoid(y[5] + 1.4),
-                nesterov=torch.sigmoid(y[6]),
-            ),
-            lstm,
-        )
+        offset, factor, middle = self._squash.unbind()
+        y = output.view(batch, layers, OUTPUTS) + features @ self.direct.mT
+        y = torch.addcmul(middle, factor, torch.tanh((y + offset) / 2))
+        input_damping, error_damping = y[..., 1:3].exp().unbind(-1)
+        growth, _, _, input_power, error_power, momentum, nesterov = y.unbind(-1)
+        damping, power = (input_damping, error_damping), (input_power, error_power)
+        return _Controls(growth, damping, power, momentum, nesterov), lstm
 
 
-class _Controls(NamedTuple):
-    """For each trajectory and layer, ``[B, layers]``; damping and power for inputs and for errors, ``[2, ...]``."""
+class ConstantOptimizer(EquivariantOptimizer):
+    """The same step with settings that nothing learned: whitening by conjugation, and gradient descent.
 
-    growth: Tensor
-    damping: Tensor
-    power: Tensor
-    momentum: Tensor
-    nesterov: Tensor
+    Args:
+        rate: η, in units of the first step's change that would make pre-activations as large as they are.
+        damping: λ of the inputs' moments, whose exponent is 1; errors and velocities play no part.
+    """
+
+    def __init__(self, rate: float, damping: float) -> None:
+        super().__init__(EquivariantConfig(opening=False, errors=False))
+        self.rate, self.damping = rate, damping
+
+    def _control(self, features: Tensor, states: EquivariantStates) -> tuple[_Controls, LSTMState]:
+        """The same for every layer and step."""
+        one = torch.ones_like(features[..., 0])
+        growth = math.log(self.rate) - states.log_rate
+        return _Controls(growth, (self.damping * one, one), (one, 0 * one), 0 * one, 0 * one), states.lstm

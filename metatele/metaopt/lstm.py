@@ -114,20 +114,26 @@ def _tanh(x: Tensor) -> Tensor:
     return x.mul(2).sigmoid_().mul_(2).sub_(1)
 
 
+def _cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden state, cell, activated gates and the squashed cell."""
+    size = cell.shape[-1]
+    activated = torch.empty_like(gates)
+    torch.sigmoid(gates[:, : 3 * size], out=activated[:, : 3 * size])
+    activated[:, 3 * size :] = _tanh(gates[:, 3 * size :])
+    i, f, o, candidate = activated.chunk(4, -1)
+    new_cell = torch.addcmul(f * cell, i, candidate)
+    squashed = _tanh(new_cell)
+    return o * squashed, new_cell, activated, squashed
+
+
 class _Cell(torch.autograd.Function):
     """Elementwise part of an LSTM cell; gate order input, forget, output, candidate."""
 
     @staticmethod
     def forward(ctx, gates, cell):  # type: ignore[no-untyped-def]
-        size = cell.shape[-1]
-        activated = torch.empty_like(gates)
-        torch.sigmoid(gates[:, : 3 * size], out=activated[:, : 3 * size])
-        activated[:, 3 * size :] = _tanh(gates[:, 3 * size :])
-        i, f, o, candidate = activated.chunk(4, -1)
-        new_cell = torch.addcmul(f * cell, i, candidate)
-        squashed = _tanh(new_cell)
+        hidden, new_cell, activated, squashed = _cell(gates, cell)
         ctx.save_for_backward(activated, cell, squashed)
-        return o * squashed, new_cell
+        return hidden, new_cell
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -213,12 +219,14 @@ class StackedLSTM(nn.Module):
         cell: list[Tensor] = []
         for weight, bias, h, c in zip(self.weights, self.biases, state.hidden, state.cell, strict=True):
             gates = self._affine(x, h, weight, bias)
-            x, c = _Cell.apply(gates, c)
+            x, c = _Cell.apply(gates, c) if torch.is_grad_enabled() else _cell(gates, c)[:2]
             hidden.append(x)
             cell.append(c)
         return self._affine(x, None, self.head_weight, self.head_bias), LSTMState(tuple(hidden), tuple(cell))
 
     def _affine(self, x: Tensor, h: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+        if self._precision == "float32" and not torch.is_grad_enabled():
+            return torch.addmm(bias, x if h is None else torch.cat([x, h], -1), weight.t())
         tape = None if self._tapes is None else self._tapes[weight]
         return _Affine.apply(x, h, weight, bias, self._cast(weight), tape)
 

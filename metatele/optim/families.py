@@ -3,37 +3,78 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from metatele.errors import MetateleError, ShapeMismatchError
 from metatele.metaopt import EquivariantOptimizer, EquivariantStates, LSTMState, MetaOptimizer, MoveStates, Observation
-from metatele.metaopt.equivariant import joined, parted
+from metatele.metaopt.observation import inner
 from metatele.mlp import MLP
 from metatele.optim.modules import PassCapture, describe
 from metatele.symmetry import drift, with_ones
 
+_T = TypeVar("_T")
 
-class Situation(NamedTuple):
+
+@dataclass(frozen=True)
+class Situation:
     """Where a model is.
 
     Attributes:
-        weights: All parameters as one vector ``[P]``.
-        gradient: Theirs; zero where there is none.
-        scale: Factor on the update of each entry; zero where a parameter does not move.
-        whole: Whether every parameter moves.
+        parameters: Those of the layers, in their order.
+        rates: Factor on the update of each; zero where it does not move.
         stored: The memories, as tensors by name; empty at the beginning.
         group: The first parameter group, for ``max_drift``, ``drift`` and ``rolled_back``.
+        dtype: What steps are computed in.
     """
 
-    weights: Tensor
-    gradient: Tensor
-    scale: Tensor
-    whole: bool
+    parameters: Sequence[Tensor]
+    rates: Sequence[float]
     stored: dict[str, Tensor]
     group: dict[str, Any]
+    dtype: torch.dtype
+
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        """Of each parameter; zero where there is none or it does not move."""
+        return [
+            p.grad.to(self.dtype) if rate and p.grad is not None else torch.zeros_like(p, dtype=self.dtype)
+            for p, rate in zip(self.parameters, self.rates, strict=True)
+        ]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every parameter moves."""
+        return all(self.rates)
+
+    def flat(self, parts: Sequence[Tensor]) -> Tensor:
+        """One vector ``[P]`` of what there is for each parameter."""
+        return torch.cat([part.flatten() for part in parts]).to(self.dtype)
+
+    @property
+    def weights(self) -> Tensor:
+        """All parameters as one vector."""
+        return self.flat(self.parameters)
+
+    @property
+    def scale(self) -> Tensor:
+        """The factor on each entry of that vector."""
+        return self.flat(
+            [torch.full_like(p, r, dtype=self.dtype) for p, r in zip(self.parameters, self.rates, strict=True)]
+        )
+
+    def write(self, flat: Tensor) -> None:
+        """Put the parameters that move where a vector says."""
+        parts = flat.split([p.numel() for p in self.parameters])
+        for p, part, rate in zip(self.parameters, parts, self.rates, strict=True):
+            if rate:
+                p.copy_(part.view_as(p))
 
 
 class Family(ABC):
@@ -53,8 +94,8 @@ class Family(ABC):
         """Whether a step needs what the passes saw."""
 
     @abstractmethod
-    def advance(self, at: Situation) -> tuple[Tensor, dict[str, Tensor]]:
-        """The next weights, and the memories to keep."""
+    def advance(self, at: Situation) -> dict[str, Tensor]:
+        """Move the parameters; returns the memories to keep."""
 
     @abstractmethod
     def idle(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -111,28 +152,32 @@ class Flat(Family):
         """With a method that teleports, always."""
         return self.meta.teleport is not None
 
-    def advance(self, at: Situation) -> tuple[Tensor, dict[str, Tensor]]:
+    def advance(self, at: Situation) -> dict[str, Tensor]:
         """One local move and one teleport."""
-        inputs = None
+        weights, inputs = at.weights, None
         if self.meta.teleport is not None and at.whole:
-            inputs = self.capture.inputs(at.weights.dtype)
+            inputs = self.capture.inputs(at.dtype)
             if inputs is None:
                 raise self._missing("a teleport")
             inputs = inputs.unsqueeze(0)
             if not bool(torch.isfinite(inputs).all()):
                 at.group["rolled_back"] += 1
                 inputs = None
-        states = read_states(at.stored, self.meta).map(lambda t: t.to(at.weights.device))
-        done = self.meta.step(at.weights[None], at.gradient[None], states, inputs, local_scale=at.scale)
+        states = read_states(at.stored, self.meta).map(lambda t: t.to(weights.device))
+        gradient = at.flat(at.gradients)
+        done = self.meta.step(weights[None], gradient[None], states, inputs, local_scale=at.scale)
         kept = write_states(done.states)
         if inputs is None:
-            return done.weights[0], kept
+            at.write(done.weights[0])
+            return kept
         before, after = self.mlp.unflatten(done.local), self.mlp.unflatten(done.weights)
         at.group["drift"] = float(drift(self.mlp, before, after, inputs))
         if bool(torch.isfinite(done.weights).all()) and at.group["drift"] <= at.group["max_drift"]:
-            return done.weights[0], kept
+            at.write(done.weights[0])
+            return kept
         at.group["rolled_back"] += 1
-        return done.local[0], kept
+        at.write(done.local[0])
+        return kept
 
     def idle(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """See the base class."""
@@ -159,26 +204,50 @@ class Equivariant(Family):
         """Always."""
         return True
 
-    def advance(self, at: Situation) -> tuple[Tensor, dict[str, Tensor]]:
+    def advance(self, at: Situation) -> dict[str, Tensor]:
         """Teleport, step, pull back: nothing drifts."""
-        layers = self.capture.layers(at.weights.dtype)
+        layers = self.capture.layers(at.dtype)
         if layers is None:
             raise self._missing("a step")
+        if not at.stored and self.meta.opens(self.mlp) and at.whole:
+            return self._opened(layers.inputs[0], at)
         biases = self.mlp.biases
-        one = at.weights[None]
+        squares = inner(*([[p.to(at.dtype)[None] for p in at.parameters]] * 2))[0]
         seen = Observation(
             [(with_ones(h) if b else h)[None] for h, b in zip(layers.inputs, biases, strict=True)],
             [e[None] for e in layers.gradients],
-            [s[None] for s in layers.squares],
+            torch.stack(layers.squares)[None],
             layers.outputs[None],
-            joined(self.mlp.unflatten(one)),
-            joined(self.mlp.unflatten(at.gradient[None])),
+            torch.stack([torch.stack(s).sum() for s in self._by_layer(squares.unbind())])[None],
+            [
+                (g[0] if len(g) == 1 else torch.cat([g[0], g[1].unsqueeze(-1)], -1))[None]
+                for g in self._by_layer(at.gradients)
+            ],
         )
-        states = EquivariantStates.from_tensors(at.stored) if at.stored else None
+        states = EquivariantStates.from_tensors(at.stored) if "counters" in at.stored else None
         done = self.meta.step(seen, states)
         at.group["rolled_back"] += int(done.shortened)
-        change = self.mlp.flatten(parted(done.changes, biases))[0]
-        return at.weights + at.scale * change, done.states.tensors()
+        pairs = zip(self._by_layer(at.parameters), self._by_layer(at.rates), done.changes, strict=True)
+        for parameters, rates, change in pairs:
+            d = parameters[0].shape[1]
+            for p, rate, part in zip(parameters, rates, (change[0, :, :d], change[0, :, -1]), strict=False):
+                if rate:
+                    p.add_(part, alpha=rate)
+        return done.states.tensors()
+
+    def _by_layer(self, parts: Sequence[_T]) -> Iterator[tuple[_T, ...]]:
+        """What there is for each parameter, for each layer."""
+        rest = iter(parts)
+        for biased in self.mlp.biases:
+            yield tuple(islice(rest, 1 + biased))
+
+    def _opened(self, inputs: Tensor, at: Situation) -> dict[str, Tensor]:
+        """The teleport before the first step, if every lr is 1: part of the way does not keep the outputs."""
+        if all(rate == 1 for rate in at.rates):
+            opened = self.meta.opening(self.mlp, at.weights[None], inputs)
+            at.group["rolled_back"] += int(not opened.moved)
+            at.write(opened.weights[0])
+        return {"opened": torch.ones(1)}
 
     def idle(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """See the base class."""
@@ -189,7 +258,7 @@ class Equivariant(Family):
         velocity = {name: shape for name, shape in found.items() if name.startswith("velocity_")}
         sizes = zip(self.mlp.widths[1:], self.mlp.widths, self.mlp.biases, strict=False)
         expected = {f"velocity_{i}": (1, o, d + b) for i, (o, d, b) in enumerate(sizes)}
-        if found and velocity != expected:
+        if found and set(found) != {"opened"} and velocity != expected:
             raise ShapeMismatchError(
                 f"the state does not belong to this model: expected {expected}, got {velocity or sorted(found)[:3]}"
             )

@@ -141,24 +141,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self.meta.to(device)  # the model was moved after the optimizer was made
         stored = {name: t.to(device) for name, t in stored.items()}
         dtype = next(self.meta.parameters()).dtype
-        weights = torch.cat([p.flatten() for p in parameters]).to(dtype)
-        gradient = torch.cat(
-            [
-                p.grad.flatten() if m and p.grad is not None else torch.zeros_like(p).flatten()
-                for p, m in zip(parameters, moving, strict=True)
-            ]
-        ).to(dtype)
-        scale = torch.cat(
-            [
-                torch.as_tensor(float(rates[id(p)]) if m else 0.0, dtype=dtype, device=weights.device).expand(p.numel())
-                for p, m in zip(parameters, moving, strict=True)
-            ]
-        )
-        at = Situation(weights, gradient, scale, all(moving), stored, self.param_groups[0])
-        new, kept = self.family.advance(at)
-        for p, part, m in zip(parameters, new.split([p.numel() for p in parameters]), moving, strict=True):
-            if m:
-                p.copy_(part.view_as(p))
+        used = [float(rates[id(p)]) if m else 0.0 for p, m in zip(parameters, moving, strict=True)]
+        kept = self.family.advance(Situation(parameters, used, stored, self.param_groups[0], dtype))
         self._write(home, kept, advance=1)
 
     @property

@@ -7,15 +7,16 @@ unchanged because its rules are elementwise. L-BFGS is not, and runs one traject
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metatele.tasks import Problems, Regression
+from metatele.tasks import Fitting, Problems, Regression
 from metatele.training.curves import Curves
 
 PAPER_RATE = 3e-4  # the largest that does not diverge (PAPER §4)
@@ -31,7 +32,7 @@ class Baseline:
 
     Attributes:
         name: As in tables.
-        optimizer: Class of torch.optim.
+        optimizer: Class of torch.optim, or a function like one.
         grid: Candidate settings; a single one needs no tuning.
         batched: Whether the update rule is elementwise.
     """
@@ -40,6 +41,36 @@ class Baseline:
     optimizer: Any
     grid: tuple[dict[str, Any], ...]
     batched: bool = True
+
+
+class Muon:
+    """torch's Muon for matrices, with Adam for biases, as it is meant to be used; rates mean what Adam's mean.
+
+    Args:
+        params: Parameters.
+        lr: Of both.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float) -> None:
+        known = list(params)
+        matrices, rest = [p for p in known if p.dim() == 2], [p for p in known if p.dim() != 2]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        ]
+        if rest:
+            self.parts.append(torch.optim.Adam(rest, lr=lr))
+
+    def zero_grad(self) -> None:
+        """Of both."""
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Of both."""
+        if closure is not None:
+            closure()
+        for part in self.parts:
+            part.step()
 
 
 BASELINES: tuple[Baseline, ...] = (
@@ -66,14 +97,46 @@ BASELINES: tuple[Baseline, ...] = (
     ),
 )
 
+# For problems of any kind, tuned on each.
+EVERYWHERE: tuple[Baseline, ...] = (
+    Baseline("SGD", torch.optim.SGD, tuple({"lr": lr} for lr in _decades(-6, 1, 3))),
+    Baseline("Momentum", torch.optim.SGD, tuple({"lr": lr, "momentum": 0.9} for lr in _decades(-6, 1, 3))),
+    Baseline("Adam", torch.optim.Adam, tuple({"lr": lr} for lr in _decades(-4, 0))),
+    Baseline(
+        "AdamW",
+        torch.optim.AdamW,
+        tuple({"lr": lr, "weight_decay": d} for lr, d in itertools.product(_decades(-4, 0), (1e-3, 1e-1))),
+    ),
+    Baseline("Muon", Muon, tuple({"lr": lr} for lr in _decades(-3, 0, 2)), batched=False),
+    BASELINES[-1],  # L-BFGS
+)
+
 
 def run_candidates(
-    baseline: Baseline, candidates: Sequence[dict[str, Any]], problems: Problems, num_steps: int
+    baseline: Baseline,
+    candidates: Sequence[dict[str, Any]],
+    problems: Problems | Fitting,
+    num_steps: int,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Losses ``[num_steps + 1, candidates, B]`` of each candidate on each problem."""
+    """Losses ``[num_steps + 1, candidates, B]`` of each candidate on each problem.
+
+    Args:
+        baseline: The optimizer.
+        candidates: Its settings.
+        problems: What to minimise; on mini-batches a loss is that of the step's batch.
+        num_steps: How far.
+        watch: Called with the number of steps done and the weights ``[candidates · B, P]`` there; where an optimizer
+            is not batched, of one candidate and problem after another.
+    """
+    if isinstance(problems, Problems):
+        problems = problems.fitting()
     if not baseline.batched:
         runs = [
-            [_run_alone(baseline.optimizer, c, problems, i, num_steps) for i in range(len(problems))]
+            [
+                _run_alone(baseline.optimizer, c, problems.part(slice(i, i + 1)), num_steps, watch)
+                for i in range(len(problems))
+            ]
             for c in candidates
         ]
         return torch.stack([torch.stack(run, -1) for run in runs], 1)
@@ -81,8 +144,11 @@ def run_candidates(
     points = [problems.initial.clone() for _ in candidates]
     optimizer = baseline.optimizer([{"params": [p], **c} for p, c in zip(points, candidates, strict=True)])
     losses = []
-    for _ in range(num_steps + 1):
-        loss, gradient = repeated.loss_and_gradient(torch.cat(points))
+    for step in range(num_steps + 1):
+        where = torch.cat(points)
+        if watch is not None:
+            watch(step, where)
+        loss, gradient = repeated.loss_and_gradient(where, step)
         losses.append(loss.unflatten(0, (len(candidates), -1)))
         for point, part in zip(points, gradient.chunk(len(candidates)), strict=True):
             point.grad = part
@@ -90,24 +156,44 @@ def run_candidates(
     return torch.stack(losses).cpu()
 
 
-def _run_alone(optimizer_class: Any, candidate: dict[str, Any], problems: Problems, i: int, num_steps: int) -> Tensor:
-    """Loss after each step of one trajectory, for optimizers that need a closure."""
-    inputs, targets = problems.inputs[i], problems.targets[i]
-    point = problems.initial[i].clone()
-    optimizer = optimizer_class([point], **candidate)
+def _run_alone(
+    optimizer_class: Any,
+    candidate: dict[str, Any],
+    problem: Fitting,
+    num_steps: int,
+    watch: Callable[[int, Tensor], None] | None,
+) -> Tensor:
+    """Loss after each step of one trajectory, for optimizers that need a closure or see whole matrices."""
+    mlp = problem.mlp
+    sizes = [math.prod(shape) for shape in mlp.shapes]
+    points = [
+        part.reshape(shape).clone() for part, shape in zip(problem.initial[0].split(sizes), mlp.shapes, strict=True)
+    ]
+    optimizer = optimizer_class(points, **candidate)
+
+    def where() -> Tensor:
+        return torch.cat([p.flatten() for p in points])[None]
 
     def loss_and_gradient() -> Tensor:
-        loss, point.grad = problems.mlp.squared_error(problems.mlp.unflatten(point), inputs, targets)
-        return loss
+        loss, gradient = problem.loss_and_gradient(where(), step)
+        for point, part in zip(points, gradient[0].split(sizes), strict=True):
+            point.grad = part.view_as(point)
+        return loss[0]
 
-    losses = [loss_and_gradient()]
-    for _ in range(num_steps):
-        optimizer.step(loss_and_gradient)
+    losses = []
+    for step in range(num_steps):
+        if watch is not None:
+            watch(step, where())
         losses.append(loss_and_gradient())
+        optimizer.step(loss_and_gradient)
+    if watch is not None:
+        watch(num_steps, where())
+    step = num_steps
+    losses.append(loss_and_gradient())
     return torch.stack(losses).cpu()
 
 
-def tune(baseline: Baseline, problems: Problems, num_steps: int) -> dict[str, Any]:
+def tune(baseline: Baseline, problems: Problems | Fitting, num_steps: int) -> dict[str, Any]:
     """The candidate with the least mean loss after ``num_steps`` on the given problems."""
     if len(baseline.grid) == 1:
         return baseline.grid[0]

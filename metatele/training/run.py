@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -72,6 +73,28 @@ def train(
                 log.flush()
                 _save(trainer, folder)
     return trainer
+
+
+def trained(config: RunConfig | TransferConfig, folder: Path, device: torch.device | str = "cpu") -> None:
+    """Meta-train into a folder, unless that was done before; an interrupted run is gone on with.
+
+    ``seconds.json`` holds the time it took, or null for a run that was resumed.
+
+    Raises:
+        RunFolderError: The folder holds a run with other settings.
+    """
+    if (folder / "seconds.json").exists():
+        stored = checkpoint.read_config(folder)["training"]
+        if stored_config({name: stored[name] for name in to_dict(config) if name in stored}) != config:
+            raise RunFolderError(f"{folder} holds a run with other settings; choose another --runs")
+        return
+    print(f"training into {folder}", flush=True)
+    begin_s = time.perf_counter()
+    resume = (folder / STATE_NAME).exists()
+    train(config, folder, device=device, resume=resume, quiet=True)
+    # A resumed run's time is not known any more; it is left out rather than guessed.
+    seconds = None if resume else time.perf_counter() - begin_s
+    write_atomically(folder / "seconds.json", json.dumps(seconds).encode())
 
 
 def _trainer(config: RunConfig | TransferConfig, device: torch.device | str) -> Trainer:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from metatele.config import TransferConfig
 from metatele.errors import ConfigError
-from metatele.metaopt import EquivariantOptimizer, EquivariantStates
+from metatele.metaopt import EquivariantOptimizer, EquivariantStates, Opened
+from metatele.metaopt.opening import CHOICES
+from metatele.random import generator
 from metatele.rollout import Rollout, losses_of
 from metatele.tasks import Mixture
 from metatele.training.trainer import Trainer, Window
@@ -23,6 +25,8 @@ from metatele.unroll import window_loss
 
 _FLOOR = 1e-9  # of a loss relative to the initial one: rounding, below which nothing is learned
 _VALIDATED = 4  # trajectories of each shape
+_PATIENCE = 20  # steps before the teleport at the beginning is judged: at first it may well cost something
+_POLICY = 0.01  # weight of the policy gradient: small beside the rest, which shares its clipping; Adam makes up for it
 
 
 @dataclass
@@ -33,11 +37,13 @@ class _Group:
         number: Of the problems in their stream.
         begun: Their initial losses ``[B]``.
         at: Where they are.
+        noise: What each tries at the beginning beside the policy's teleport.
     """
 
     number: int
     begun: Tensor
     at: Rollout
+    noise: Tensor
 
     def relative(self, loss: Tensor) -> Tensor:
         """Losses relative to the initial ones, and no smaller than rounding."""
@@ -69,7 +75,10 @@ class TransferTrainer(Trainer):
             raise ConfigError(f"precision must be float32 for the equivariant family, got {c.precision}")
         self.mixture = Mixture(config.task)
         optimizer = EquivariantOptimizer(config.method, config.seed).to(device)
-        super().__init__(config, optimizer, [{"params": list(optimizer.parameters()), "lr": c.local_lr}], device)
+        policy = list(optimizer.opening.parameters())
+        rest = [p for p in optimizer.parameters() if not any(p is q for q in policy)]
+        groups = [{"params": rest, "lr": c.local_lr}, {"params": policy, "lr": c.teleport_lr}]
+        super().__init__(config, optimizer, groups, device)
         self.groups = [self._fresh() for _ in range(c.groups)]
 
     def _fresh(self) -> _Group:
@@ -80,7 +89,9 @@ class TransferTrainer(Trainer):
         c = self.config
         problems = self.mixture.sample(c.seed, "train", number, c.training.batch).to(self.device)
         at = Rollout.begin(problems)
-        return _Group(number, at.loss, at)
+        shape = (c.training.batch, len(problems.mlp.hidden_widths), CHOICES)
+        noise = torch.randn(shape, generator=generator(c.seed, "exploration", number)).to(self.device)
+        return _Group(number, at.loss, at, noise)
 
     @property
     def _turn(self) -> _Group:
@@ -90,12 +101,21 @@ class TransferTrainer(Trainer):
         c, group = self.config.training, self._turn
         at, losses = group.at.detach(), []
         for _ in range(c.unroll):
-            at = at.advanced(self.optimizer)
+            at = at.advanced(self.optimizer, group.noise)
             losses.append(group.relative(at.loss).clamp(max=c.lost_loss))
-        objective = window_loss(torch.stack(losses), c.objective)
-        objective.backward()
+        window = torch.stack(losses)
+        objective = window_loss(window, c.objective)
+        opened = at.opened if at.age > _PATIENCE else None
+        (objective + self._policy_loss(opened, window.detach())).backward()
         group.at = at.detach()
         return Window(objective, c.unroll * c.batch, self._lost(group), {})
+
+    def _policy_loss(self, opened: Opened | None, window: Tensor) -> Tensor | float:
+        """What makes teleports at the beginning likelier after which a trajectory did better than its group."""
+        if opened is None:
+            return 0.0
+        score = window.log().mean(0)
+        return _POLICY * ((score - score.mean()).clamp(-3, 3) * self.optimizer.opening.log_likelihood(opened)).mean()
 
     def _lost(self, group: _Group) -> int:
         sound = torch.isfinite(group.at.weights).all(-1) & (
@@ -106,7 +126,8 @@ class TransferTrainer(Trainer):
     def _renewed(self) -> None:
         c, group = self.config.training, self._turn
         horizons = (c.horizon, *c.shorter)
-        arrived = bool((group.at.loss < 10 * _FLOOR * group.begun).all())  # nothing is left to learn from
+        # Little is left to learn from; half of the groups stay, to learn to stay there.
+        arrived = group.number % 2 == 0 and bool((group.at.loss < 10 * _FLOOR * group.begun).all())
         if arrived or group.at.age >= horizons[group.number % len(horizons)] or 2 * self._lost(group) > c.batch:
             self.groups[self.update % len(self.groups)] = self._fresh()
 
@@ -141,6 +162,7 @@ class TransferTrainer(Trainer):
                     "age": g.at.age,
                     "weights": g.at.weights,
                     "states": None if g.at.states is None else g.at.states.tensors(),
+                    "opened": None if g.at.opened is None else g.at.opened._asdict(),
                 }
                 for g in self.groups
             ]
@@ -155,5 +177,8 @@ class TransferTrainer(Trainer):
             states = saved["states"]
             if states is not None:
                 states = EquivariantStates.from_tensors({k: t.to(self.device) for k, t in states.items()})
-            group.at = Rollout(group.at.problems, weights, loss, done, states, saved["age"])
+            opened = saved["opened"]
+            if opened is not None:
+                opened = Opened(**{k: t.to(self.device) for k, t in opened.items()})
+            group.at = Rollout(group.at.problems, weights, loss, done, states, saved["age"], opened)
             self.groups.append(group)

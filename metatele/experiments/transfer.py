@@ -1,0 +1,670 @@
+"""One learned optimizer on networks, data and losses it was not trained on, beside standard optimizers tuned on each.
+
+Meta-trains ``--seeds`` optimizers (about ten minutes each on one core) unless ``--runs`` holds them, and with
+``--ablations`` shorter ones that lack something. Twelve kinds of full-batch regression, 64 held-out problems each, and
+classification by mini-batches of 200, 5 networks each. Standard optimizers are tuned on other problems of the same kind
+(for images, on other networks): the least mean loss at step 100, or training loss at the end. Time per step is that of
+one torch model on this machine. About 20 minutes more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metatele.command_line import OneLineParser, make_folder, whole_number
+from metatele.errors import DataError, RunFolderError
+from metatele.experiments import images as common
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from metatele.activations import Activation
+    from metatele.metaopt import EquivariantOptimizer
+    from metatele.tasks import Fitting
+
+OURS, FLAT, WHITENING = "metatele transfer", "LSTM(update,tele)", "Whitening + GD"
+_FULL, _NETWORKS, _TUNING, _FEW = 64, 5, 32, 8
+_STEPS, _LONG, _TARGET = 300, 1000, 100
+_SHOWN = (10, 30, 100, 300, 1000)
+_ABLATION_TRAJECTORIES = 16 * 100
+# Name to what is changed in the configuration of meta-training.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "no teleport at the beginning": {"opening": False},
+    "teleport at the beginning, its strength not learned": {"teleport_lr": 1e-12},
+    "inputs' moments not used": {"inputs": False},
+    "errors' moments not used": {"errors": False},
+    "no teleport: learned update alone": {"opening": False, "inputs": False, "errors": False},
+    "controller blind to slopes": {"blind": ("slopes",)},
+    "controller blind to the loss": {"blind": ("loss",)},
+    "controller blind to spectra": {"blind": ("spectra",)},
+    "controller blind to sizes": {"blind": ("sizes", "cosine")},
+    "controller blind to time": {"blind": ("clock",)},
+    "controller blind to data and depth": {"blind": ("data", "place")},
+}
+
+
+def recorded(last: int) -> list[int]:
+    """Steps whose losses are stored."""
+    return [*range(min(30, last)), *range(30, min(300, last), 10), *range(300, last, 50), last]
+
+
+# --- losses of one method
+
+
+def summary(losses: Tensor) -> dict[str, Any]:
+    """What is stored of losses ``[steps + 1, B]``: mean, median, 90 % quantile, and the largest rise."""
+    import torch
+
+    losses = losses.double().nan_to_num(nan=math.inf, posinf=math.inf)
+    steps = recorded(len(losses) - 1)
+    rows = losses[steps]
+
+    def plain(values: Tensor) -> list[float | None]:
+        return [float(f"{v:.4g}") if math.isfinite(v) else None for v in values.tolist()]
+
+    rise = float((losses.max(0).values / losses[0]).max())
+    return {
+        "steps": steps,
+        "mean": plain(rows.mean(1)),
+        "median": plain(rows.median(1).values),
+        "p90": plain(rows.quantile(0.9, 1, interpolation="lower")),
+        "largest": plain(rows.max(1).values),
+        "highest_over_first": float(f"{rise:.4g}") if math.isfinite(rise) else None,
+        "diverged": int((~torch.isfinite(losses[-1])).sum()),
+    }
+
+
+def whitening_candidates() -> list[dict[str, float]]:
+    """Settings among which whitening with gradient descent is tuned."""
+    return [{"rate": 10 ** (e / 4), "damping": d} for e in range(-10, 3) for d in (1e-6, 1e-4, 1e-2, 1.0)]
+
+
+def standard(problems: Fitting, tuning: Fitting) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
+    """Name, chosen settings and losses of every optimizer that is not learned."""
+    import torch
+
+    from metatele.metaopt import ConstantOptimizer
+    from metatele.rollout import losses_of
+    from metatele.training.baselines import EVERYWHERE, run_candidates, tune
+
+    few = tuning.part(slice(_FEW))
+    for baseline in EVERYWHERE:
+        chosen = tune(baseline, tuning if baseline.batched else few, _TARGET)
+        steps = _LONG if baseline.batched else _STEPS
+        given = problems if baseline.batched else problems.part(slice(2 * _FEW))
+        yield baseline.name, chosen, run_candidates(baseline, [chosen], given, steps)[:, 0]
+    grid = whitening_candidates()
+    ends = [losses_of(ConstantOptimizer(**c), few, _TARGET)[-1].double().mean() for c in grid]
+    chosen = grid[int(torch.stack(ends).nan_to_num(nan=math.inf).argmin())]
+    yield WHITENING, chosen, losses_of(ConstantOptimizer(**chosen), problems, _LONG)
+
+
+def regression(name: str, learned: Sequence[EquivariantOptimizer]) -> dict[str, Any]:
+    """All methods on one kind of regression."""
+    from metatele.rollout import losses_of
+    from metatele.tasks.held_out import REGRESSIONS
+
+    kind = REGRESSIONS[name]
+    problems, tuning = kind.sample(1, "evaluation", _FULL), kind.sample(1, "tuning", _TUNING)
+    methods = [
+        {"name": method, "settings": settings, "trajectories": losses.shape[1], **summary(losses)}
+        for method, settings, losses in standard(problems, tuning)
+    ]
+    if name == "paper":
+        methods.append({"name": FLAT, "settings": {}, "trajectories": _FULL, **summary(_flat(problems))})
+    methods += [
+        {
+            "name": OURS,
+            "meta_seed": seed,
+            "settings": {},
+            "trajectories": _FULL,
+            **summary(losses_of(o, problems, _LONG)),
+        }
+        for seed, o in enumerate(learned)
+    ]
+    return {
+        "name": name,
+        "title": kind.title,
+        "kind": "regression",
+        "widths": list(kind.mlp.widths),
+        "samples": kind.samples,
+        "suffices": kind.suffices,
+        "methods": methods,
+    }
+
+
+def _flat(problems: Fitting) -> Tensor:
+    """The paper's own method with this package's settings, on the one shape it fits."""
+    from metatele import checkpoint
+    from metatele.tasks import Problems
+    from metatele.training.curves import learned_curves
+
+    flat = checkpoint.load(Path(__file__).parents[2] / "checkpoints" / "update-tele").optimizer
+    given = Problems(problems.mlp, problems.inputs, problems.targets, problems.initial)
+    return learned_curves(flat, given, _LONG)[0]
+
+
+# --- images
+
+
+def classification(name: str, images: Any, learned: Sequence[EquivariantOptimizer]) -> dict[str, Any]:
+    """All methods on one image set, evaluated on all of it after each epoch."""
+    import torch
+
+    from metatele.activations import ReLU
+    from metatele.losses import CrossEntropy
+    from metatele.metaopt import ConstantOptimizer
+    from metatele.mlp import MLP
+    from metatele.random import generator
+    from metatele.rollout import Rollout
+    from metatele.tasks import Fitting
+    from metatele.tasks.fitting import usual_weights
+    from metatele.tasks.held_out import CLASSIFICATIONS
+    from metatele.training.baselines import EVERYWHERE, run_candidates
+
+    kind = CLASSIFICATIONS[name]
+    mlp = MLP((images.features, *kind.hidden, images.classes), ReLU(), True)
+
+    def problems(stream: str, count: int) -> Fitting:
+        w = usual_weights(mlp, count, generator(1, stream))
+        seed = 1 if stream == "evaluation" else 2
+        return Fitting(mlp, images.train_images.T, images.train_labels, w, CrossEntropy(), kind.batch_size, seed)
+
+    given, tuning = problems("evaluation", _NETWORKS), problems("tuning", 2)
+    steps = kind.epochs * given.batches
+
+    def scores(flat: Tensor) -> list[list[float]]:
+        """Training loss, test loss and test accuracy of each network."""
+        parts = ((images.train_images, images.train_labels), (images.test_images, images.test_labels))
+        found = []
+        for row in flat:
+            w, values = mlp.unflatten(row), []
+            for x, y in parts:
+                outputs = mlp.forward(w, x.T)
+                values.append(float(CrossEntropy().value(outputs, y)))
+            values.append(float((outputs.argmax(0) == y).double().mean()))
+            found.append([v if math.isfinite(v) else math.inf for v in values])
+        return found
+
+    def watched() -> tuple[Callable[[int, Tensor], None], dict[int, list[list[float]]]]:
+        seen: dict[int, list[list[float]]] = {}
+
+        def watch(step: int, flat: Tensor) -> None:
+            if step % given.batches == 0:
+                seen.setdefault(step // given.batches, []).extend(scores(flat))
+
+        return watch, seen
+
+    def rolled(optimizer: EquivariantOptimizer, fitting: Fitting) -> dict[int, list[list[float]]]:
+        watch, seen = watched()
+        with torch.no_grad():
+            at = Rollout.begin(fitting)
+            for step in range(steps + 1):
+                watch(step, at.weights)
+                if step < steps:
+                    at = at.advanced(optimizer)
+        return seen
+
+    def entry(method: str, settings: dict[str, Any], seen: dict[int, list[list[float]]], **more: Any) -> dict[str, Any]:
+        rows = [seen[epoch] for epoch in sorted(seen)]
+        keys = ("train_loss", "test_loss", "test_accuracy")
+        return {
+            "name": method,
+            "settings": settings,
+            **more,
+            **{key: [[_short(net[i]) for net in epoch] for epoch in rows] for i, key in enumerate(keys)},
+        }
+
+    methods = []
+    for baseline in EVERYWHERE:
+        if baseline.name == "L-BFGS":  # its line search is for one and the same batch
+            continue
+        watch, seen = watched()
+        coarse = baseline.grid[:: 2 if baseline.name != "Muon" else 1]
+        run_candidates(baseline, coarse, tuning, steps, watch)
+        ends = [sum(net[0] for net in seen[kind.epochs][2 * c : 2 * c + 2]) for c in range(len(coarse))]
+        chosen = coarse[ends.index(min(ends))]
+        watch, seen = watched()
+        run_candidates(baseline, [chosen], given, steps, watch)
+        methods.append(entry(baseline.name, chosen, seen))
+        print(f"  {baseline.name}: {chosen}, training loss {_mean(methods[-1]['train_loss'][-1]):.4g}", flush=True)
+    candidates = [c for c in whitening_candidates() if c["damping"] >= 1e-2 and c["rate"] <= 0.2][::2]
+    ends = [
+        sum(net[0] for net in rolled(ConstantOptimizer(**c), tuning.part(slice(1)))[kind.epochs]) for c in candidates
+    ]
+    chosen = candidates[ends.index(min(ends))]
+    methods.append(entry(WHITENING, chosen, rolled(ConstantOptimizer(**chosen), given)))
+    for seed, optimizer in enumerate(learned):
+        methods.append(entry(OURS, {}, rolled(optimizer, given), meta_seed=seed))
+        print(f"  {OURS} {seed}: training loss {_mean(methods[-1]['train_loss'][-1]):.4g}", flush=True)
+    return {
+        "name": name,
+        "title": kind.title,
+        "kind": "classification",
+        "widths": list(mlp.widths),
+        "batch_size": kind.batch_size,
+        "batches": given.batches,
+        "methods": methods,
+    }
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return math.inf if None in values else sum(v for v in values if v is not None) / len(values)
+
+
+# --- time
+
+
+def milliseconds(task: dict[str, Any], learned: EquivariantOptimizer) -> dict[str, float]:
+    """Of one training step of one torch model: forward, backward, step; the least of several turns."""
+    import torch
+    from torch import nn
+
+    import metatele
+    from metatele.metaopt import ConstantOptimizer
+    from metatele.training.baselines import EVERYWHERE
+
+    if task["kind"] == "regression":
+        from metatele.tasks.held_out import REGRESSIONS
+
+        kind = REGRESSIONS[task["name"]]
+        given = kind.sample(1, "tuning", 1)
+        x, y = given.inputs[0].T.contiguous(), given.targets[0].T.contiguous()
+        modules = [_module(f) for f in kind.mlp.activations]
+        bias = kind.mlp.biases[0]
+        batches = [(x, y)]
+    else:
+        n, (d, *_, o) = task["batch_size"], task["widths"]
+        draws = torch.Generator().manual_seed(0)
+        # As compressible as images are.
+        x = (torch.randn(10 * n, 40, generator=draws) @ torch.randn(40, d, generator=draws) - 3).relu()
+        y = torch.randint(o, (10 * n,), generator=draws)
+        modules, bias = [nn.ReLU() for _ in task["widths"][2:]], True
+        batches = list(zip(x.split(n), y.split(n), strict=True))
+
+    loss: nn.Module = nn.MSELoss() if task["kind"] == "regression" else nn.CrossEntropyLoss()
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(zip(task["widths"], task["widths"][1:], strict=False)):
+            layers += [nn.Linear(a, b, bias), *modules[i : i + 1]]
+        return nn.Sequential(*layers)
+
+    net = model()
+    made: dict[str, tuple[nn.Module, Any]] = {}
+    for baseline in EVERYWHERE:
+        if task["kind"] == "classification" and baseline.name == "L-BFGS":
+            continue
+        settings = next(m["settings"] for m in task["methods"] if m["name"] == baseline.name)
+        net = model()
+        made[baseline.name] = net, baseline.optimizer(net.parameters(), **settings)
+    for method, optimizer in ((WHITENING, ConstantOptimizer(0.1, 0.01)), (OURS, learned)):
+        net = model()
+        made[method] = net, metatele.LearnedOptimizer(net, optimizer)
+    if any(m["name"] == FLAT for m in task["methods"]):
+        net = model()
+        folder = Path(__file__).parents[2] / "checkpoints" / "update-tele"
+        made[FLAT] = net, metatele.LearnedOptimizer(net, folder)
+    count = 20 if max(task["widths"]) > 400 else 40
+    best = dict.fromkeys(made, math.inf)
+    for turn in range(6):
+        for method, (net, optimizer) in made.items():
+            begin_s = time.perf_counter()
+            for step in range(count):
+                inputs, targets = batches[step % len(batches)]
+
+                def closure(net: Any = net, optimizer: Any = optimizer, x: Any = inputs, y: Any = targets) -> Any:
+                    optimizer.zero_grad()
+                    value = loss(net(x), y)
+                    value.backward()
+                    return value
+
+                optimizer.step(closure)
+            if turn:  # the first one warms up
+                best[method] = min(best[method], 1e3 * (time.perf_counter() - begin_s) / count)
+    return {method: float(f"{value:.4g}") for method, value in best.items()}
+
+
+def _module(activation: Activation) -> Any:
+    from torch import nn
+
+    slope = getattr(activation, "slope", None)
+    return getattr(nn, type(activation).__name__)(*(() if slope is None else (slope,)))
+
+
+# --- ablations
+
+
+def ablation(name: str, optimizer: EquivariantOptimizer, tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Losses at step 100 relative to tuned Adam's, for each kind of regression; and on digits."""
+    from metatele.rollout import losses_of
+    from metatele.tasks.held_out import REGRESSIONS
+
+    ratios = {}
+    for task in tasks:
+        if task["kind"] == "regression":
+            problems = REGRESSIONS[task["name"]].sample(1, "evaluation", _FULL)
+            ours = float(losses_of(optimizer, problems, _TARGET)[-1].double().mean())
+            ratio = ours / at_step(next(m for m in task["methods"] if m["name"] == "Adam"), _TARGET)
+            ratios[task["name"]] = float(f"{ratio:.4g}") if math.isfinite(ratio) else None
+    return {"name": name, "ratios": ratios}
+
+
+# --- everything
+
+
+def _loaded(folder: Path) -> EquivariantOptimizer:
+    from metatele import checkpoint
+    from metatele.metaopt import EquivariantOptimizer
+
+    optimizer = checkpoint.load(folder).optimizer
+    assert isinstance(optimizer, EquivariantOptimizer)
+    return optimizer
+
+
+def run(args: Any, out: Path) -> dict[str, Any]:
+    """The content of ``results.json``."""
+    import torch
+
+    from metatele import checkpoint
+    from metatele.config import transfer
+    from metatele.data import load_images
+    from metatele.tasks.held_out import CLASSIFICATIONS, REGRESSIONS
+    from metatele.training.run import trained
+
+    begin_s, runs = time.perf_counter(), Path(args.runs)
+    names = args.tasks or [*REGRESSIONS, *CLASSIFICATIONS]
+    sets: dict[str, Any] = {}
+    for name in list(names):
+        if name in CLASSIFICATIONS and (dataset := CLASSIFICATIONS[name].dataset) not in sets:
+            try:
+                sets[dataset] = load_images(dataset, args.data_root)
+            except DataError as error:
+                if args.tasks:
+                    raise
+                print(f"left out: {error}", flush=True)
+                names = [n for n in names if n not in CLASSIFICATIONS or CLASSIFICATIONS[n].dataset != dataset]
+    folders = [runs / f"seed-{seed}" for seed in range(args.seeds)]
+    for seed, folder in enumerate(folders):
+        trained(transfer(seed=seed), folder)
+    learned = [_loaded(folder) for folder in folders]
+    make_folder(out)
+    tasks = []
+    for name in names:
+        print(name, flush=True)
+        if name in REGRESSIONS:
+            tasks.append(regression(name, learned))
+        else:
+            tasks.append(classification(name, sets[CLASSIFICATIONS[name].dataset], learned))
+        tasks[-1]["milliseconds"] = milliseconds(tasks[-1], learned[0])
+    doc = {
+        "format": common.FORMAT,
+        "experiment": "transfer",
+        "arms": [{"name": t["name"]} for t in tasks],
+        "tasks": tasks,
+        "meta_seeds": args.seeds,
+        "training_seconds": [json.loads((f / "seconds.json").read_text()) for f in folders],
+        "parameters": sum(p.numel() for p in learned[0].parameters()),
+        "ablations": [],
+        "versions": {
+            **checkpoint.versions(),
+            "machine": platform.machine(),
+            "threads": str(torch.get_num_threads()),
+        },
+    }
+    if args.ablations:
+        for number, (name, changes) in enumerate(ABLATIONS.items()):
+            folder = runs / f"ablation-{number}"
+            trained(transfer(trajectories=_ABLATION_TRAJECTORIES, **changes), folder)
+            doc["ablations"].append(ablation(name, _loaded(folder), tasks))
+    doc["seconds"] = time.perf_counter() - begin_s
+    return doc
+
+
+# --- table and figures
+
+
+def at_step(method: dict[str, Any], step: int, key: str = "mean") -> float:
+    """A stored loss; infinite where it diverged, not a number where it was not run so far."""
+    if step not in method["steps"]:
+        return math.nan
+    value = method[key][method["steps"].index(step)]
+    return math.inf if value is None else value
+
+
+def reached(method: dict[str, Any], target: float) -> int | None:
+    """First stored step at which the mean loss is no larger."""
+    pairs = zip(method["steps"], method["mean"], strict=True)
+    return next((step for step, value in pairs if value is not None and value <= target), None)
+
+
+def _of(task: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [m for m in task["methods"] if m["name"] == name]
+
+
+def methods_of(doc: dict[str, Any]) -> list[str]:
+    """All names, in the order of the table."""
+    names = dict.fromkeys(m["name"] for task in doc["tasks"] for m in task["methods"])
+    return [*(n for n in names if n != OURS), OURS]
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    return "diverged" if math.isinf(value) else f"{value:.2g}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean over meta-training seeds, and the range."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return _number(sum(values) / len(values))
+    return f"{_number(sum(values) / len(values))} ({_number(min(values))} to {_number(max(values))})"
+
+
+def _score(task: dict[str, Any], method: dict[str, Any]) -> float:
+    """What is compared: mean loss at step 100, or training loss at the end."""
+    return at_step(method, _TARGET) if task["kind"] == "regression" else _mean(method["train_loss"][-1])
+
+
+def table(doc: dict[str, Any]) -> list[list[str]]:
+    """A row for each task: losses of all methods at equal steps, and where ours stands against tuned Adam."""
+    names = methods_of(doc)
+    head = ["task", *names, "Adam / ours", "steps to Adam's", "time to Adam's, of Adam's time", "ms a step, of Adam's"]
+    rows = [head]
+    for task in doc["tasks"]:
+        adam, ours = _of(task, "Adam")[0], _of(task, OURS)
+        target = _score(task, adam)
+        cells = [f"{task['title']}, {'-'.join(map(str, task['widths']))}"]
+        if task["kind"] == "regression":
+            cells[0] += f", {task['samples']} samples"
+        for name in names:
+            found = [_score(task, m) for m in _of(task, name)]
+            cells.append(_spread(found) if found else "")
+        mean = sum(_score(task, m) for m in ours) / len(ours)
+        pace = task["milliseconds"][OURS] / task["milliseconds"]["Adam"]
+        cells.append(f"{target / mean:.2g}")
+        if task["kind"] == "regression":
+            steps = [reached(m, target) for m in ours]
+            known = [s for s in steps if s is not None]
+            complete = len(known) == len(steps)
+            cells.append(f"{sum(known) / len(known):.0f} of {_TARGET}" if complete else "not reached")
+            cells.append(f"{pace * sum(known) / len(known) / _TARGET:.2g}" if complete else "")
+        else:
+            cells += ["", ""]
+        cells.append(f"{pace:.1f}")
+        rows.append(cells)
+    return rows
+
+
+def details(doc: dict[str, Any]) -> str:
+    """The other tables, in Markdown: over time, at other steps, test losses, ablations."""
+    from metatele.training.report import markdown
+
+    parts = []
+    for task in doc["tasks"]:
+        parts.append(f"\n{task['title']}, {'-'.join(map(str, task['widths']))}\n\n")
+        if task["kind"] == "regression":
+            target = _score(task, _of(task, "Adam")[0])
+            rows = [
+                [
+                    "method",
+                    *(f"step {s}" for s in _SHOWN),
+                    "steps to Adam's loss",
+                    "ms a step",
+                    "ms to Adam's loss",
+                    "highest / first",
+                ]
+            ]
+            for name in methods_of(doc):
+                if found := _of(task, name):
+                    ms, steps = task["milliseconds"][name], [reached(m, target) for m in found]
+                    known = [s for s in steps if s is not None]
+                    mean = sum(known) / len(known) if len(known) == len(steps) else None
+                    rise = max(m["highest_over_first"] or math.inf for m in found)
+                    rows.append(
+                        [
+                            name,
+                            *(_spread([at_step(m, s) for m in found]) for s in _SHOWN),
+                            "" if mean is None else f"{mean:.0f}",
+                            f"{ms:.2f}",
+                            "" if mean is None else f"{mean * ms:.3g}",
+                            f"{rise:.3g}",
+                        ]
+                    )
+        else:
+            rows = [["method", "training loss", "test loss", "test accuracy", "ms a step", "seconds"]]
+            for name in methods_of(doc):
+                if found := _of(task, name):
+                    ms, steps = task["milliseconds"][name], (len(found[0]["train_loss"]) - 1) * task["batches"]
+                    ends = ([_mean(m[key][-1]) for m in found] for key in ("train_loss", "test_loss", "test_accuracy"))
+                    rows.append([name, *(_ends(e) for e in ends), f"{ms:.2f}", f"{ms * steps / 1e3:.1f}"])
+        parts.append(markdown(rows))
+    if doc["ablations"]:
+        parts.append("\nMeta-trained for less time, without something; mean loss at step 100 over tuned Adam's\n\n")
+        kinds = [t for t in doc["tasks"] if t["kind"] == "regression"]
+        rows = [["", *(t["name"] for t in kinds), "geometric mean"]]
+        for found in doc["ablations"]:
+            values = [found["ratios"].get(t["name"]) for t in kinds]
+            logs = [math.log(v) for v in values if v]
+            mean = math.exp(sum(logs) / len(logs)) if len(logs) == len(values) else math.inf
+            cells = [_number(math.inf if v is None else v) for v in values]
+            rows.append([found["name"], *cells, _number(mean)])
+        parts.append(markdown(rows))
+    return "".join(parts)
+
+
+def _ends(values: Sequence[float]) -> str:
+    if not all(map(math.isfinite, values)):
+        return "diverged"
+    text = f"{sum(values) / len(values):.4f}"
+    return text if len(values) < 2 else f"{text} ({min(values):.4f} to {max(values):.4f})"
+
+
+_COLOURS = {
+    "SGD": "#999999",
+    "Momentum": "#56B4E9",
+    "Adam": "#009E73",
+    "AdamW": "#66CC99",
+    "Muon": "#CC79A7",
+    "L-BFGS": "#A6761D",
+    WHITENING: "#0072B2",
+    FLAT: "#E69F00",
+    OURS: "#D55E00",
+}
+
+
+def figure(doc: dict[str, Any], time_axis: bool = False) -> bytes:
+    """A panel for each task: loss against the step, or against time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    tasks = doc["tasks"]
+    columns = min(5, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    fig, grid = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.75 * rows + 0.5), squeeze=False)
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        for name in methods_of(doc):
+            found = _of(task, name)
+            if not found:
+                continue
+            scale = task["milliseconds"][name] / 1e3 if time_axis else 1
+            if task["kind"] == "regression":
+                xs = [max(s, 0.7) * scale for s in found[0]["steps"]]
+                curves = [[math.nan if v is None else v for v in m["mean"]] for m in found]
+            else:
+                xs = [1.0 * e * task["batches"] * scale for e in range(len(found[0]["train_loss"]))]
+                curves = [[_mean(epoch) for epoch in m["train_loss"]] for m in found]
+            mean = [math.exp(sum(math.log(max(v, 1e-30)) for v in at) / len(at)) for at in zip(*curves, strict=True)]
+            style = {"color": _COLOURS[name], "linewidth": 2.4 if name == OURS else 1.3}
+            if len(curves) > 1:
+                low, high = ([f(at) for at in zip(*curves, strict=True)] for f in (min, max))
+                axes.fill_between(xs, low, high, color=_COLOURS[name], alpha=0.2, linewidth=0)
+            axes.plot(xs, mean, label=name, zorder=3 if name == OURS else 2, **style)
+        axes.set_yscale("log")
+        if task["kind"] == "regression":
+            axes.set_xscale("log")
+        size = "-".join(map(str, task["widths"]))
+        more = f", {task['samples']} samples" if task["kind"] == "regression" else ""
+        axes.set_title(f"{task['title']}\n{size}{more}" if size not in task["title"] else task["title"], fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(True, alpha=0.3)
+    for axes in list(grid.flat)[len(tasks) :]:
+        axes.axis("off")
+    for axes in grid[-1]:
+        axes.set_xlabel("seconds" if time_axis else "step", fontsize=8)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("training loss", fontsize=8)
+    handles = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(9, len(handles)), fontsize=8)
+    fig.suptitle("mean over held-out problems; every other method tuned on each task, ours on none", fontsize=10)
+    fig.set_layout_engine("constrained")
+    return common.png(fig)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, run, print the table."""
+    from metatele.files import write_atomically
+
+    p = OneLineParser(prog="metatele.experiments transfer", description=__doc__, allow_abbrev=False)
+    p.add_argument("--seeds", type=whole_number(1), default=5, metavar="N", help="meta-training seeds (default 5)")
+    p.add_argument(
+        "--runs", metavar="FOLDER", default="runs/transfer", help="run folders, used again (default runs/transfer)"
+    )
+    p.add_argument("--tasks", nargs="+", metavar="NAME", help="which (default all)")
+    p.add_argument("--ablations", action="store_true", help="also meta-train without one thing or another")
+    p.add_argument("--data-root", metavar="FOLDER", help="folder with MNIST's files (default: METATELE_DATA)")
+    p.add_argument("--out", metavar="FOLDER", default="results/transfer", help="(default results/transfer)")
+    p.add_argument("--redraw", action="store_true", help="tables and figures again from the stored results.json")
+    args = p.parse_args(arguments)
+    out = Path(args.out)
+    _check_tasks(args.tasks)
+    doc = common.stored(out, "transfer") if args.redraw else run(args, out)
+    if not doc.get("tasks"):
+        raise RunFolderError(f"results.json in {out} is not complete: tasks are missing")
+    write_atomically(out / "details.md", details(doc).encode())
+    write_atomically(out / "time.png", figure(doc, time_axis=True))
+    common.finish(doc, out, table, figure)
+
+
+def _check_tasks(names: Sequence[str] | None) -> None:
+    from metatele.errors import ConfigError
+    from metatele.tasks.held_out import CLASSIFICATIONS, REGRESSIONS
+
+    known = [*REGRESSIONS, *CLASSIFICATIONS]
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"tasks must be among {', '.join(known)}, got {name!r}")
