@@ -261,7 +261,7 @@ def test_a_step_after_which_the_loss_has_grown_is_shortened():
 
 
 def test_a_loss_that_creeps_up_is_noticed():
-    optimizer, fitting = trained(), problems(MLPS[1])
+    optimizer, fitting = trained(growth=1e9), problems(MLPS[1])
     current = steps(optimizer, fitting, 3)
     lower = torch.tensor([0.0, 0.0, 3.0]).double()  # the lowest loss was e³ times smaller; the last step rose little
     creeping = dataclasses.replace(current.states, level=current.states.level - lower)
@@ -483,6 +483,21 @@ def test_frozen_parameters_and_those_with_lr_zero_stay():
     moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), begin, strict=True)]
     assert moved == [True, True, False, False, False, False]
     assert torch.isfinite(flat(model)).all()
+
+
+@pytest.mark.parametrize("widths", [(4, 9, 3), (200, 150, 10)])
+def test_state_takes_no_more_memory_than_stated(widths):
+    model, (x, y) = network(widths), data(widths, samples=40)
+    optimizer = metatele.LearnedOptimizer(model, single())
+    run(model, optimizer, x, y, 4, batch_size=20)
+    found = sum(t.numel() * 4 for t in optimizer.state[model[0].weight].values())
+    stated = EquivariantOptimizer.state_bytes(MLP(widths, Tanh(), True))
+    assert 0.4 * stated < found < stated + 4000  # the rest does not grow with the widths' squares
+
+
+def test_a_large_state_is_said_before_it_is_made():
+    with pytest.warns(UserWarning, match=r"state will take 3\.0 GiB, for second moments of the layers' 20000"):
+        metatele.LearnedOptimizer(nn.Sequential(nn.Linear(20000, 2)), single())
 
 
 def test_a_step_needs_a_pass():

@@ -286,6 +286,23 @@ class EquivariantOptimizer(nn.Module):
         """Whether the first step on such a network is a teleport."""
         return self.config.opening and bool(mlp.hidden_widths)
 
+    @staticmethod
+    def state_bytes(mlp: MLP) -> int:
+        """Memory of one trajectory's states in float32, at most.
+
+        Velocity and direction are as large as the weights; for the inputs and the errors of each layer there are a
+        matrix of second moments and its eigenvectors, of which wide layers as a rule keep less than half.
+
+        Example:
+            >>> from metatele.activations import ReLU
+            >>> mlp = MLP((100, 100, 100), ReLU())
+            >>> EquivariantOptimizer.state_bytes(mlp) / mlp.num_parameters
+            24.0
+        """
+        rows = [d + b for d, b in zip(mlp.widths, mlp.biases, strict=False)]
+        layers = zip(rows, mlp.widths[1:], strict=True)
+        return 8 * sum(i * o + i * i + o * o for i, o in layers)
+
     # --- a step
 
     def step(self, seen: Observation, states: EquivariantStates | None) -> EquivariantStep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from metatele.optim.modules import PassCapture, describe
 from metatele.symmetry import drift, with_ones
 
 _T = TypeVar("_T")
+_LARGE = 2**30  # bytes of state that are worth a warning
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,13 @@ class Equivariant(Family):
     def __init__(self, meta: EquivariantOptimizer, linears: list[nn.Linear], mlp: MLP) -> None:
         super().__init__(linears, mlp, every=True)
         self.meta = meta
+        needed = meta.state_bytes(mlp)
+        if needed > _LARGE:
+            warnings.warn(
+                f"the optimizer's state will take {needed / 2**30:.1f} GiB, for second moments of the layers' "
+                f"{max(mlp.widths)} inputs or outputs",
+                stacklevel=4,
+            )
 
     @property
     def needs_passes(self) -> bool:
