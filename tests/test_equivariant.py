@@ -18,7 +18,7 @@ from metatele.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError, 
 from metatele.metaopt import ConstantOptimizer, EquivariantOptimizer, Observation
 from metatele.metaopt.observation import joined, parted
 from metatele.metaopt.spectrum import Spectrum
-from metatele.mlp import MLP, Pass
+from metatele.mlp import MLP, Pass, Weights
 from metatele.rollout import Rollout, losses_of
 from metatele.tasks.fitting import Fitting, Mixture, usual_weights
 
@@ -105,6 +105,24 @@ def test_steps_do_not_depend_on_the_units_of_the_loss(loss, factor, opening):
     plain = steps(optimizer, fitting)
     scaled = steps(optimizer, Fitting(**{**vars(fitting), "loss": Scaled(loss, factor)}))
     torch.testing.assert_close(scaled.weights, plain.weights, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("inputs", [1.0, 30.0])
+@pytest.mark.parametrize("hidden", [1.0, 0.1])
+def test_steps_commute_with_rescaling_but_for_a_floor(inputs, hidden, monkeypatch):
+    mlp = MLP((5, 7, 6, 3), LeakyReLU(0.1))
+    fitting = problems(mlp)
+
+    def scaled(flat):
+        """The same network on scaled inputs, with scaled first hidden units."""
+        W = mlp.unflatten(flat).matrices
+        return mlp.flatten(Weights((W[0] * hidden / inputs, W[1] / hidden, W[2]), (None,) * 3))
+
+    other = dataclasses.replace(fitting, inputs=inputs * fitting.inputs, initial=scaled(fitting.initial))
+    monkeypatch.setattr("metatele.metaopt.equivariant._FLOOR", 0.0)
+    plain, moved = steps(trained(), fitting), steps(trained(), other)
+    expected = scaled(plain.weights)
+    assert (moved.weights - expected).norm() < 1e-7 * (expected - other.initial).norm()
 
 
 @pytest.mark.parametrize("mlp", MLPS, ids=str)

@@ -121,7 +121,7 @@ def small(monkeypatch):
     monkeypatch.setattr("metatele.config.transfer", short)
 
 
-def test_the_experiment_runs_redraws_and_shows_every_method(small, tmp_path, capsys):
+def test_the_experiment_runs_redraws_and_shows_every_method(small, tmp_path, monkeypatch):
     flags = ["--seeds", "2", "--tasks", "paper", "digits", "--ablations"]
     flags += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     experiment.main(flags)
@@ -131,7 +131,17 @@ def test_the_experiment_runs_redraws_and_shows_every_method(small, tmp_path, cap
     names = [m["name"] for m in paper["methods"]]
     assert (
         names
-        == ["SGD", "Momentum", "Adam", "AdamW", "Muon", "L-BFGS", experiment.WHITENING, experiment.FLAT]
+        == [
+            "SGD",
+            "Momentum",
+            "Adam",
+            experiment.PATIENT,
+            "AdamW",
+            "Muon",
+            "L-BFGS",
+            experiment.WHITENING,
+            experiment.FLAT,
+        ]
         + [experiment.OURS] * 2
     )
     assert "L-BFGS" not in [m["name"] for m in digits["methods"]]
@@ -143,6 +153,11 @@ def test_the_experiment_runs_redraws_and_shows_every_method(small, tmp_path, cap
     assert "no teleport at the beginning" in details
     for name in names:
         assert name in details
+    stored = json.loads((tmp_path / "runs" / "task-paper.json").read_text())["task"]
+    assert experiment._measured(tmp_path / "runs" / "task-paper.json", ["another"]) is None
+    monkeypatch.setattr(experiment, "regression", None)  # an interrupted run does not measure again
+    experiment.main(flags)
+    assert json.loads((out / "results.json").read_text())["tasks"][0] == stored
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     experiment.main(["--redraw", "--out", str(out)])
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
