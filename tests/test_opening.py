@@ -136,15 +136,14 @@ def test_a_refused_teleport_is_counted():
 
 
 @pytest.mark.parametrize("how", ["lr", "frozen"])
-def test_a_network_of_which_only_part_moves_is_not_teleported(how):
+def test_a_network_that_moves_only_in_part_is_not_teleported(how):
     model, x, y = model_and_data()
     if how == "frozen":
         model[0].bias.requires_grad_(False)
     optimizer = metatele.LearnedOptimizer(model, learned(), lr=0.5 if how == "lr" else 1.0)
     plain, twin = metatele.LearnedOptimizer, copy.deepcopy(model)
     other = plain(twin, learned(opening=False), lr=0.5 if how == "lr" else 1.0)
-    for _ in range(1 + (how == "lr")):  # with another lr the first call does nothing
-        step(model, optimizer, x, y)
+    step(model, optimizer, x, y)
     step(twin, other, x, y)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b)

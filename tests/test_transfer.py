@@ -1,5 +1,6 @@
 """Meta-training of the equivariant family: resumable, published and evaluated like the flat one."""
 
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -164,6 +165,19 @@ def test_teleports_after_which_it_went_well_become_likelier(better):
         weight -= 1e-4 * weight.grad / weight.grad.norm()
     after = trainer.optimizer.opening.log_likelihood(opened).detach()
     assert (after - before)[better] > (after - before)[1 - better]
+
+
+def test_a_lost_trajectory_does_not_cost_the_others_their_window():
+    trainer = TransferTrainer(transfer(**SMALL))
+    group = trainer.groups[0]
+    weights = group.at.weights.clone()
+    weights[0, 3] = math.nan
+    group.at = dataclasses.replace(group.at, weights=weights)
+    metrics = trainer.step()
+    assert metrics["skipped"] == 0
+    assert metrics["lost_trajectories"] == 1
+    assert math.isfinite(metrics["meta_gradient_norm"])
+    assert metrics["meta_gradient_norm"] > 0
 
 
 def test_meta_training_is_done_once(tmp_path):

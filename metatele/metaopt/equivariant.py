@@ -407,7 +407,8 @@ class EquivariantOptimizer(nn.Module):
             d, size = inputs.from_right(d, input_damping, power)
             D.append(d)
             sizes.append(size / gradient.shape[-2])
-        reach = (torch.stack(sizes, -1) / (seen.squares + _FLOOR)).clamp_min(_TINY).sqrt()
+        squares = seen.squares.nan_to_num(1.0, 1.0, 1.0) + _FLOOR
+        reach = (torch.stack(sizes, -1) / squares).clamp_min(_TINY).sqrt()
         return D, torch.where(torch.isfinite(reach) & (reach > 2 * _TINY**0.5), reach, 0.0)
 
     # --- moments

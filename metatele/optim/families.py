@@ -218,7 +218,8 @@ class Equivariant(Family):
         layers = self.capture.layers(at.dtype)
         if layers is None:
             raise self._missing("a step")
-        if not at.stored and self.meta.opens(self.mlp) and at.whole:
+        # Part of the way, or part of the layers, would not keep the outputs.
+        if not at.stored and self.meta.opens(self.mlp) and all(rate == 1 for rate in at.rates):
             return self._opened(layers.inputs[0], at)
         biases = self.mlp.biases
         squares = inner(*([[p.to(at.dtype)[None] for p in at.parameters]] * 2))[0]
@@ -251,11 +252,10 @@ class Equivariant(Family):
             yield tuple(islice(rest, 1 + biased))
 
     def _opened(self, inputs: Tensor, at: Situation) -> dict[str, Tensor]:
-        """The teleport before the first step, if every lr is 1: part of the way does not keep the outputs."""
-        if all(rate == 1 for rate in at.rates):
-            opened = self.meta.opening(self.mlp, at.weights[None], inputs)
-            at.group["rolled_back"] += int(not opened.moved)
-            at.write(opened.weights[0])
+        """The teleport before the first step."""
+        opened = self.meta.opening(self.mlp, at.weights[None], inputs)
+        at.group["rolled_back"] += int(not opened.moved)
+        at.write(opened.weights[0])
         return {"opened": torch.ones(1)}
 
     def idle(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:

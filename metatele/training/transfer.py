@@ -102,7 +102,8 @@ class TransferTrainer(Trainer):
         at, losses = group.at.detach(), []
         for _ in range(c.unroll):
             at = at.advanced(self.optimizer, group.noise)
-            losses.append(group.relative(at.loss).clamp(max=c.lost_loss))
+            # One lost trajectory is no reason to learn nothing from the others.
+            losses.append(group.relative(at.loss).nan_to_num(nan=c.lost_loss).clamp(max=c.lost_loss))
         window = torch.stack(losses)
         objective = window_loss(window, c.objective)
         opened = at.opened if at.age > _PATIENCE else None
