@@ -19,7 +19,7 @@ EXPERIMENTS = {
     "fig12": "momentum over a teleport, and objectives for AdaGrad, on a small regression",
     "fig13": "the runs of fig5 against time",
     "functions": "gradient descent on three functions of the plane, with and without teleport",
-    "transfer": "one learned optimizer on shapes, data and losses it never met, beside eight others tuned on each",
+    "transfer": "one learned optimizer on shapes and data mostly new to it, beside others tuned on each",
     "theory": "the theorem and propositions of section 3, by computation",
     "optimizers-beyond": "eight optimizers and six ways to teleport, every learning rate tuned alike",
 }

@@ -1,10 +1,11 @@
-"""One learned optimizer on networks, data and losses it was not trained on, beside standard optimizers tuned on each.
+"""One learned optimizer on networks and data mostly new to it, beside standard optimizers tuned on each.
 
 Meta-trains ``--seeds`` optimizers (about ten minutes each on one core) unless ``--runs`` holds them, and with
 ``--ablations`` shorter ones that lack something. Twelve kinds of full-batch regression, 64 held-out problems each, and
 classification by mini-batches of 200, 5 networks each. Standard optimizers are tuned on other problems of the same kind
 (for images, on other networks): the least mean loss at step 100, or training loss at the end. Time per step is that of
-one torch model on this machine. About 20 minutes more.
+one torch model on this machine. About 40 minutes more
+on one core.
 """
 
 from __future__ import annotations
