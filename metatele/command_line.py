@@ -47,7 +47,19 @@ def _integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, or none, got {text!r}") from None
 
 
-_CONVERTERS: dict[Any, Callable[[str], Any]] = {bool: _boolean, int: int, float: float, str: str}
+def _words(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(text.split(","))
+
+
+# Type of a field to what converts its text, and what the help calls it.
+_CONVERTERS: dict[Any, tuple[Callable[[str], Any], str]] = {
+    bool: (_boolean, "BOOL"),
+    int: (int, "N"),
+    float: (float, "X"),
+    str: (str, "TEXT"),
+    tuple[str, ...]: (_words, "TEXT,TEXT,..."),
+    tuple[int, ...]: (_integers, "N,N,..."),
+}
 
 
 def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any], default: str = "paper") -> None:
@@ -64,8 +76,7 @@ def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any], defau
         for f in dataclasses.fields(cls):
             if flag(f.name) in parser._option_string_actions:  # another family's setting of this name
                 continue
-            kind = hints[f.name]
-            convert = _CONVERTERS.get(kind, _integers)
+            convert, called = _CONVERTERS[hints[f.name]]
             choices = f.metadata.get("choices") or None
             value = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
             value = "none" if value == "" else value
@@ -75,7 +86,7 @@ def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any], defau
                 type=convert,
                 choices=choices,
                 default=argparse.SUPPRESS,
-                metavar=None if choices else {bool: "BOOL", int: "N", float: "X", str: "TEXT"}.get(kind, "N,N,..."),
+                metavar=None if choices else called,
                 help=f"{f.metadata['help']} ({default}: {value})",
             )
 

@@ -162,8 +162,10 @@ class EquivariantConfig:
     averaging: float = _setting(0.95, "decay of the running second moments on mini-batches")
     growth: float = _setting(4.0, "growth of the loss (on mini-batches its square root) at which a step is shortened")
     reach: float = _setting(1.0, "largest relative change of a layer's pre-activations by its own step")
-    small: int = _setting(64, "widths up to this have their spectra computed at every step")
-    keep: float = _setting(1.0, "eigenvalues below this, in units of their mean, may share one value; 0: none")
+    small: int = _setting(64, "widths up to twice this have new spectra every 4 steps, wider ones less often")
+    keep: float = _setting(
+        1.0, "of layers wider than 128, eigenvalues below this (in units of their mean) may share one value; 0: none"
+    )
     opening: bool = _setting(True, "teleport the network itself before the first step")
     inputs: bool = _setting(True, "steps are made where the second moments of a layer's inputs have been evened out")
     errors: bool = _setting(True, "the same for those of the errors")

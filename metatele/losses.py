@@ -223,6 +223,9 @@ class Differentiable(Loss):
             )
 
 
+KINDS = ("squared", "logistic", "cross-entropy")
+
+
 def kind(outputs: Tensor, gradient: Tensor) -> str | None:
     r"""What a loss is a sum of over outputs and samples, from its gradient ``∂L/∂y`` alone, for all of ``[..., o, n]``.
 
@@ -249,9 +252,6 @@ def kind(outputs: Tensor, gradient: Tensor) -> str | None:
         found = torch.where(_is_multiple(gradient, guess, size), 2, found)
     values = found.unique().tolist()
     return KINDS[values[0]] if len(values) == 1 else None
-
-
-KINDS = ("squared", "logistic", "cross-entropy")
 
 
 def level(outputs: Tensor, gradient: Tensor, which: str | None = None) -> Tensor:

@@ -195,7 +195,8 @@ def test_the_programs_know_the_family(tmp_path, capsys):
     flags = ["--trajectories", "4", "--batch", "2", "--groups", "2", "--horizon", "4", "--shorter", "none"]
     flags += ["--unroll", "2", "--widest", "9", "--validation-trajectories", "4", "--validation-steps", "10"]
     flags += ["--validation-score-at", "10", "--quiet"]
-    train_main(["transfer", "--family", "equivariant", *flags, "--out", str(tmp_path / "run")])
+    train_main(["transfer", "--family", "equivariant", *flags, "--blind", "loss,clock", "--out", str(tmp_path / "run")])
+    assert metatele.load(tmp_path / "run").method.blind == ("loss", "clock")
     evaluate([str(tmp_path / "run"), "--trajectories", "2", "--steps", "5", "--out", str(tmp_path / "e")])
     curves = json.loads((tmp_path / "e" / "curves.json").read_text())
     assert curves["methods"][0]["name"] == "Equivariant(update,tele)"
@@ -206,6 +207,7 @@ def test_the_programs_know_the_family(tmp_path, capsys):
         (["transfer", "--method", "update"], "there is no setting 'method'"),
         (["quick", "--widest", "9"], "there is no setting 'widest'"),
         (["transfer", "--precision", "bf16"], "precision must be float32"),
+        (["transfer", "--blind", "loss,all"], "blind must be among slopes, cosine"),
     ):
         with pytest.raises(ConfigError, match=words):
             train_main([*given, "--out", str(tmp_path / "no")])

@@ -43,8 +43,8 @@ def folder(name: str, args: argparse.Namespace) -> Path:
     return Path(args.out or f"results/{name}-{args.dataset}")
 
 
-def stored(out: Path, *names: str) -> dict[str, Any]:
-    """Results of an earlier run of one of the experiments named.
+def stored(out: Path, *names: str, rows: str = "arms") -> dict[str, Any]:
+    """Results of an earlier run of one of the experiments named; ``rows`` is what they are a list of.
 
     Raises:
         RunFolderError: There are none, none that can be read, or those of another experiment.
@@ -53,7 +53,7 @@ def stored(out: Path, *names: str) -> dict[str, Any]:
         doc: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
         if doc["format"] != FORMAT:
             raise ValueError
-        if not doc["arms"] or not all(isinstance(arm, dict) for arm in doc["arms"]):
+        if not doc[rows] or not all(isinstance(row, dict) for row in doc[rows]):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"there is no readable results.json in {out}") from error

@@ -352,7 +352,9 @@ class EquivariantOptimizer(nn.Module):
             # Many small rises are a large one: without this, steps at the level of rounding may grow for long.
             crept = same & (now - states.level[:, 2] > _CREPT)
             shorten = leapt | crept
-            lowest = torch.where(crept, now - _CREPT / 2, torch.minimum(now, states.level[:, 2] + _LEAK))
+            lowest = (
+                torch.where(crept, now - _CREPT / 2, torch.minimum(now, states.level[:, 2] + _LEAK)) if same else now
+            )
             kept, squares = now, inner(changes, changes)
         if states.age and bool(shorten.any()):
             at = shorten[:, None, None]

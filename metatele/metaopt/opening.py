@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from metatele.errors import MetateleError
 from metatele.metaopt.spectrum import Spectrum
-from metatele.mlp import MLP, Pass, Weights
+from metatele.mlp import MLP, Pass
 from metatele.symmetry import Approximate, Exact, GroupElement, drift, sweep
 
 NUMBERS = 9
@@ -79,7 +79,7 @@ class Opening(nn.Module):
             inputs: ``[B, d, n]`` or ``[d, n]``.
             noise: To be added to what the policy says, ``[B, hidden layers, 3]``, in units of :data:`SPREAD`.
         """
-        weights, x = _double(mlp.unflatten(flat.detach())), inputs.detach().double()
+        weights, x = mlp.unflatten(flat.detach().double()), inputs.detach().double()
         done = Pass(mlp, weights, x)
         layers = range(len(mlp.hidden_widths))
         exact = [self._exact(mlp, done, layer) for layer in layers]
@@ -97,7 +97,7 @@ class Opening(nn.Module):
             action = Exact(rank_tolerance=0.0) if exact[layer] else Approximate(damping=_FIT)
             moved = sweep(action, mlp, moved, x, elements)
         new = mlp.flatten(moved).to(flat.dtype)
-        change = drift(mlp, weights, _double(mlp.unflatten(new)), x)
+        change = drift(mlp, weights, mlp.unflatten(new.double()), x)
         good = (change <= self.max_drift) & torch.isfinite(new).all(-1)
         return Opened(torch.where(good[:, None], new, flat), good, numbers, chosen)
 
@@ -145,12 +145,6 @@ class Opening(nn.Module):
             for layer, s in enumerate(spectra)
         ]
         return torch.stack(rows, 1)
-
-
-def _double(weights: Weights) -> Weights:
-    return Weights(
-        tuple(W.double() for W in weights.matrices), tuple(None if b is None else b.double() for b in weights.biases)
-    )
 
 
 def _moment(h: Tensor) -> Tensor:

@@ -107,7 +107,11 @@ EVERYWHERE: tuple[Baseline, ...] = (
         torch.optim.AdamW,
         tuple({"lr": lr, "weight_decay": d} for lr, d in itertools.product(_decades(-4, 0), (1e-3, 1e-1))),
     ),
-    Baseline("Muon", Muon, tuple({"lr": lr} for lr in _decades(-3, 0, 2)), batched=False),
+    *(
+        (Baseline("Muon", Muon, tuple({"lr": lr} for lr in _decades(-3, 0, 2)), batched=False),)
+        if hasattr(torch.optim, "Muon")  # since torch 2.9
+        else ()
+    ),
     BASELINES[-1],  # L-BFGS
 )
 
