@@ -161,10 +161,11 @@ class EquivariantConfig:
     hidden: int = _setting(32, "size of the controller's LSTM cell")
     averaging: float = _setting(0.95, "decay of the running second moments on mini-batches")
     growth: float = _setting(4.0, "growth of the loss (on mini-batches its square root) at which a step is shortened")
+    hold: int = _setting(10, "mini-batches between two looks of the controller, after the first 16")
     reach: float = _setting(1.0, "largest relative change of a layer's pre-activations by its own step")
     small: int = _setting(64, "widths up to twice this have new spectra every 4 steps, wider ones less often")
     keep: float = _setting(
-        1.0, "of layers wider than 128, eigenvalues below this (in units of their mean) may share one value; 0: none"
+        2.0, "of layers wider than 128, eigenvalues below this (in units of their mean) may share one value; 0: none"
     )
     opening: bool = _setting(True, "teleport the network itself before the first step")
     inputs: bool = _setting(True, "steps are made where the second moments of a layer's inputs have been evened out")
@@ -175,7 +176,7 @@ class EquivariantConfig:
     def __post_init__(self) -> None:
         """Check sizes and ranges."""
         _check_types(self)
-        _require_positive(self, "hidden", "small")
+        _require_positive(self, "hidden", "small", "hold")
         _require(0 <= self.averaging < 1, "averaging", "in [0, 1)", self.averaging)
         _require_positive(self, "reach")
         _require(1 < self.growth < math.inf, "growth", "above 1", self.growth)

@@ -272,8 +272,9 @@ def level(outputs: Tensor, gradient: Tensor, which: str | None = None) -> Tensor
         return torch.stack([level(y, g) for y, g in zip(outputs, gradient, strict=True)])
     which = which or kind(outputs, gradient)
     if which == "cross-entropy":
-        index = gradient.argmin(-2, keepdim=True)
-        found = (outputs.logsumexp(-2, keepdim=True) - outputs.gather(-2, index)).sum((-2, -1))
+        labels = gradient.argmin(-2)
+        rows, index = (outputs.mT.flatten(0, -2), labels.flatten())
+        found = torch.nn.functional.cross_entropy(rows, index, reduction="none").view(labels.shape).sum(-1)
     elif which == "logistic":
         found = torch.nn.functional.softplus(torch.where(gradient < 0, -outputs, outputs)).sum((-2, -1))
     else:

@@ -16,6 +16,7 @@ from metatele.config import EquivariantConfig, MixtureConfig
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
 from metatele.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError, kind, level
 from metatele.metaopt import ConstantOptimizer, EquivariantOptimizer, Observation
+from metatele.metaopt.equivariant import _Close
 from metatele.metaopt.observation import joined, parted
 from metatele.metaopt.spectrum import Spectrum
 from metatele.mlp import MLP, Pass, Weights
@@ -69,8 +70,9 @@ def permuted(mlp, flat, orders):
 @pytest.mark.parametrize("mlp", MLPS, ids=str)
 @pytest.mark.parametrize("batch_size", [0, 4])
 @pytest.mark.parametrize("opening", [False, True])
-def test_steps_commute_with_permutations_of_hidden_units(mlp, batch_size, opening):
-    optimizer, fitting = trained(opening=opening), problems(mlp, batch_size=batch_size)
+def test_steps_commute_with_permutations_of_hidden_units(mlp, batch_size, opening, monkeypatch):
+    monkeypatch.setattr("metatele.metaopt.equivariant._WARM", 2)  # on mini-batches the controller pauses at once
+    optimizer, fitting = trained(opening=opening, hold=3), problems(mlp, batch_size=batch_size)
     random = torch.Generator().manual_seed(1)
     orders = [torch.randperm(k, generator=random) for k in mlp.hidden_widths]
     plain = steps(optimizer, fitting)
@@ -254,13 +256,24 @@ def test_level_is_the_log_of_the_loss():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_lost_trajectory_leaves_the_others_alone(bad):
+@pytest.mark.parametrize("batch_size", [0, 11])
+def test_a_lost_trajectory_leaves_the_others_alone(bad, batch_size, monkeypatch):
+    if batch_size:  # the same batch, but the controller does not know
+        monkeypatch.setattr("metatele.metaopt.equivariant._WARM", 1)
+        monkeypatch.setattr("metatele.metaopt.equivariant._fingerprint", lambda data: torch.rand(4))
     optimizer, fitting = trained(), problems(MLPS[1])
-    expected = steps(optimizer, fitting).weights
-    fitting.inputs[1, 0, 0] = bad
-    found = steps(optimizer, fitting).weights
-    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-7, atol=1e-9)
-    assert torch.isfinite(found).all()
+    head = optimizer.lstm.head_weight.requires_grad_()
+    found = []
+    for value in (fitting.inputs[1, 0, 0].clone(), bad):
+        fitting.inputs[1, 0, 0] = value
+        head.grad = None
+        current = steps(optimizer, fitting)
+        current.loss[[0, 2]].sum().backward()
+        found.append((current.weights.detach(), head.grad))
+    (expected, derivative), (weights, other) = found
+    torch.testing.assert_close(weights[[0, 2]], expected[[0, 2]], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(other, derivative, rtol=1e-7, atol=1e-9)
+    assert torch.isfinite(weights).all()
 
 
 def test_a_step_after_which_the_loss_has_grown_is_shortened():
@@ -270,8 +283,8 @@ def test_a_step_after_which_the_loss_has_grown_is_shortened():
     first = begin.advanced(optimizer)
     change = first.weights - begin.weights
     # A landscape of another kind: the loss is now a hundred times what it was.
-    worse = [e * torch.tensor([1.0, 10.0, 1.0])[:, None, None] for e in Observation.of(first.done).errors]
-    seen = Observation.of(first.done)._replace(errors=worse)
+    seen = Observation.of(first.done)
+    seen = seen._replace(error=seen.error * torch.tensor([1.0, 10.0, 1.0])[:, None, None])
     done = optimizer.step(seen, first.states)
     assert done.shortened.tolist() == [False, True, False]
     moved = mlp.flatten(parted(done.changes, mlp.biases))
@@ -342,24 +355,24 @@ def test_constant_settings_are_whitening_with_gradient_descent():
     after = begin.advanced(optimizer)
     moved = joined(mlp.unflatten(after.weights - begin.weights))
     seen = Observation.of(begin.done)
-    for layer, (gradient, h) in enumerate(zip(seen.gradients, seen.inputs, strict=True)):
+    layers = seen.layers()
+    for layer, (gradient, h) in enumerate(zip(seen.gradients, layers.inputs, strict=True)):
         S = h @ h.mT / h.shape[-1]
         s = S.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         D = gradient @ torch.linalg.inv(S + damping * s * torch.eye(S.shape[-1]))
-        change = (D @ h).square().mean((-2, -1)) / (seen.squares[:, layer] + 0.01)
+        change = (D @ h).square().mean((-2, -1)) / (layers.squares[:, layer] + 0.01)
         torch.testing.assert_close(moved[layer], -rate * D / change.sqrt()[:, None, None], rtol=1e-6, atol=1e-10)
 
 
 def test_what_the_controller_does_not_see_does_not_matter():
     optimizer, fitting = trained(blind=("slopes", "loss", "clock")), problems(MLPS[0])
     current = steps(optimizer, fitting, 3)
-    features = torch.ones(3, 2, 16).double()
-    args = Observation.of(current.done), current.states
-    level_, each = current.states.predicted, current.states.slope
-    seen = optimizer._features(*args, level_, each, each, each, True)
+    seen = Observation.of(current.done)
+    close = _Close.of(seen.gradients, current.states, seen.layers())
+    seen = optimizer._features(close, current.states, current.states.predicted, True)
     blind = [0, 1, 3, 4, 10]
     assert (seen[..., blind] == 0).all()
-    assert features.shape == seen.shape
+    assert seen.shape == (3, 2, 16)
     assert (seen[..., [5, 6, 7, 8]] != 0).all()
 
 
@@ -374,12 +387,53 @@ def test_bad_settings_are_one_sentence():
             EquivariantConfig(**{name: value})
 
 
-def test_states_survive_as_plain_tensors():
-    optimizer, fitting = trained(), problems(MLPS[1], batch_size=4)
-    current = steps(optimizer, fitting, 3)
+@pytest.mark.parametrize("count", [3, 18, 19, 20])
+def test_states_survive_as_plain_tensors(count):
+    optimizer, fitting = trained(hold=3), problems(MLPS[1], batch_size=4)
+    current = steps(optimizer, fitting, count)
     kept = type(current.states).from_tensors(current.states.tensors())
     again = Rollout(fitting, current.weights, current.loss, current.done, kept, current.age).advanced(optimizer)
     assert torch.equal(again.weights, current.advanced(optimizer).weights)
+
+
+def test_on_mini_batches_the_controller_pauses():
+    optimizer, fitting = trained(hold=4), problems(MLPS[1], samples=24, batch_size=4)
+    current = steps(optimizer, fitting, 16)
+    assert current.states.looks
+    looked, mlp = [], fitting.mlp
+    for _ in range(12):
+        before, current = current, current.advanced(optimizer)
+        old, new = before.states, current.states
+        looked.append(old.looks)
+        if not old.looks:
+            for name in ("pace", "bent", "log_rate", "unit"):
+                assert torch.equal(getattr(old, name), getattr(new, name)), name
+            assert torch.equal(old.lstm.hidden[0], new.lstm.hidden[0])
+            # V <- βV - ηD and the change is aV + bD, with D of this batch and the turns in use.
+            change = joined(mlp.unflatten(current.weights - before.weights))
+            for layer, gradient in enumerate(Observation.of(before.done).gradients):
+                lam_h, lam_d, p_h, p_d = old.bent[:, layer].T
+                beta, less, a, b = old.pace[:, layer].T[..., None, None]
+                half = old.errors[layer].from_left(gradient, lam_d, p_d)
+                D, _ = old.inputs[layer].from_right(half, lam_h, p_h)
+                V = beta * old.velocity[layer] + less * D
+                torch.testing.assert_close(change[layer], a * V + b * D, rtol=1e-7, atol=1e-10)
+    assert looked == [True, False, False, False] * 3
+
+
+def test_a_pause_ends_where_the_loss_has_grown():
+    optimizer, fitting = trained(hold=8), problems(MLPS[1], samples=24, batch_size=4)
+    current = steps(optimizer, fitting, 18)
+    after = current.advanced(optimizer)
+    seen = Observation.of(after.done)
+    worse = seen._replace(outputs=seen.outputs, error=seen.error * 1e3)
+    done = optimizer.step(worse, after.states)
+    assert done.shortened.all()
+    moved = after.weights - current.weights
+    change = fitting.mlp.flatten(parted(done.changes, fitting.mlp.biases))
+    torch.testing.assert_close(change, -0.75 * moved, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(done.states.pace[..., 1], 0.25 * after.states.pace[..., 1])
+    torch.testing.assert_close(done.states.log_rate, after.states.log_rate + math.log(0.25))
 
 
 def test_passes_are_made_once(monkeypatch):
@@ -439,6 +493,28 @@ def test_steps_of_a_model_are_those_of_the_functional_unroll(widths, bias, openi
     expected = steps(trained(opening=opening), fitting, 5).weights[0]
     run(model, metatele.LearnedOptimizer(model, trained(opening=opening)), x, y, 5)
     torch.testing.assert_close(flat(model), expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross-entropy"])
+def test_pauses_of_a_model_are_those_of_the_functional_unroll(loss, monkeypatch):
+    monkeypatch.setattr("metatele.metaopt.equivariant._WARM", 2)
+    widths, settings = (6, 5, 7, 3), {"opening": True, "hold": 3}
+    model, (x, y) = network(widths).double(), [t.double() for t in data(widths)]
+    mlp, function, kind_of = MLP(widths, Tanh(), True), nn.functional.mse_loss, MeanSquaredError()
+    if loss == "cross-entropy":
+        y, function, kind_of = y.argmax(1), nn.functional.cross_entropy, CrossEntropy()
+    targets = y.T if y.dim() == 2 else y
+    fitting = Fitting(mlp, x.T, targets, flat(model)[None], kind_of, batch_size=4)
+    in_turn = lambda self, step: (x[k := slice(step * 4 % 12, step * 4 % 12 + 4)].T, targets[..., k])  # noqa: E731
+    monkeypatch.setattr(Fitting, "batch", in_turn)
+    expected = steps(trained(**settings), fitting, 10).weights[0]
+    optimizer = metatele.LearnedOptimizer(model, trained(**settings))
+    for step in range(10):
+        k = slice(step * 4 % 12, step * 4 % 12 + 4)
+        optimizer.zero_grad()
+        function(model(x[k]), y[k]).backward()
+        optimizer.step()
+    torch.testing.assert_close(flat(model), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_models_that_begin_with_flatten_are_the_same():
@@ -514,7 +590,7 @@ def test_state_takes_no_more_memory_than_stated(widths):
 
 
 def test_a_large_state_is_said_before_it_is_made():
-    with pytest.warns(UserWarning, match=r"state will take 3\.0 GiB, for second moments of the layers' 20000"):
+    with pytest.warns(UserWarning, match=r"state will take 4\.5 GiB, for second moments of the layers' 20000"):
         metatele.LearnedOptimizer(nn.Sequential(nn.Linear(20000, 2)), single())
 
 

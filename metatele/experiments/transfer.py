@@ -109,9 +109,8 @@ def standard(problems: Fitting, tuning: Fitting) -> Iterator[tuple[str, dict[str
     yield WHITENING, chosen, losses_of(ConstantOptimizer(**chosen), problems, _LONG)
 
 
-def regression(name: str, learned: Sequence[EquivariantOptimizer]) -> dict[str, Any]:
-    """All methods on one kind of regression."""
-    from metatele.rollout import losses_of
+def standard_regression(name: str) -> list[dict[str, Any]]:
+    """All methods but ours on one kind of regression."""
     from metatele.tasks.held_out import REGRESSIONS
 
     kind = REGRESSIONS[name]
@@ -122,7 +121,17 @@ def regression(name: str, learned: Sequence[EquivariantOptimizer]) -> dict[str, 
     ]
     if name == "paper":
         methods.append({"name": FLAT, "settings": {}, "trajectories": _FULL, **summary(_flat(problems))})
-    methods += [
+    return methods
+
+
+def regression(name: str, learned: Sequence[EquivariantOptimizer], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ours on one kind of regression, beside what the others did."""
+    from metatele.rollout import losses_of
+    from metatele.tasks.held_out import REGRESSIONS
+
+    kind = REGRESSIONS[name]
+    problems = kind.sample(1, "evaluation", _FULL)
+    ours = [
         {
             "name": OURS,
             "meta_seed": seed,
@@ -139,7 +148,7 @@ def regression(name: str, learned: Sequence[EquivariantOptimizer]) -> dict[str, 
         "widths": list(kind.mlp.widths),
         "samples": kind.samples,
         "suffices": kind.suffices,
-        "methods": methods,
+        "methods": [*others, *ours],
     }
 
 
@@ -157,105 +166,122 @@ def _flat(problems: Fitting) -> Tensor:
 # --- images
 
 
-def classification(name: str, images: Any, learned: Sequence[EquivariantOptimizer]) -> dict[str, Any]:
-    """All methods on one image set, evaluated on all of it after each epoch."""
-    import torch
+class Classifying:
+    """Networks of one shape on one image set, evaluated on all of it after each epoch.
 
-    from metatele.activations import ReLU
-    from metatele.losses import CrossEntropy
-    from metatele.metaopt import ConstantOptimizer
-    from metatele.mlp import MLP
-    from metatele.random import generator
-    from metatele.rollout import Rollout
-    from metatele.tasks import Fitting
-    from metatele.tasks.fitting import usual_weights
-    from metatele.tasks.held_out import CLASSIFICATIONS
-    from metatele.training.baselines import EVERYWHERE, run_candidates
+    Args:
+        name: Among the held-out classifications.
+        images: The set.
+    """
 
-    kind = CLASSIFICATIONS[name]
-    mlp = MLP((images.features, *kind.hidden, images.classes), ReLU(), True)
+    def __init__(self, name: str, images: Any) -> None:
+        from metatele.activations import ReLU
+        from metatele.mlp import MLP
+        from metatele.tasks.held_out import CLASSIFICATIONS
 
-    def problems(stream: str, count: int) -> Fitting:
-        w = usual_weights(mlp, count, generator(1, stream))
-        seed = 1 if stream == "evaluation" else 2
-        return Fitting(mlp, images.train_images.T, images.train_labels, w, CrossEntropy(), kind.batch_size, seed)
+        self.name, self.images, self.kind = name, images, CLASSIFICATIONS[name]
+        self.mlp = MLP((images.features, *self.kind.hidden, images.classes), ReLU(), True)
+        self.given, self.tuning = self._problems("evaluation", _NETWORKS, 1), self._problems("tuning", 2, 2)
+        self.steps = self.kind.epochs * self.given.batches
 
-    given, tuning = problems("evaluation", _NETWORKS), problems("tuning", 2)
-    steps = kind.epochs * given.batches
+    def _problems(self, stream: str, count: int, seed: int) -> Fitting:
+        from metatele.losses import CrossEntropy
+        from metatele.random import generator
+        from metatele.tasks import Fitting
+        from metatele.tasks.fitting import usual_weights
 
-    def scores(flat: Tensor) -> list[list[float]]:
+        w, images = usual_weights(self.mlp, count, generator(1, stream)), self.images
+        x, y = images.train_images.T, images.train_labels
+        return Fitting(self.mlp, x, y, w, CrossEntropy(), self.kind.batch_size, seed)
+
+    def scores(self, flat: Tensor) -> list[list[float]]:
         """Training loss, test loss and test accuracy of each network."""
+        from metatele.losses import CrossEntropy
+
+        images = self.images
         parts = ((images.train_images, images.train_labels), (images.test_images, images.test_labels))
         found = []
         for row in flat:
-            w, values = mlp.unflatten(row), []
+            w, values = self.mlp.unflatten(row), []
             for x, y in parts:
-                outputs = mlp.forward(w, x.T)
+                outputs = self.mlp.forward(w, x.T)
                 values.append(float(CrossEntropy().value(outputs, y)))
             values.append(float((outputs.argmax(0) == y).double().mean()))
             found.append([v if math.isfinite(v) else math.inf for v in values])
         return found
 
-    def watched() -> tuple[Callable[[int, Tensor], None], dict[int, list[list[float]]]]:
+    def watched(self) -> tuple[Callable[[int, Tensor], None], dict[int, list[list[float]]]]:
+        """What is called after every step, and the scores by epoch that it fills in."""
         seen: dict[int, list[list[float]]] = {}
 
         def watch(step: int, flat: Tensor) -> None:
-            if step % given.batches == 0:
-                seen.setdefault(step // given.batches, []).extend(scores(flat))
+            if step % self.given.batches == 0:
+                seen.setdefault(step // self.given.batches, []).extend(self.scores(flat))
 
         return watch, seen
 
-    def rolled(optimizer: EquivariantOptimizer, fitting: Fitting) -> dict[int, list[list[float]]]:
-        watch, seen = watched()
+    def rolled(self, optimizer: EquivariantOptimizer, fitting: Fitting) -> dict[int, list[list[float]]]:
+        """Scores by epoch along trajectories."""
+        import torch
+
+        from metatele.rollout import Rollout
+
+        watch, seen = self.watched()
         with torch.no_grad():
             at = Rollout.begin(fitting)
-            for step in range(steps + 1):
+            for step in range(self.steps + 1):
                 watch(step, at.weights)
-                if step < steps:
+                if step < self.steps:
                     at = at.advanced(optimizer)
         return seen
 
-    def entry(method: str, settings: dict[str, Any], seen: dict[int, list[list[float]]], **more: Any) -> dict[str, Any]:
+    def entry(
+        self, method: str, settings: dict[str, Any], seen: dict[int, list[list[float]]], **more: Any
+    ) -> dict[str, Any]:
+        """What is stored."""
         rows = [seen[epoch] for epoch in sorted(seen)]
         keys = ("train_loss", "test_loss", "test_accuracy")
-        return {
-            "name": method,
-            "settings": settings,
-            **more,
-            **{key: [[_short(net[i]) for net in epoch] for epoch in rows] for i, key in enumerate(keys)},
-        }
+        columns = {key: [[_short(net[i]) for net in epoch] for epoch in rows] for i, key in enumerate(keys)}
+        found = {"name": method, "settings": settings, **more, **columns}
+        print(f"  {self.name}: {method} {settings or ''} {_mean(found['train_loss'][-1]):.4g}", flush=True)
+        return found
 
-    methods = []
-    for baseline in EVERYWHERE:
-        if baseline.name == "L-BFGS":  # its line search is for one and the same batch
-            continue
-        watch, seen = watched()
-        coarse = baseline.grid[:: 2 if baseline.name != "Muon" else 1]
-        run_candidates(baseline, coarse, tuning, steps, watch)
-        ends = [sum(net[0] for net in seen[kind.epochs][2 * c : 2 * c + 2]) for c in range(len(coarse))]
-        chosen = coarse[ends.index(min(ends))]
-        watch, seen = watched()
-        run_candidates(baseline, [chosen], given, steps, watch)
-        methods.append(entry(baseline.name, chosen, seen))
-        print(f"  {baseline.name}: {chosen}, training loss {_mean(methods[-1]['train_loss'][-1]):.4g}", flush=True)
-    candidates = [c for c in whitening_candidates() if c["damping"] >= 1e-2 and c["rate"] <= 0.2][::2]
-    ends = [
-        sum(net[0] for net in rolled(ConstantOptimizer(**c), tuning.part(slice(1)))[kind.epochs]) for c in candidates
-    ]
-    chosen = candidates[ends.index(min(ends))]
-    methods.append(entry(WHITENING, chosen, rolled(ConstantOptimizer(**chosen), given)))
-    for seed, optimizer in enumerate(learned):
-        methods.append(entry(OURS, {}, rolled(optimizer, given), meta_seed=seed))
-        print(f"  {OURS} {seed}: training loss {_mean(methods[-1]['train_loss'][-1]):.4g}", flush=True)
-    return {
-        "name": name,
-        "title": kind.title,
-        "kind": "classification",
-        "widths": list(mlp.widths),
-        "batch_size": kind.batch_size,
-        "batches": given.batches,
-        "methods": methods,
-    }
+    def standard(self) -> list[dict[str, Any]]:
+        """All methods but ours."""
+        from metatele.metaopt import ConstantOptimizer
+        from metatele.training.baselines import EVERYWHERE, run_candidates
+
+        methods, last = [], self.kind.epochs
+        for baseline in EVERYWHERE:
+            if baseline.name == "L-BFGS":  # its line search is for one and the same batch
+                continue
+            watch, seen = self.watched()
+            coarse = baseline.grid[:: 2 if baseline.name != "Muon" else 1]
+            run_candidates(baseline, coarse, self.tuning, self.steps, watch)
+            ends = [sum(net[0] for net in seen[last][2 * c : 2 * c + 2]) for c in range(len(coarse))]
+            chosen = coarse[ends.index(min(ends))]
+            watch, seen = self.watched()
+            run_candidates(baseline, [chosen], self.given, self.steps, watch)
+            methods.append(self.entry(baseline.name, chosen, seen))
+        candidates = [c for c in whitening_candidates() if c["damping"] >= 1e-2 and c["rate"] <= 0.2][::2]
+        first = self.tuning.part(slice(1))
+        ends = [sum(net[0] for net in self.rolled(ConstantOptimizer(**c), first)[last]) for c in candidates]
+        chosen = candidates[ends.index(min(ends))]
+        methods.append(self.entry(WHITENING, chosen, self.rolled(ConstantOptimizer(**chosen), self.given)))
+        return methods
+
+    def task(self, learned: Sequence[EquivariantOptimizer], others: list[dict[str, Any]]) -> dict[str, Any]:
+        """Ours, beside what the others did."""
+        ours = [self.entry(OURS, {}, self.rolled(o, self.given), meta_seed=seed) for seed, o in enumerate(learned)]
+        return {
+            "name": self.name,
+            "title": self.kind.title,
+            "kind": "classification",
+            "widths": list(self.mlp.widths),
+            "batch_size": self.kind.batch_size,
+            "batches": self.given.batches,
+            "methods": [*others, *ours],
+        }
 
 
 def _short(value: float) -> float | None:
@@ -369,14 +395,44 @@ def ablation(name: str, optimizer: EquivariantOptimizer, tasks: Sequence[dict[st
 # --- everything
 
 
-def _measured(file: Path, digests: list[str]) -> dict[str, Any] | None:
-    """What an interrupted run had measured with the same checkpoints."""
+def _kept(file: Path, key: list[Any], make: Callable[[], Any]) -> Any:
+    """What an interrupted run had measured under the same circumstances, or what is measured now."""
+    from metatele.files import write_atomically
+
+    key = json.loads(json.dumps(key))
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        task: dict[str, Any] = stored["task"]
-        return task if stored["checkpoints"] == digests else None
+        if stored["key"] == key:
+            return stored["found"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        pass
+    found = make()
+    write_atomically(file, json.dumps({"key": key, "found": found}).encode())
+    return found
+
+
+def _task(
+    name: str, images: Any, learned: Sequence[EquivariantOptimizer], digests: list[str], runs: Path
+) -> dict[str, Any]:
+    """All methods on one kind of problem; ``images`` is ``None`` for a regression."""
+    from metatele.training.baselines import EVERYWHERE
+
+    tuned = [[b.name, b.grid] for b in EVERYWHERE]
+    classifying = None if images is None else Classifying(name, images)
+
+    def others() -> list[dict[str, Any]]:
+        print(f"{name}: standard optimizers", flush=True)
+        return standard_regression(name) if classifying is None else classifying.standard()
+
+    known = _kept(runs / f"standard-{name}.json", tuned, others)
+
+    def everyone() -> dict[str, Any]:
+        print(name, flush=True)
+        found = regression(name, learned, known) if classifying is None else classifying.task(learned, known)
+        return {**found, "milliseconds": milliseconds(found, learned[0])}
+
+    found: dict[str, Any] = _kept(runs / f"task-{name}.json", [tuned, digests], everyone)
+    return found
 
 
 def _loaded(folder: Path) -> EquivariantOptimizer:
@@ -395,7 +451,6 @@ def run(args: Any, out: Path) -> dict[str, Any]:
     from metatele import checkpoint
     from metatele.config import transfer
     from metatele.data import load_images
-    from metatele.files import write_atomically
     from metatele.tasks.held_out import CLASSIFICATIONS, REGRESSIONS
     from metatele.training.run import trained
 
@@ -419,17 +474,8 @@ def run(args: Any, out: Path) -> dict[str, Any]:
     digests = [checkpoint.read_config(folder)["model_sha256"] for folder in folders]
     tasks = []
     for name in names:
-        file = runs / f"task-{name}.json"
-        task = _measured(file, digests)
-        if task is None:
-            print(name, flush=True)
-            if name in REGRESSIONS:
-                task = regression(name, learned)
-            else:
-                task = classification(name, sets[CLASSIFICATIONS[name].dataset], learned)
-            task["milliseconds"] = milliseconds(task, learned[0])
-            write_atomically(file, json.dumps({"checkpoints": digests, "task": task}).encode())
-        tasks.append(task)
+        images = sets[CLASSIFICATIONS[name].dataset] if name in CLASSIFICATIONS else None
+        tasks.append(_task(name, images, learned, digests, runs))
     doc = {
         "format": common.FORMAT,
         "experiment": "transfer",

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from metatele.config import SENSES, EquivariantConfig
 from metatele.losses import KINDS, kind, level
 from metatele.metaopt.lstm import LSTMState, StackedLSTM
-from metatele.metaopt.observation import Observation, inner
+from metatele.metaopt.observation import Layers, Observation, inner
 from metatele.metaopt.opening import Opening
-from metatele.metaopt.spectrum import Spectrum
+from metatele.metaopt.spectrum import Spectrum, Turn
 from metatele.mlp import MLP
 from metatele.random import generator
 
@@ -46,8 +46,9 @@ _START = -2.5  # log of the first step size, in units of the change that makes p
 _LARGEST = 2.0  # change of the log of a step size in one step
 _FOLLOW = 0.4  # how much of what the slopes tell about the best length goes into the next step, before training
 _SLOW = 4  # steps between two spectra
-_STRIDE = 5  # batches between two that a running average takes in, at most
-_LOOK = 16  # steps between two looks at what kind of loss it is
+_WARM = 16  # steps at the beginning of which each has controls of its own
+_LOOK = 32  # steps between two looks at what kind of loss it is
+_STRIDE = 32  # steps between two batches that a running average takes in, at most
 _CREPT = math.log(10)  # rise of the log of the loss above its lowest at which a step is shortened too
 _LEAK = 0.02  # by which that lowest rises with every step
 _SHORTEN = 0.25  # what is left of a step after which the loss had grown too much
@@ -100,19 +101,23 @@ class EquivariantStates:
 
     Attributes:
         age: Steps done.
+        until: Age at which the controller looks again.
         kind: Of the loss.
         lstm: Memory of the controller, ``[B · layers, hidden]``.
         log_rate: Log of the step size of each layer, ``[B, layers]``.
         unit: What it is measured in, ``[B, layers]``.
         velocity: V of each layer, as large as its weights.
         direction: D of the last step, the same.
-        last: The last change of the weights as ``a V + b D``: a and b, ``[B, layers, 2]``.
+        pace: ``β, -η, a, b``: V becomes ``βV - ηD`` and the weights change by ``a V + b D``, ``[B, layers, 4]``.
+        bent: Dampings and powers in use: inputs' and errors' dampings, inputs' and errors' powers, the same shape.
+        last: a and b of the last change of the weights, ``[B, layers, 2]``.
         squares: ``‖a V + b D‖²`` of it, ``[B, layers]``.
         slope: ``⟨∇W, D⟩`` where D was made, ``[B, layers]``.
         predicted: ``⟨∇L, change⟩`` of the last step, ``[B]``.
         level: Log of the loss, up to a constant, at the beginning, at the last point that was kept, and the lowest
             one, which is slowly forgotten, ``[B, 3]``.
         reach: Log of the relative change of each layer's pre-activations by the last step, ``[B, layers]``.
+        stretch: The same of a step D of length 1, when the controller looked last.
         length: Log of ``‖∇W‖²`` where D was made, ``[B, layers]``.
         input_moments: Running average of ``hhᵀ/n``, for each layer.
         error_moments: The same of ``δδᵀ``, each divided by its trace.
@@ -121,22 +126,29 @@ class EquivariantStates:
         inputs: Spectra of the moments in use.
         errors: The same of the errors.
         renew: Age at which each layer's spectra are computed anew.
-        fingerprint: Of the last batch, ``[4]``.
+        fingerprint: Of the last batch that was compared, ``[4]``.
+        factors: The numbers of ``pace`` for each layer, each ``[B, 1, 1]``; ``None`` until they are needed.
+        error_turns: As they are in use, for each layer; ``None`` until they are needed.
+        input_turns: The same.
     """
 
     age: int
+    until: int
     kind: str | None
     lstm: LSTMState
     log_rate: Tensor
     unit: Tensor
     velocity: list[Tensor]
     direction: list[Tensor]
+    pace: Tensor
+    bent: Tensor
     last: Tensor
     squares: Tensor
     slope: Tensor
     predicted: Tensor
     level: Tensor
     reach: Tensor
+    stretch: Tensor
     length: Tensor
     input_moments: list[Tensor]
     error_moments: list[Tensor]
@@ -146,6 +158,15 @@ class EquivariantStates:
     errors: list[Spectrum]
     renew: list[int]
     fingerprint: Tensor
+    factors: list[tuple[Tensor, ...]] | None = None
+    error_turns: list[Turn] | None = None
+    input_turns: list[Turn] | None = None
+
+    def but(self, **changes: Any) -> EquivariantStates:
+        """The same with some fields changed; ``dataclasses.replace`` takes ten times as long."""
+        new = object.__new__(EquivariantStates)
+        new.__dict__.update(self.__dict__, **changes)
+        return new
 
     def map(self, function: Callable[[Tensor], Tensor]) -> EquivariantStates:
         """The same with a function applied to every tensor."""
@@ -157,16 +178,29 @@ class EquivariantStates:
                 return LSTMState(tuple(map(function, value.hidden)), tuple(map(function, value.cell)))
             if isinstance(value, Spectrum):
                 return Spectrum(*map(function, value))
-            return [apply(v) for v in value] if isinstance(value, list) else value
+            if isinstance(value, Turn):
+                return Turn(
+                    function(value.left), None if value.right is None else function(value.right), function(value.rest)
+                )
+            return type(value)(map(apply, value)) if isinstance(value, list | tuple) else value
 
         return EquivariantStates(**{f.name: apply(getattr(self, f.name)) for f in dataclasses.fields(self)})  # type: ignore[arg-type]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Plain tensors by name, for files."""
+    @property
+    def looks(self) -> bool:
+        """Whether the controller looks at the next step, which then asks for :class:`Layers`."""
+        return self.age >= self.until
+
+    def tensors(self, since: EquivariantStates | None = None) -> dict[str, Tensor]:
+        """Plain tensors by name, for files; only those not the same as in earlier states, if these are given."""
         look = -1 if self.kind is None else KINDS.index(self.kind)
-        found = {"counters": torch.tensor([self.age, self.averaged, look, *self.renew], dtype=torch.float64)}
+        found = {
+            "counters": torch.tensor([self.age, self.until, self.averaged, look, *self.renew], dtype=torch.float64)
+        }
         for name in (*_JOINT, *_PER_LAYER, *_SPECTRA):
             value = getattr(self, name)
+            if since is not None and value is getattr(since, name):
+                continue
             for number, part in enumerate(value if isinstance(value, list) else [value]):
                 key = f"{name}_{number}" if isinstance(value, list) else name
                 if isinstance(part, Spectrum):
@@ -187,9 +221,10 @@ class EquivariantStates:
         def spectra(name: str) -> list[Spectrum]:
             return [Spectrum(*(found[f"{name}_{i}_{key}"] for key in Spectrum._fields)) for i in layers]
 
-        age, averaged, look, *renew = map(int, found["counters"].tolist())
+        age, until, averaged, look, *renew = map(int, found["counters"].tolist())
         return EquivariantStates(
             age=age,
+            until=until,
             averaged=averaged,
             kind=None if look < 0 else KINDS[look],
             lstm=LSTMState((found["lstm_hidden"],), (found["lstm_cell"],)),
@@ -203,7 +238,20 @@ class EquivariantStates:
 _SPECTRA = ("inputs", "errors")
 _PER_LAYER = ("velocity", "direction", "input_moments", "error_moments")
 _JOINT = (
-    *("log_rate", "unit", "last", "squares", "slope", "predicted", "level", "reach", "length"),
+    *(
+        "log_rate",
+        "unit",
+        "pace",
+        "bent",
+        "last",
+        "squares",
+        "slope",
+        "predicted",
+        "level",
+        "reach",
+        "stretch",
+        "length",
+    ),
     *("fingerprint", "spread"),
 )
 
@@ -230,6 +278,108 @@ class _Controls(NamedTuple):
     power: tuple[Tensor, Tensor]
     momentum: Tensor
     nesterov: Tensor
+
+
+class _Close(NamedTuple):
+    """What a step reads where the controller looks, or will at the next one.
+
+    Attributes:
+        gradients: ``∂L/∂W`` of each layer.
+        layers: What was seen of them, where the controller looks.
+        length: ``log ‖∇W‖²``, ``[B, layers]``.
+        ahead: ``⟨∇W, V⟩``.
+        along: ``⟨∇W, D⟩`` with D of the step before.
+    """
+
+    gradients: list[Tensor]
+    layers: Layers | None
+    length: Tensor
+    ahead: Tensor
+    along: Tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def of(gradients: list[Tensor], states: EquivariantStates, layers: Layers | None = None) -> _Close:
+        """At the point that a step is made from; gradients that are not finite count as zero."""
+        length = inner(gradients, gradients)
+        if not bool(torch.isfinite(length).all()):
+            gradients = _sound(gradients)
+            length = inner(gradients, gradients)
+        ahead, along = inner(gradients, states.velocity), inner(gradients, states.direction)
+        return _Close(gradients, layers, _log(length), ahead, along)
+
+
+def _sound(gradients: list[Tensor]) -> list[Tensor]:
+    return [torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in gradients]
+
+
+@torch.no_grad()
+def _fingerprint(data: Tensor) -> Tensor:
+    """Four sums by which a batch ``[B, d, n]`` is known again."""
+    rows = _ramps(data.shape[-2], data.dtype, data.device) @ data
+    return torch.cat([rows.sum((0, 2)), rows.square().sum((0, 2))]).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _left(gradients: list[Tensor], states: EquivariantStates) -> tuple[EquivariantStates, list[Tensor]]:
+    """``(g_δᵀ g_δ) ∇W`` of each layer."""
+    turns = states.error_turns
+    if turns is None:
+        columns = zip(states.errors, states.bent[..., 1].unbind(1), states.bent[..., 3].unbind(1), strict=True)
+        turns = [spectrum.turn(damping, power) for spectrum, damping, power in columns]
+        states = states.but(error_turns=turns)
+    return states, [turn.from_left(g) for turn, g in zip(turns, gradients, strict=True)]
+
+
+def _again(gradients: list[Tensor], states: EquivariantStates) -> tuple[EquivariantStates, list[Tensor]]:
+    """D of each layer with the controls there are."""
+    states, half = _left(gradients, states)
+    turns = states.input_turns
+    if turns is None:
+        columns = zip(states.inputs, states.bent[..., 0].unbind(1), states.bent[..., 2].unbind(1), strict=True)
+        turns = [spectrum.turn(damping, power, scaled=True) for spectrum, damping, power in columns]
+        states = states.but(input_turns=turns)
+    return states, [turn.from_right(d) for turn, d in zip(turns, half, strict=True)]
+
+
+def _shortened(
+    before: EquivariantStates,
+    after: EquivariantStates,
+    changes: list[Tensor],
+    shorten: Tensor,
+    leapt: Tensor,
+    same: bool,
+) -> tuple[EquivariantStates, list[Tensor]]:
+    """States and changes with the last step shortened, in place of a new one, in the trajectories ``shorten [B]``."""
+    at, each = shorten[:, None, None], shorten[:, None]
+    old = [
+        (a * v + b * d).detach()
+        for a, b, v, d in zip(
+            *(t[..., None, None].unbind(1) for t in before.last.unbind(-1)),
+            before.velocity,
+            before.direction,
+            strict=True,
+        )
+    ]
+    shrunk = before.pace * before.pace.new_tensor([1.0, _SHORTEN, 1.0, _SHORTEN])
+    level = after.level
+    # Another batch does not tell how good the old point was: an easy one must not stop all later steps.
+    kept = torch.where(leapt if same else ~torch.isfinite(level[:, 1]), before.level[:, 1], level[:, 1])
+    lowest = torch.where(leapt, before.level[:, 2], level[:, 2])
+    states = after.but(  # What is left of the step becomes the velocity, and is the last change.
+        velocity=[torch.where(at, _SHORTEN * o, v) for o, v in zip(old, after.velocity, strict=True)],
+        direction=[torch.where(at, o, d) for o, d in zip(before.direction, after.direction, strict=True)],
+        last=torch.where(at, after.last.new_tensor([1.0, 0.0]), after.last),
+        squares=torch.where(each, _SHORTEN**2 * before.squares, after.squares),
+        log_rate=torch.where(each, before.log_rate + math.log(_SHORTEN), after.log_rate),
+        pace=torch.where(at, shrunk, after.pace),
+        factors=None,
+        slope=torch.where(each, before.slope, after.slope),
+        predicted=torch.where(shorten, _SHORTEN * before.predicted, after.predicted),
+        level=torch.stack([level[:, 0], kept, lowest], -1),
+        length=torch.where(each, before.length, after.length),
+        reach=torch.where(each, before.reach + math.log(_SHORTEN), after.reach),
+    )
+    return states, [torch.where(at, (_SHORTEN - 1) * o, c) for o, c in zip(old, changes, strict=True)]
 
 
 class EquivariantOptimizer(nn.Module):
@@ -291,151 +441,153 @@ class EquivariantOptimizer(nn.Module):
         """Memory of one trajectory's states in float32, at most.
 
         Velocity and direction are as large as the weights; for the inputs and the errors of each layer there are a
-        matrix of second moments and its eigenvectors, of which wide layers as a rule keep less than half.
+        matrix of second moments, its eigenvectors, of which wide layers as a rule keep less than half, and between
+        looks on mini-batches a matrix made of them.
 
         Example:
             >>> from metatele.activations import ReLU
             >>> mlp = MLP((100, 100, 100), ReLU())
             >>> EquivariantOptimizer.state_bytes(mlp) / mlp.num_parameters
-            24.0
+            32.0
         """
         rows = [d + b for d, b in zip(mlp.widths, mlp.biases, strict=False)]
         layers = zip(rows, mlp.widths[1:], strict=True)
-        return 8 * sum(i * o + i * i + o * o for i, o in layers)
+        return 4 * sum(2 * i * o + 3 * (i * i + o * o) for i, o in layers)
 
     # --- a step
 
     def step(self, seen: Observation, states: EquivariantStates | None) -> EquivariantStep:
         """The change of the weights after a pass at them; ``None`` in place of states at the beginning.
 
-        Differentiable in the meta-parameters, and through the states in those of earlier steps; what was seen is
-        a constant.
+        On mini-batches, after the first 16 steps, the controller looks at every tenth alone (``hold`` of the
+        configuration); those between cost a few products of matrices. Differentiable in the meta-parameters, and
+        through the states in those of earlier steps; what was seen is a constant.
         """
-        states, same = self._observed(seen, states)
-        if states.age % _LOOK == 0:
-            states = dataclasses.replace(states, kind=kind(seen.outputs, seen.errors[-1]))
-        now = level(seen.outputs, seen.errors[-1], states.kind)
-        finite = torch.isfinite(now)
+        close, same = None, False
+        if states is None or states.looks:
+            layers = seen.layers()
+            states, same = self._observed(seen, layers, states)
+            close = _Close.of(seen.gradients, states, layers)
+        elif states.age + 1 == states.until:  # the controller will ask what this step did
+            states = states.but(fingerprint=_fingerprint(seen.data))
+            close = _Close.of(seen.gradients, states)
+        now = level(seen.outputs, seen.error, states.kind)
+        if states.age == 0:
+            states = states.but(level=torch.stack([now, now, now], -1))
+        before, looks = states, states.looks
+        if looks:
+            assert close is not None
+            states, D = self._controlled(close, states, now, same)
+        else:
+            gradients = seen.gradients if close is None else close.gradients
+            if torch.is_grad_enabled() and not bool(torch.isfinite(inner(gradients, gradients)).all()):
+                # A step from there is shortened, but what is left out must not make derivatives of the others NaN.
+                gradients = _sound(gradients)
+            states, D = _again(gradients, states)
+        factors = states.factors
+        if factors is None:
+            columns = (t.unsqueeze(-1).unsqueeze(-1).unbind(1) for t in states.pace.unbind(-1))
+            factors = list(zip(*columns, strict=True))
+            states = states.but(factors=factors, last=states.pace[..., 2:].detach())
+        V, changes = [], []
+        for d, old, (beta, less, a, b) in zip(D, states.velocity, factors, strict=True):
+            V.append((beta * old).addcmul_(less, d))
+            changes.append((a * V[-1]).addcmul_(b, d))
         with torch.no_grad():
-            length = inner(seen.gradients, seen.gradients)
-            if not bool(torch.isfinite(length).all()):
-                gradients = [torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in seen.gradients]
-                seen = seen._replace(gradients=gradients)
-                length = inner(gradients, gradients)
-            length = _log(length)
-            ahead, along = inner(seen.gradients, states.velocity), inner(seen.gradients, states.direction)
+            D = [d.detach() for d in D]
+            squares = inner(changes, changes)
+            # Two mini-batches differ anyway. What is not finite is not smaller than anything either.
+            most = math.log(self.config.growth) * (1 if same else 2)
+            leapt = ~(now - states.level[:, 1] + 0 * squares.sum(-1) <= most)
+            shorten, lowest = leapt, now
+            if same:
+                # Many small rises are a large one: without this, steps at the level of rounding may grow for long.
+                crept = now - states.level[:, 2] > _CREPT
+                shorten = leapt | crept
+                lowest = torch.where(crept, now - _CREPT / 2, torch.minimum(now, states.level[:, 2] + _LEAK))
+            new = states.but(
+                age=states.age + 1,
+                until=states.age + self._wait(states.age, same) if looks else states.until,
+                velocity=V,
+                direction=D,
+                squares=squares,
+                level=torch.stack([states.level[:, 0], now, lowest], -1),
+            )
+            if close is not None:
+                slope = inner(close.gradients, D)
+                beta, less, a, b = states.pace.unbind(-1)
+                predicted = (a * (beta * close.ahead + less * slope) + b * slope).sum(-1)
+                new = new.but(slope=slope, predicted=predicted, length=close.length)
+                if not looks:
+                    new = new.but(reach=states.stretch + _log(inner(D, D)) / 2 + states.log_rate)
+        if states.age and bool(shorten.any()):
+            new, changes = _shortened(before, new, changes, shorten, leapt, same)
+        return EquivariantStep(changes, new, shorten)
+
+    def _wait(self, age: int, same: bool) -> int:
+        """Steps to the controller's next look."""
+        return 1 if same or age < _WARM else self.config.hold
+
+    def _controlled(
+        self, close: _Close, states: EquivariantStates, now: Tensor, same: bool
+    ) -> tuple[EquivariantStates, list[Tensor]]:
+        """States with new controls, and D of each layer with them."""
         if states.age == 0:
-            states = dataclasses.replace(states, level=torch.stack([now, now, now], -1), length=length)
-        controls, lstm = self._control(self._features(seen, states, now, length, ahead, along, same), states)
-        D, reach = self._directions(seen, states, controls)
+            states = states.but(length=close.length)
+        controls, lstm = self._control(self._features(close, states, now, same), states)
+        bent = torch.stack([*controls.damping, *controls.power], -1)
+        states, half = _left(close.gradients, states.but(lstm=lstm, bent=bent, error_turns=None, input_turns=None))
+        D, sizes = [], []
+        columns = zip(half, states.inputs, controls.damping[0].unbind(1), controls.power[0].unbind(1), strict=True)
+        for d, inputs, damping, power in columns:
+            turned, size = inputs.from_right(d, damping, power)
+            D.append(turned)
+            sizes.append(size / d.shape[-2])
+        assert close.layers is not None
+        squares = close.layers.squares.nan_to_num(1.0, 1.0, 1.0) + _FLOOR
+        found = (torch.stack(sizes, -1) / squares).clamp_min(_TINY).sqrt()
+        sound = torch.isfinite(found) & (found > 2 * _TINY**0.5)
         if states.age == 0:
-            unit = torch.where(reach > 0, 1 / torch.where(reach > 0, reach, 1.0), 0.0)
-            states = dataclasses.replace(states, unit=unit)
-        unit = states.unit.detach()
-        reach = _log(unit * reach.detach())
+            states = states.but(unit=torch.where(sound, 1 / torch.where(sound, found, 1.0), 0.0))
+        reach = _log(states.unit * torch.where(sound, found, 0.0)).detach()
         log_rate = torch.minimum(states.log_rate + controls.growth, math.log(self.config.reach) - reach)
         rate = log_rate.exp() * states.unit
         beta, nu = controls.momentum, controls.nesterov
         # The change is V + ν(βV - ηD - V) = a V + b D, V the new velocity.
-        a, b = 1 - nu + nu * beta, -nu * rate
-        V, changes = [], []
-        factors = (t.unsqueeze(-1).unsqueeze(-1).unbind(1) for t in (beta, -rate, a, b))
-        for d, old, beta_, eta, a_, b_ in zip(D, states.velocity, *factors, strict=True):
-            V.append(torch.addcmul(beta_ * old, eta, d))
-            changes.append(torch.addcmul(a_ * V[-1], b_, d))
-        with torch.no_grad():
-            slope = inner(seen.gradients, D)
-            predicted = (a * (beta * ahead - rate * slope) + b * slope).sum(-1)
-            last, reach = torch.stack([a, b], -1), reach + log_rate
-            # Two mini-batches differ anyway.
-            leapt = (now - states.level[:, 1] > math.log(self.config.growth) * (1 if same else 2)) | ~finite
-            # Many small rises are a large one: without this, steps at the level of rounding may grow for long.
-            crept = same & (now - states.level[:, 2] > _CREPT)
-            shorten = leapt | crept
-            lowest = (
-                torch.where(crept, now - _CREPT / 2, torch.minimum(now, states.level[:, 2] + _LEAK)) if same else now
-            )
-            kept, squares = now, inner(changes, changes)
-        if states.age and bool(shorten.any()):
-            at = shorten[:, None, None]
-            a_, b_ = states.last[..., None, None].unbind(2)
-            old = [
-                (x * v + y * d).detach()
-                for x, v, y, d in zip(a_.unbind(1), states.velocity, b_.unbind(1), states.direction, strict=True)
-            ]
-            changes = [torch.where(at, (_SHORTEN - 1) * o, c) for o, c in zip(old, changes, strict=True)]
-            squares = torch.where(shorten[:, None], _SHORTEN**2 * states.squares, squares)
-            # What is left of the step becomes the velocity, and is the last change.
-            V = [torch.where(at, _SHORTEN * o, v) for o, v in zip(old, V, strict=True)]
-            D = [torch.where(at, o, d) for o, d in zip(states.direction, D, strict=True)]
-            last = torch.where(at, last.new_tensor([1.0, 0.0]), last)
-            log_rate = torch.where(shorten[:, None], states.log_rate + math.log(_SHORTEN), log_rate)
-            slope = torch.where(shorten[:, None], states.slope, slope)
-            predicted = torch.where(shorten, _SHORTEN * states.predicted, predicted)
-            # Another batch does not tell how good the old point was: an easy one must not stop all later steps.
-            kept = torch.where(leapt if same else ~finite, states.level[:, 1], now)
-            lowest = torch.where(leapt, states.level[:, 2], lowest)
-            length = torch.where(shorten[:, None], states.length, length)
-            reach = torch.where(shorten[:, None], states.reach + math.log(_SHORTEN), reach)
-        new = dataclasses.replace(
-            states,
-            age=states.age + 1,
-            lstm=lstm,
-            log_rate=log_rate,
-            velocity=V,
-            direction=[d.detach() for d in D],
-            last=last,
-            squares=squares,
-            slope=slope,
-            predicted=predicted,
-            level=torch.stack([states.level[:, 0], kept, lowest], -1),
-            reach=reach,
-            length=length,
-        )
-        return EquivariantStep(changes, new, shorten)
-
-    def _directions(
-        self, seen: Observation, states: EquivariantStates, controls: _Controls
-    ) -> tuple[list[Tensor], Tensor]:
-        """D of each layer, and the relative change of its pre-activations by a step of size 1, ``[B, layers]``."""
-        D, sizes = [], []
-        columns = (t.unbind(1) for t in (*controls.damping, *controls.power))
-        layers = zip(seen.gradients, states.inputs, states.errors, *columns, strict=True)
-        for gradient, inputs, errors, input_damping, error_damping, input_power, error_power in layers:
-            d = gradient
-            if self.config.errors:
-                d = errors.from_left(d, error_damping, error_power)
-            power = input_power if self.config.inputs else torch.zeros_like(input_power)
-            d, size = inputs.from_right(d, input_damping, power)
-            D.append(d)
-            sizes.append(size / gradient.shape[-2])
-        squares = seen.squares.nan_to_num(1.0, 1.0, 1.0) + _FLOOR
-        reach = (torch.stack(sizes, -1) / squares).clamp_min(_TINY).sqrt()
-        return D, torch.where(torch.isfinite(reach) & (reach > 2 * _TINY**0.5), reach, 0.0)
+        pace = torch.stack([beta, -rate, 1 - nu + nu * beta, -nu * rate], -1)
+        states = states.but(log_rate=log_rate, pace=pace, factors=None, reach=reach + log_rate.detach())
+        if not same:
+            with torch.no_grad():
+                states = states.but(stretch=reach - _log(inner(D, D)) / 2)
+        return states, D
 
     # --- moments
 
     @torch.no_grad()
-    def _observed(self, seen: Observation, states: EquivariantStates | None) -> tuple[EquivariantStates, bool]:
+    def _observed(
+        self, seen: Observation, layers: Layers, states: EquivariantStates | None
+    ) -> tuple[EquivariantStates, bool]:
         """States with the moments of a batch taken in, and whether it is the batch of the step before."""
-        x = seen.inputs[0]
-        rows = _ramps(x.shape[-2], x.dtype, x.device) @ x
-        fingerprint = torch.cat([rows.sum((0, 2)), rows.square().sum((0, 2))]).nan_to_num(0.0, 0.0, 0.0)
+        fingerprint = _fingerprint(seen.data)
         if states is None:
             states = self._initial(seen, fingerprint)
         pairs = zip(fingerprint.tolist(), states.fingerprint.tolist(), strict=True)
         same = states.age > 0 and all(math.isclose(a, b, rel_tol=1e-5) for a, b in pairs)
+        wait = self._wait(states.age, same)
         decay = 0.0 if same or states.age == 0 else self.config.averaging
         averaged = 1 if decay == 0 else states.averaged + 1
         # A running average that begins with equal weights.
         share = max(1 - decay, 1 / averaged)
         renewed: dict[str, Any] = {name: [] for name in ("input_moments", "error_moments", "inputs", "errors", "renew")}
-        for layer, (h, e) in enumerate(zip(seen.inputs, seen.errors, strict=True)):
+        for layer, (h, e) in enumerate(zip(layers.inputs, layers.errors, strict=True)):
             # The work for a spectrum grows with the cube of the width, that for a step with its square.
-            period = max(_SLOW, math.ceil((max(h.shape[-2], e.shape[-2]) / self.config.small) ** 2))
+            period = max(
+                _SLOW, 3 * wait if wait > 1 else 1, math.ceil((max(h.shape[-2], e.shape[-2]) / self.config.small) ** 2)
+            )
             due = states.age >= states.renew[layer]
             # Moments of the one batch are asked for with the spectra; running averages need not take in every batch.
-            if due or (not same and states.age % max(1, min(period // 2, _STRIDE, states.age // 4)) == 0):
+            stride = max(1, min(period // 4, _STRIDE, states.age // 4) // wait)
+            if due or (not same and states.age // wait % stride == 0):
                 S, G = h @ h.mT / h.shape[-1], e @ e.mT
                 G = G / G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(_TINY)
                 if states.age and share < 1:
@@ -447,9 +599,13 @@ class EquivariantOptimizer(nn.Module):
             renewed["error_moments"].append(G)
             for name, moment in (("inputs", S), ("errors", G)):
                 last = getattr(states, name)[layer] if states.age else None
-                renewed[name].append(Spectrum.of(moment, self.config.keep, last) if due or last is None else last)
-            wait = min(period, states.age // 4 + 1)
-            renewed["renew"].append(states.age + wait if due else states.renew[layer])
+                if due or last is None:
+                    # Moments of the whole data are worth more digits than averages over batches.
+                    whole = 128 if same or last is None else 96
+                    renewed[name].append(Spectrum.of(moment, self.config.keep, last, whole))
+                else:
+                    renewed[name].append(last)
+            renewed["renew"].append(states.age + min(period, states.age // 4 + 1) if due else states.renew[layer])
         spread = states.spread
         if any(old <= states.age for old in states.renew):
             batch = len(states.predicted)
@@ -460,33 +616,39 @@ class EquivariantOptimizer(nn.Module):
                 ],
                 -1,
             )
-        states = dataclasses.replace(states, averaged=averaged, fingerprint=fingerprint, spread=spread, **renewed)
+        states = states.but(averaged=averaged, fingerprint=fingerprint, spread=spread, **renewed)
+        if states.age % _LOOK < wait:
+            states = states.but(kind=kind(seen.outputs, seen.error))
         return states, same
 
     def _initial(self, seen: Observation, fingerprint: Tensor) -> EquivariantStates:
         batch, layers = seen.gradients[0].shape[0], len(seen.gradients)
         like = seen.gradients[0]
         zeros = [torch.zeros_like(g) for g in seen.gradients]
-        each = like.new_zeros(batch, layers)
+        each, few = like.new_zeros(batch, layers), like.new_zeros(batch, layers, 4)
         return EquivariantStates(
             age=0,
+            until=0,
             kind=None,
             lstm=self.lstm.initial_state(batch * layers),
             log_rate=torch.full_like(each, _START),
             unit=torch.ones_like(each),
             velocity=zeros,
             direction=zeros,
-            last=like.new_zeros(batch, layers, 2),
+            pace=few,
+            bent=few,
+            last=few[..., :2],
             squares=each,
             slope=each,
             predicted=like.new_zeros(batch),
             level=like.new_zeros(batch, 3),
             reach=each,
+            stretch=each,
             length=each,
             input_moments=[],
             error_moments=[],
             averaged=0,
-            spread=like.new_zeros(batch, layers, 2),
+            spread=few[..., :2],
             inputs=[],
             errors=[],
             renew=[0] * layers,
@@ -496,35 +658,28 @@ class EquivariantOptimizer(nn.Module):
     # --- control
 
     @torch.no_grad()
-    def _features(
-        self,
-        seen: Observation,
-        states: EquivariantStates,
-        now: Tensor,
-        length: Tensor,
-        ahead: Tensor,
-        along: Tensor,
-        same: bool,
-    ) -> Tensor:
+    def _features(self, close: _Close, states: EquivariantStates, now: Tensor, same: bool) -> Tensor:
         """Numbers about each layer, ``[B, layers, FEATURES]``, free of units and of the order of units."""
-        layers, n = len(seen.gradients), seen.inputs[0].shape[-1]
+        assert close.layers is not None
+        inputs = close.layers.inputs
+        layers, n = len(inputs), inputs[0].shape[-1]
         a, b = states.last.unbind(-1)
-        ahead = a * ahead + b * along  # ⟨∇W, last change⟩
+        ahead = a * close.ahead + b * close.along  # ⟨∇W, last change⟩
         size = _log(states.squares)
         overall = _best(ahead.sum(-1), states.predicted)
         since = (now[:, None] - states.level[:, :2].flip(-1)).nan_to_num(40.0, 40.0, 40.0)
         shared = torch.cat([overall[:, None], since], -1)[:, None].expand(-1, layers, -1).unbind(-1)
         moved = torch.stack(
             [
-                _best(along, states.slope),
+                _best(close.along, states.slope),
                 shared[0],
-                ahead / ((length + size) / 2).exp().clamp_min(_TINY),
+                ahead / ((close.length + size) / 2).exp().clamp_min(_TINY),
                 shared[1],
                 shared[2],
                 *states.spread.unbind(-1),
-                (size - _log(seen.sizes)) / 2,
+                (size - _log(close.layers.sizes)) / 2,
                 states.reach,
-                (length - states.length) / 2,
+                (close.length - states.length) / 2,
             ],
             -1,
         )
@@ -540,10 +695,10 @@ class EquivariantOptimizer(nn.Module):
                     float(layer == layers - 1),
                     layers - 3.0,
                 ]
-                for layer, h in enumerate(seen.inputs)
+                for layer, h in enumerate(inputs)
             ],
-            dtype=length.dtype,
-            device=length.device,
+            dtype=now.dtype,
+            device=now.device,
         )
         seen_of = torch.cat([moved, fixed.expand(len(now), -1, -1)], -1)
         return seen_of * self._sight if self.config.blind else seen_of
@@ -559,6 +714,10 @@ class EquivariantOptimizer(nn.Module):
         y = torch.addcmul(middle, factor, torch.tanh((y + offset) / 2))
         input_damping, error_damping = y[..., 1:3].exp().unbind(-1)
         growth, _, _, input_power, error_power, momentum, nesterov = y.unbind(-1)
+        if not self.config.inputs:
+            input_power = torch.zeros_like(input_power)
+        if not self.config.errors:
+            error_power = torch.zeros_like(error_power)
         damping, power = (input_damping, error_damping), (input_power, error_power)
         return _Controls(growth, damping, power, momentum, nesterov), lstm
 

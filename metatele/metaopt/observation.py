@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,40 +12,57 @@ from metatele.mlp import Pass, Weights
 from metatele.symmetry import with_ones
 
 
-class Observation(NamedTuple):
-    """What a forward and a backward pass of ``[B]`` networks tell about each layer.
+class Layers(NamedTuple):
+    """What the controller reads of each layer; every few steps it is enough to ask for it.
 
     Attributes:
         inputs: h ``[B, i, n]``, with a row of ones below where the layer has a bias; ``[1, i, n]`` if it is shared.
         errors: δ ``[B, o, n]``.
         squares: Mean ``z²`` of each layer, ``[B, layers]``.
-        outputs: z of the last layer, ``[B, o, n]``.
         sizes: ``‖W‖²`` of each layer with its bias, ``[B, layers]``.
-        gradients: ``∂L/∂W`` ``[B, o, i]``, that of a bias as last column.
     """
 
     inputs: list[Tensor]
     errors: list[Tensor]
     squares: Tensor
-    outputs: Tensor
     sizes: Tensor
+
+
+class Observation(NamedTuple):
+    """What a forward and a backward pass of ``[B]`` networks tell.
+
+    Attributes:
+        gradients: ``∂L/∂W`` of each layer ``[B, o, i]``, that of a bias as last column.
+        data: h of the first layer ``[B, d, n]``, or ``[1, d, n]`` if it is shared.
+        outputs: z of the last layer, ``[B, o, n]``.
+        error: ``∂L/∂z`` of it.
+        layers: Makes the rest, if it is asked for.
+    """
+
     gradients: list[Tensor]
+    data: Tensor
+    outputs: Tensor
+    error: Tensor
+    layers: Callable[[], Layers]
 
     @staticmethod
     @torch.no_grad()
     def of(done: Pass) -> Observation:
         """Of a pass that has been made backwards too."""
-        mlp = done.mlp
         hidden = [h if h.dim() == 3 else h[None] for h in done.hidden]  # data that all share are there once
-        weights = joined(done.weights)
-        return Observation(
-            [with_ones(h) if b else h for h, b in zip(hidden, mlp.biases, strict=True)],
-            done.errors,
-            inner(done.pre, done.pre) / torch.tensor([z.shape[-2] * z.shape[-1] for z in done.pre]).to(done.pre[0]),
-            done.pre[-1],
-            inner(weights, weights),
-            joined(done.gradient()),
-        )
+
+        @torch.no_grad()
+        def layers() -> Layers:
+            weights = joined(done.weights)
+            counts = torch.tensor([z.shape[-2] * z.shape[-1] for z in done.pre]).to(done.pre[0])
+            return Layers(
+                [with_ones(h) if b else h for h, b in zip(hidden, done.mlp.biases, strict=True)],
+                done.errors,
+                inner(done.pre, done.pre) / counts,
+                inner(weights, weights),
+            )
+
+        return Observation(joined(done.gradient()), hidden[0], done.pre[-1], done.errors[-1], layers)
 
 
 def joined(weights: Weights) -> list[Tensor]:

@@ -7,7 +7,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SMALL = 128  # rows up to which all eigenvalues are kept
+
+class Turn(NamedTuple):
+    """``gᵀg`` of one spectrum with its damping and power: ``U Vᵀ + c I``, or one matrix.
+
+    Attributes:
+        left: U ``[..., k, r]``, or the matrix ``[..., k, k]``.
+        right: V ``[..., k, r]``; ``None`` if U is the matrix.
+        rest: c ``[..., 1, 1]``.
+    """
+
+    left: Tensor
+    right: Tensor | None
+    rest: Tensor
+
+    def from_left(self, x: Tensor) -> Tensor:
+        """``gᵀg x`` for ``x [..., k, m]``."""
+        if self.right is None:
+            return self.left @ x
+        return (self.left @ (self.right.mT @ x)).addcmul_(self.rest, x)
+
+    def from_right(self, x: Tensor) -> Tensor:
+        """``x gᵀg`` for ``x [..., m, k]``."""
+        if self.right is None:
+            return x @ self.left
+        return ((x @ self.right) @ self.left.mT).addcmul_(self.rest, x)
 
 
 class Spectrum(NamedTuple):
@@ -34,16 +58,17 @@ class Spectrum(NamedTuple):
 
     @staticmethod
     @torch.no_grad()
-    def of(moment: Tensor, keep: float = 0.0, last: Spectrum | None = None) -> Spectrum:
+    def of(moment: Tensor, keep: float = 0.0, last: Spectrum | None = None, whole: int = 128) -> Spectrum:
         """Of symmetric matrices ``[..., k, k]``; one that is not finite or zero counts as the identity.
 
         Args:
             moment: The matrices.
-            keep: Of a matrix with more than 128 rows, eigenvalues below ``keep * s`` may be replaced by their mean:
-                V then has at most half as many columns as rows.
+            keep: Of a matrix with more than ``whole`` rows, eigenvalues below ``keep * s`` may be replaced by their
+                mean: V then has at most half as many columns as rows.
             last: The spectrum of a matrix that was nearly the same. If it has fewer columns, they are turned by one
                 step of subspace iteration, which takes a fraction of the time; eigenvalues near ``keep`` then come
                 out too small by some per cent.
+            whole: See ``keep``.
 
         Example:
             >>> spectrum = Spectrum.of(torch.diag(torch.tensor([3.0, 1.0])))
@@ -58,7 +83,7 @@ class Spectrum(NamedTuple):
             eye = torch.eye(k, dtype=moment.dtype, device=moment.device)
             moment = torch.where(sound[..., None, None], moment, eye)
         moment = moment / scale[..., None, None]
-        if last is not None and not last.whole:
+        if last is not None and not last.whole and k > whole:
             turned = torch.linalg.qr(moment @ last.vectors).Q
             values, within = _eigenpairs(turned.mT @ (moment @ turned))
             if bool((values[..., 0] < keep).any()):  # else there may be others above it
@@ -66,7 +91,7 @@ class Spectrum(NamedTuple):
                 return Spectrum(values.clamp_min(0), turned @ within, rest, scale)
         values, vectors = _eigenpairs(moment)
         values = values.clamp_min(0)
-        if keep > 0 and k > _SMALL:
+        if keep > 0 and k > whole:
             large = int((values >= keep).sum(-1).max())
             columns = large + large // 8 + 1
             if 2 * columns <= k:
@@ -95,6 +120,16 @@ class Spectrum(NamedTuple):
         m = (one / (self.values + damping)).pow(power)
         return m, m if self.whole else (one / (self.rest + damping)).pow(power)
 
+    def turn(self, damping: Tensor, power: Tensor, scaled: bool = False) -> Turn:
+        """``gᵀg``, or ``gᵀg / s`` if it is to be scaled, for many uses."""
+        m, rest = self.multipliers(damping, power)
+        if scaled:
+            m, rest = (t / self.scale.unsqueeze(-1) for t in (m, rest))
+        V = self.vectors
+        if self.whole:
+            return Turn((V * m.unsqueeze(-2)) @ V.mT, None, rest.unsqueeze(-1))
+        return Turn(V * (m - rest).unsqueeze(-2), V, rest.unsqueeze(-1))
+
     def from_left(self, x: Tensor, damping: Tensor, power: Tensor) -> Tensor:
         """``gᵀg x`` for ``x [..., k, m]``."""
         m, rest = self.multipliers(damping, power)
@@ -114,7 +149,7 @@ class Spectrum(NamedTuple):
         outside = (torch.linalg.vecdot(x.flatten(-2), x.flatten(-2)) - columns.sum(-1)).clamp_min(0)
         size = size + outside * (rest.square() * self.rest)[..., 0]
         inside = inside * (m - rest).unsqueeze(-2)
-        return torch.addcmul(inside @ self.vectors.mT, rest.unsqueeze(-1), x), size * self.scale
+        return (inside @ self.vectors.mT).addcmul_(rest.unsqueeze(-1), x), size * self.scale
 
 
 def _eigenpairs(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metatele.errors import MetateleError, ShapeMismatchError
 from metatele.metaopt import EquivariantOptimizer, EquivariantStates, LSTMState, MetaOptimizer, MoveStates, Observation
-from metatele.metaopt.observation import inner
+from metatele.metaopt.observation import Layers, inner
 from metatele.mlp import MLP
 from metatele.optim.modules import PassCapture, describe
 from metatele.symmetry import drift, with_ones
@@ -200,6 +200,7 @@ class Equivariant(Family):
     def __init__(self, meta: EquivariantOptimizer, linears: list[nn.Linear], mlp: MLP) -> None:
         super().__init__(linears, mlp, every=True)
         self.meta = meta
+        self._last: tuple[Tensor, int, EquivariantStates] | None = None
         needed = meta.state_bytes(mlp)
         if needed > _LARGE:
             warnings.warn(
@@ -215,27 +216,11 @@ class Equivariant(Family):
 
     def advance(self, at: Situation) -> dict[str, Tensor]:
         """Teleport, step, pull back: nothing drifts."""
-        layers = self.capture.layers(at.dtype)
-        if layers is None:
-            raise self._missing("a step")
+        states = self._states(at)
         # Part of the way, or part of the layers, would not keep the outputs.
         if not at.stored and self.meta.opens(self.mlp) and all(rate == 1 for rate in at.rates):
-            return self._opened(layers.inputs[0], at)
-        biases = self.mlp.biases
-        squares = inner(*([[p.to(at.dtype)[None] for p in at.parameters]] * 2))[0]
-        seen = Observation(
-            [(with_ones(h) if b else h)[None] for h, b in zip(layers.inputs, biases, strict=True)],
-            [e[None] for e in layers.gradients],
-            torch.stack(layers.squares)[None],
-            layers.outputs[None],
-            torch.stack([torch.stack(s).sum() for s in self._by_layer(squares.unbind())])[None],
-            [
-                (g[0] if len(g) == 1 else torch.cat([g[0], g[1].unsqueeze(-1)], -1))[None]
-                for g in self._by_layer(at.gradients)
-            ],
-        )
-        states = EquivariantStates.from_tensors(at.stored) if "counters" in at.stored else None
-        done = self.meta.step(seen, states)
+            return self._opened(at)
+        done = self.meta.step(self._seen(at, states), states)
         at.group["rolled_back"] += int(done.shortened)
         pairs = zip(self._by_layer(at.parameters), self._by_layer(at.rates), done.changes, strict=True)
         for parameters, rates, change in pairs:
@@ -243,7 +228,52 @@ class Equivariant(Family):
             for p, rate, part in zip(parameters, rates, (change[0, :, :d], change[0, :, -1]), strict=False):
                 if rate:
                     p.add_(part, alpha=rate)
-        return done.states.tensors()
+        kept = done.states.tensors(since=states)
+        self._last = kept["counters"], kept["counters"]._version, done.states
+        self.capture.whole = done.states.looks
+        return kept
+
+    def _states(self, at: Situation) -> EquivariantStates | None:
+        """The memories: those that were made of the stored tensors, or made now."""
+        if "counters" not in at.stored:
+            self.capture.whole = True
+            return None
+        counters = at.stored["counters"]
+        device = at.parameters[0].device
+        if self._last is not None:
+            last, version, states = self._last
+            if last is counters and version == counters._version and states.level.device == device:
+                return states
+        return EquivariantStates.from_tensors({name: t.to(device) for name, t in at.stored.items()})
+
+    def _seen(self, at: Situation, states: EquivariantStates | None) -> Observation:
+        """What the passes saw."""
+        gradients = [
+            (g[0] if len(g) == 1 else torch.cat([g[0], g[1].unsqueeze(-1)], -1))[None]
+            for g in self._by_layer(at.gradients)
+        ]
+        # Of these losses what is asked for does not depend on the gradient's scale.
+        ends = self.capture.ends(at.dtype, states is None or states.kind not in ("cross-entropy", "logistic"))
+        if ends is None:
+            raise self._missing("a step")
+        data, outputs, error = (t[None] for t in ends)
+        return Observation(gradients, data, outputs, error, lambda: self._layers(at))
+
+    def _layers(self, at: Situation) -> Layers:
+        """What the passes saw of all layers."""
+        found = self.capture.layers(at.dtype)
+        assert found is not None
+        squares = inner(*([[p.to(at.dtype)[None] for p in at.parameters]] * 2))[0]
+        return Layers(
+            [(with_ones(h) if b else h)[None] for h, b in zip(found.inputs, self.mlp.biases, strict=True)],
+            [e[None] for e in found.gradients],
+            torch.stack(found.squares)[None],
+            torch.stack([torch.stack(s).sum() for s in self._by_layer(squares.unbind())])[None],
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The memories travel as the optimizer's state."""
+        return {**self.__dict__, "_last": None}
 
     def _by_layer(self, parts: Sequence[_T]) -> Iterator[tuple[_T, ...]]:
         """What there is for each parameter, for each layer."""
@@ -251,8 +281,11 @@ class Equivariant(Family):
         for biased in self.mlp.biases:
             yield tuple(islice(rest, 1 + biased))
 
-    def _opened(self, inputs: Tensor, at: Situation) -> dict[str, Tensor]:
+    def _opened(self, at: Situation) -> dict[str, Tensor]:
         """The teleport before the first step."""
+        inputs = self.capture.inputs(at.dtype)
+        if inputs is None:
+            raise self._missing("a step")
         opened = self.meta.opening(self.mlp, at.weights[None], inputs)
         at.group["rolled_back"] += int(not opened.moved)
         at.write(opened.weights[0])

@@ -122,7 +122,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _advance(self) -> None:
         rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        parameters = list(self.model.parameters())
+        parameters = [p for linear in self.family.capture.linears for p in linear._parameters.values() if p is not None]
         for p in parameters:
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError("LearnedOptimizer does not support sparse gradients")
@@ -136,11 +136,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if not any(moving):
             self._write(home, self.family.idle(stored), advance=0)
             return
-        device = parameters[0].device
-        if next(self.meta.parameters()).device != device:
+        device, first = parameters[0].device, next(self.meta.parameters())
+        if first.device != device:
             self.meta.to(device)  # the model was moved after the optimizer was made
-        stored = {name: t.to(device) for name, t in stored.items()}
-        dtype = next(self.meta.parameters()).dtype
+        dtype = first.dtype
         used = [float(rates[id(p)]) if m else 0.0 for p, m in zip(parameters, moving, strict=True)]
         kept = self.family.advance(Situation(parameters, used, stored, self.param_groups[0], dtype))
         self._write(home, kept, advance=1)
@@ -155,8 +154,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # memories are joint and lie with the first one.
         for group in self.param_groups:
             for p in group["params"]:
-                step = self.state[p].get("step", torch.zeros((), dtype=torch.float32))
-                self.state[p]["step"] = step + advance
+                entry = self.state[p]
+                # Not in place: what was loaded may belong to the dictionary it came from.
+                entry["step"] = entry["step"] + advance if "step" in entry else torch.full((), float(advance))
         self.state[home].update(kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

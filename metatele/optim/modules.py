@@ -141,7 +141,7 @@ class _Kept:
 
     Attributes:
         inputs: ``[..., d]`` for each watched layer.
-        squares: Mean square of each watched layer's output.
+        squares: Mean square of each watched layer's output; empty if it was not asked for.
         output: The last layer's.
         gradients: For each watched layer those of every backward pass that came through.
     """
@@ -158,15 +158,13 @@ class Layers(NamedTuple):
 
     Attributes:
         inputs: ``[d, n]`` for each layer.
-        gradients: ``∂L/∂z [o, n]``.
+        gradients: ``∂L/∂z [o, n]``, as they came: a ``GradScaler``, say, may have made them larger.
         squares: Mean ``z²`` of each layer's outputs.
-        outputs: z of the last layer ``[o, n]``.
     """
 
     inputs: list[Tensor]
     gradients: list[Tensor]
     squares: list[Tensor]
-    outputs: Tensor
 
 
 def _backward_number() -> int:
@@ -192,6 +190,9 @@ class PassCapture:
         linears: The layers.
         accumulated: Gradients come into ``p.grad``; without, those of ``autograd.grad`` count.
         every: Watch all layers, not the first and the last alone.
+
+    Attributes:
+        whole: Whether :meth:`layers` will be asked for; without, the last layer alone is watched.
     """
 
     __name__ = "pass_capture"  # TorchScript asks every hook for its name
@@ -203,6 +204,7 @@ class PassCapture:
         self.passes: list[_Kept] = []
         self._current: _Kept | None = None
         self._owner: weakref.ref[Any] | None = None
+        self.whole = every
 
     def attach(self, owner: Any) -> None:
         """Keep passes for as long as ``owner`` lives and its ``teleport_due`` is true.
@@ -228,8 +230,8 @@ class PassCapture:
         layer = next(i for i, linear in enumerate(self.watched) if linear is module)
         # A forward pass inside a backward one recomputes what checkpointing had dropped.
         if layer == 0 and _backward_number() < 0:
-            leaves = [p for linear in self.linears for p in linear.parameters() if p.is_leaf]
-            if not any(p.grad is not None and bool(p.grad.any()) for p in leaves):
+            parameters = (p for linear in self.linears for p in linear._parameters.values())
+            if not any(p is not None and p.is_leaf and p.grad is not None and bool(p.grad.any()) for p in parameters):
                 self.passes = []  # gradients were cleared since: by the model's zero_grad, say
         if layer == 0:
             self._current = _Kept()
@@ -237,14 +239,15 @@ class PassCapture:
         if kept is None or len(kept.inputs) != layer:  # a layer called on its own
             return
         given = arguments[0].detach()
-        kept.inputs.append(given.clone() if layer == 0 else given)  # a training loop may use its buffer again
+        first = layer == 0 and (self.whole or not self.every)
+        kept.inputs.append(given.clone() if first else given)  # a training loop may use its buffer again
         kept.gradients.append([])
         last = layer == len(self.watched) - 1
-        if self.every:
+        if self.whole:  # at once: an activation may work in place
             kept.squares.append(output.detach().square().mean())
         if last:
             kept.output = output.detach()
-        if (self.every or last) and output.requires_grad:
+        if (self.whole or last) and output.requires_grad:
 
             def keep(gradient: Tensor) -> None:
                 self._pending.setdefault(_backward_number(), []).append((kept, layer, gradient.detach()))
@@ -286,8 +289,7 @@ class PassCapture:
     def layers(self, dtype: torch.dtype) -> Layers | None:
         """Inputs and output gradients of every layer; ``None`` if there are none.
 
-        The last layer's gradients are scaled as in :meth:`columns`, the others as they came; those of a layer that
-        no gradient reached are zero.
+        Gradients of a layer that none reached are zero.
         """
         kept = [p for p in self.passes if p.inputs[0].numel()]
         if not kept:
@@ -303,10 +305,30 @@ class PassCapture:
             ).to(dtype)
             for layer in numbers
         ]
-        gradients[-1] = gradients[-1] * self._scale(inputs[-1], gradients[-1])
-        squares = [torch.stack([p.squares[layer] for p in kept]).mean().to(dtype) for layer in numbers]
+        squares = [torch.stack([self._square(p, layer) for p in kept]).mean().to(dtype) for layer in numbers]
+        return Layers([h.T for h in inputs], [e.T for e in gradients], squares)
+
+    def ends(self, dtype: torch.dtype, scaled: bool = True) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Inputs ``[d, n]``, output ``[o, n]`` of the last layer and the gradient there; ``None`` if there are none.
+
+        Args:
+            dtype: Of all.
+            scaled: Scale the gradient as in :meth:`columns`.
+        """
+        kept = [p for p in self.passes if p.inputs[0].numel()]
+        if not kept:
+            return None
         outputs = self._joined(p.output for p in kept if p.output is not None).to(dtype)
-        return Layers([h.T for h in inputs], [e.T for e in gradients], squares, outputs.T)
+        gradient = self._joined(sum_of(p.gradients[-1]) for p in kept).to(dtype)
+        if scaled:
+            gradient = gradient * self._scale(self._joined(p.inputs[-1] for p in kept).to(dtype), gradient)
+        return self._joined(p.inputs[0] for p in kept).to(dtype).T, outputs.T, gradient.T
+
+    def _square(self, kept: _Kept, layer: int) -> Tensor:
+        if kept.squares:
+            return kept.squares[layer]
+        linear = self.watched[layer]
+        return nn.functional.linear(kept.inputs[layer], linear.weight, linear.bias).square().mean()
 
     def _scale(self, last: Tensor, gradient: Tensor) -> Tensor | float:
         """Factor from output gradients as recorded to those of ``p.grad``."""
