@@ -148,6 +148,7 @@ def test_the_experiment_runs_redraws_and_shows_every_method(small, tmp_path, mon
     assert len(digits["methods"][0]["train_loss"]) == CLASSIFICATIONS["digits"].epochs + 1
     assert all(paper["milliseconds"][name] > 0 for name in names)
     assert [a["name"] for a in doc["ablations"]] == list(experiment.ABLATIONS)
+    assert all(len(a["ratios"]) == 2 and a["ratios"][0] != a["ratios"][1] for a in doc["ablations"])
     table, details = (out / "table.md").read_text(), (out / "details.md").read_text()
     assert table.count("\n") == 4
     assert "no teleport at the beginning" in details

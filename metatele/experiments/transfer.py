@@ -14,6 +14,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ PATIENT = "Adam for step 1000"  # tuned for that
 _FULL, _NETWORKS, _TUNING, _FEW = 64, 5, 32, 8
 _STEPS, _LONG, _TARGET = 300, 1000, 100
 _SHOWN = (10, 30, 100, 300, 1000)
-_ABLATION_TRAJECTORIES = 16 * 67
+_ABLATION_TRAJECTORIES, _ABLATION_SEEDS = 16 * 67, 2
 # Name to what is changed in the configuration of meta-training.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "everything": {},
@@ -377,19 +378,41 @@ def _module(activation: Activation) -> Any:
 # --- ablations
 
 
-def ablation(name: str, optimizer: EquivariantOptimizer, tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Losses at step 100 relative to tuned Adam's, for each kind of regression; and on digits."""
+def ablation(optimizer: EquivariantOptimizer, tasks: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Loss at step 100 relative to tuned Adam's, for each kind of regression."""
     from metatele.rollout import losses_of
     from metatele.tasks.held_out import REGRESSIONS
 
-    ratios = {}
+    ratios: dict[str, float | None] = {}
     for task in tasks:
         if task["kind"] == "regression":
             problems = REGRESSIONS[task["name"]].sample(1, "evaluation", _FULL)
-            ours = float(losses_of(optimizer, problems, _TARGET)[-1].double().mean())
-            ratio = ours / at_step(next(m for m in task["methods"] if m["name"] == "Adam"), _TARGET)
+            ratio = float(losses_of(optimizer, problems, _TARGET)[-1].double().mean()) / _score(
+                task, _of(task, "Adam")[0]
+            )
             ratios[task["name"]] = float(f"{ratio:.4g}") if math.isfinite(ratio) else None
-    return {"name": name, "ratios": ratios}
+    return ratios
+
+
+def ablations(tasks: Sequence[dict[str, Any]], runs: Path) -> list[dict[str, Any]]:
+    """Meta-training without one thing or another, in a few seeds."""
+    from metatele import checkpoint
+    from metatele.config import transfer
+    from metatele.training.run import trained
+
+    found = []
+    for name, changes in ABLATIONS.items():
+        ratios = []
+        for seed in range(_ABLATION_SEEDS):
+            folder = runs / f"ablation-{name.replace(' ', '-').replace(':', '')}-{seed}"
+            trained(transfer(trajectories=_ABLATION_TRAJECTORIES, seed=seed, **changes), folder)
+            key = [
+                checkpoint.read_config(folder)["model_sha256"],
+                [[t["name"], _score(t, _of(t, "Adam")[0])] for t in tasks],
+            ]
+            ratios.append(_kept(folder / "ratios.json", key, partial(ablation, _loaded(folder), tasks)))
+        found.append({"name": name, "ratios": ratios})
+    return found
 
 
 # --- everything
@@ -491,10 +514,7 @@ def run(args: Any, out: Path) -> dict[str, Any]:
         },
     }
     if args.ablations:
-        for number, (name, changes) in enumerate(ABLATIONS.items()):
-            folder = runs / f"ablation-{number}"
-            trained(transfer(trajectories=_ABLATION_TRAJECTORIES, **changes), folder)
-            doc["ablations"].append(ablation(name, _loaded(folder), tasks))
+        doc["ablations"] = ablations(tasks, runs)
     doc["seconds"] = time.perf_counter() - begin_s
     return doc
 
@@ -625,17 +645,27 @@ def details(doc: dict[str, Any]) -> str:
                     rows.append([name, *(_ends(e) for e in ends), f"{ms:.2f}", f"{ms * steps / 1e3:.1f}"])
         parts.append(markdown(rows))
     if doc["ablations"]:
-        parts.append("\nMeta-trained for less time, without something; mean loss at step 100 over tuned Adam's\n\n")
+        parts.append(
+            "\nMeta-trained for less time, without something; mean loss at step 100 over tuned Adam's, geometric means "
+            "over seeds, and over all kinds with the range of seeds\n\n"
+        )
         kinds = [t for t in doc["tasks"] if t["kind"] == "regression"]
-        rows = [["", *(t["name"] for t in kinds), "geometric mean"]]
-        for found in doc["ablations"]:
-            values = [found["ratios"].get(t["name"]) for t in kinds]
-            logs = [math.log(v) for v in values if v]
-            mean = math.exp(sum(logs) / len(logs)) if len(logs) == len(values) else math.inf
-            cells = [_number(math.inf if v is None else v) for v in values]
-            rows.append([found["name"], *cells, _number(mean)])
+        rows = [["", *(t["name"] for t in kinds), "all"]]
+        plain = {t["name"]: _score(t, _of(t, WHITENING)[0]) / _score(t, _of(t, "Adam")[0]) for t in kinds}
+        alone = {"name": "whitening + GD, tuned on each, nothing learned", "ratios": [plain]}
+        for found in [*doc["ablations"], alone]:
+            values = [[math.inf if r[t["name"]] is None else r[t["name"]] for t in kinds] for r in found["ratios"]]
+            overall = [_geometric(row) for row in values]
+            text = _number(_geometric(overall))
+            if len(overall) > 1:
+                text += f" ({_number(min(overall))} to {_number(max(overall))})"
+            rows.append([found["name"], *(_number(_geometric(column)) for column in zip(*values, strict=True)), text])
         parts.append(markdown(rows))
     return "".join(parts)
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return math.inf if math.inf in values else math.exp(sum(math.log(max(v, 1e-30)) for v in values) / len(values))
 
 
 def _ends(values: Sequence[float]) -> str:
