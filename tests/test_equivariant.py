@@ -189,6 +189,20 @@ def test_a_spectrum_applies_powers_of_its_matrix(power, damping):
         torch.testing.assert_close(y, x, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("keep", [0.0, 0.5])
+def test_a_turn_is_its_spectrum_s_move(keep):
+    random = torch.Generator().manual_seed(2)
+    h = torch.randn(2, 40, 60, generator=random).double() * torch.logspace(0, -3, 40)[:, None].double()
+    spectrum = Spectrum.of(h @ h.mT, keep, whole=16)
+    assert spectrum.whole == (keep == 0)
+    damping, power = torch.tensor([0.1, 1e-3]).double(), torch.tensor([1.0, 0.4]).double()
+    x = torch.randn(2, 40, 7, generator=random).double()
+    left = spectrum.turn(damping, power).from_left(x)
+    torch.testing.assert_close(left, spectrum.from_left(x, damping, power))
+    right = spectrum.turn(damping, power, scaled=True).from_right(x.mT)
+    torch.testing.assert_close(right, spectrum.from_right(x.mT, damping, power)[0])
+
+
 def test_small_eigenvalues_may_share_one_value():
     random = torch.Generator().manual_seed(6)
     Q = torch.linalg.qr(torch.randn(200, 200, generator=random, dtype=torch.float64))[0]
@@ -382,6 +396,7 @@ def test_bad_settings_are_one_sentence():
         ("averaging", 1.0, "averaging must be in"),
         ("reach", 0.0, "reach must be positive"),
         ("keep", -1.0, "keep must be zero or positive"),
+        ("hold", 0, "hold must be positive"),
     ):
         with pytest.raises(ConfigError, match=words):
             EquivariantConfig(**{name: value})
@@ -552,6 +567,32 @@ def test_saved_state_goes_on_to_the_same_bits(tmp_path):
     wider = network((4, 10, 3))
     with pytest.raises(ShapeMismatchError, match="does not belong to this model"):
         metatele.LearnedOptimizer(wider, single()).load_state_dict(state)
+
+
+def test_a_state_may_be_loaded_between_a_pass_and_its_step(monkeypatch):
+    monkeypatch.setattr("metatele.metaopt.equivariant._WARM", 2)
+    widths = (4, 9, 3)
+    x, y = data(widths)
+    saved, results = None, []
+    for early in (True, False):
+        model = network(widths)
+        optimizer = metatele.LearnedOptimizer(model, trained(opening=False, hold=4).float())
+        for step in range(7):
+            run(model, optimizer, x[4 * (step % 3) : 4 * (step % 3) + 4], y[4 * (step % 3) : 4 * (step % 3) + 4], 1)
+            if step == 5:  # the controller looks next
+                assert optimizer.family._last[2].looks
+                saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        assert not optimizer.family._last[2].looks
+        model.load_state_dict(saved[0])
+        if early:
+            optimizer.load_state_dict(saved[1])
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x[:4]), y[:4]).backward()
+        if not early:
+            optimizer.load_state_dict(saved[1])
+        optimizer.step()
+        results.append(flat(model))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def test_accumulated_batches_are_one_batch():
