@@ -448,7 +448,6 @@ _TRANSFER: dict[str, Any] = {
     "unroll": 20,
     "objective": "mean-log",
     "local_lr": 3e-3,
-    "teleport_lr": 2e-3,
     "decay": "cosine",
     "clip": 0.3,
     "average": 0.99,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from metatele.metaopt import EquivariantOptimizer, EquivariantStates, Observation, Opened
+from metatele.metaopt import EquivariantOptimizer, EquivariantStates, Observation
 from metatele.metaopt.observation import parted
 from metatele.mlp import Pass, attach_gradient
 from metatele.tasks import Fitting
@@ -24,7 +24,6 @@ class Rollout:
         done: The pass made there.
         states: Memories; ``None`` at the beginning.
         age: Steps done; the teleport at the beginning counts as one.
-        opened: What that teleport did, if there was one.
     """
 
     problems: Fitting
@@ -33,7 +32,6 @@ class Rollout:
     done: Pass
     states: EquivariantStates | None
     age: int
-    opened: Opened | None = None
 
     @staticmethod
     def begin(problems: Fitting) -> Rollout:
@@ -46,18 +44,13 @@ class Rollout:
         states = None if self.states is None else self.states.map(Tensor.detach)
         return replace(self, weights=self.weights.detach(), loss=self.loss.detach(), states=states)
 
-    def advanced(self, optimizer: EquivariantOptimizer, noise: Tensor | None = None) -> Rollout:
-        """One step further; its loss is differentiable in the meta-parameters, with every gradient a constant.
-
-        Args:
-            optimizer: Makes the step.
-            noise: What is tried beside the policy of the teleport at the beginning, if this step is that.
-        """
+    def advanced(self, optimizer: EquivariantOptimizer) -> Rollout:
+        """One step further; its loss is differentiable in the meta-parameters, with every gradient a constant."""
         mlp = self.problems.mlp
         if self.age == 0 and optimizer.opens(mlp):
-            opened = optimizer.opening(mlp, self.weights, self.problems.batch(0)[0], noise)
-            loss, done = self.problems.visit(opened.weights, 1)
-            return Rollout(self.problems, opened.weights, loss, done, None, 1, opened)
+            weights = optimizer.opening(mlp, self.weights, self.problems.batch(0)[0]).weights
+            loss, done = self.problems.visit(weights, 1)
+            return Rollout(self.problems, weights, loss, done, None, 1)
         changes, states, _ = optimizer.step(Observation.of(self.done), self.states)
         weights = self.weights + mlp.flatten(parted(changes, mlp.biases))
         loss, done = self.problems.visit(weights, self.age + 1)
@@ -65,7 +58,7 @@ class Rollout:
             gradient = mlp.flatten(done.gradient())
             sound = torch.isfinite(loss) & torch.isfinite(gradient).all(-1)
             loss = attach_gradient(weights, loss, torch.where(sound.unsqueeze(-1), gradient, 0.0))
-        return Rollout(self.problems, weights, loss, done, states, self.age + 1, self.opened)
+        return Rollout(self.problems, weights, loss, done, states, self.age + 1)
 
 
 @torch.no_grad()

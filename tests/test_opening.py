@@ -12,7 +12,6 @@ from metatele.activations import LeakyReLU, ReLU, Tanh
 from metatele.config import EquivariantConfig
 from metatele.errors import ConfigError
 from metatele.metaopt import EquivariantOptimizer, Opening
-from metatele.metaopt.opening import SPREAD
 from metatele.metaopt.spectrum import Spectrum
 from metatele.mlp import MLP, Pass
 from metatele.tasks.fitting import usual_weights
@@ -35,7 +34,7 @@ def participation(mlp, flat, x, layer=1):
 def test_the_exact_action_keeps_the_outputs_and_evens_out_the_hidden_units(widths, bias):
     mlp = MLP(widths, LeakyReLU(0.1), bias)
     w, x = uniform(mlp, 8)
-    opened = Opening(0.3).double()(mlp, w, x)
+    opened = Opening(0.3)(mlp, w, x)
     assert opened.moved.all()
     before, after = (mlp.forward(mlp.unflatten(f), x) for f in (w, opened.weights))
     torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
@@ -51,7 +50,7 @@ def test_the_approximate_action_keeps_the_outputs_where_samples_do_not_outnumber
     mlp, random = MLP((6, 30, 4), activation, True), torch.Generator().manual_seed(1)
     w = usual_weights(mlp, 4, random).double()
     x = torch.randn(4, 6, 10, generator=random, dtype=torch.float64)
-    opened = Opening(0.3).double()(mlp, w, x)
+    opened = Opening(0.3)(mlp, w, x)
     assert opened.moved.all()
     before, after = (mlp.forward(mlp.unflatten(f), x) for f in (w, opened.weights))
     assert (after - before).norm() < 1e-2 * before.norm()
@@ -61,7 +60,7 @@ def test_the_approximate_action_keeps_the_outputs_where_samples_do_not_outnumber
 def test_a_teleport_that_drifts_too_far_is_refused():
     mlp = MLP((6, 5, 4), Tanh())
     w, x = uniform(mlp, 40)
-    free, bound = Opening(math.inf).double()(mlp, w, x), Opening(1e-6).double()(mlp, w, x)
+    free, bound = Opening(math.inf)(mlp, w, x), Opening(1e-6)(mlp, w, x)
     assert free.moved.all()
     assert not bound.moved.any()
     assert torch.equal(bound.weights, w)
@@ -71,24 +70,11 @@ def test_a_teleport_that_drifts_too_far_is_refused():
 def test_a_network_that_is_not_finite_stays_and_leaves_the_others_alone(bad):
     mlp = MLP((12, 9, 4), LeakyReLU(0.1))
     w, x = uniform(mlp, 8)
-    expected = Opening(0.3).double()(mlp, w, x)
+    expected = Opening(0.3)(mlp, w, x)
     w[1, 3] = bad
-    found = Opening(0.3).double()(mlp, w, x)
+    found = Opening(0.3)(mlp, w, x)
     assert not found.moved[1]
     torch.testing.assert_close(found.weights[[0, 2, 3]], expected.weights[[0, 2, 3]])
-
-
-def test_likelihood_is_that_of_a_normal_distribution():
-    mlp = MLP((12, 9, 7, 4), LeakyReLU(0.1))
-    w, x = uniform(mlp, 8)
-    opening, noise = Opening(0.3).double(), torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(2)).double()
-    opened = opening(mlp, w, x, noise)
-    with torch.no_grad():
-        opening.weight += 0.1 * torch.randn(opening.weight.shape, generator=torch.Generator().manual_seed(3))
-    mean = opened.numbers @ opening.weight.mT
-    normal = torch.distributions.Normal(mean, SPREAD)
-    expected = (normal.log_prob(opened.chosen) - normal.log_prob(mean)).sum((-2, -1))
-    torch.testing.assert_close(opening.log_likelihood(opened), expected)
 
 
 # --- as the first step of a torch optimizer

@@ -151,22 +151,6 @@ def test_the_published_checkpoint_learns_digits_faster_than_adam():
     assert losses[0] < 0.6 * losses[1]
 
 
-@pytest.mark.parametrize("better", [0, 1])
-def test_teleports_after_which_it_went_well_become_likelier(better):
-    trainer = TransferTrainer(transfer(**SMALL))
-    group = trainer.groups[0]
-    opened = group.at.advanced(trainer.optimizer, group.noise).opened
-    window = torch.ones(4, 2)
-    window[:, better] = 0.1
-    before = trainer.optimizer.opening.log_likelihood(opened).detach()
-    trainer._policy_loss(opened, window).backward()
-    weight = trainer.optimizer.opening.weight
-    with torch.no_grad():
-        weight -= 1e-4 * weight.grad / weight.grad.norm()
-    after = trainer.optimizer.opening.log_likelihood(opened).detach()
-    assert (after - before)[better] > (after - before)[1 - better]
-
-
 def test_a_lost_trajectory_does_not_cost_the_others_their_window():
     trainer = TransferTrainer(transfer(**SMALL))
     group = trainer.groups[0]

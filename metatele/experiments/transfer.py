@@ -39,7 +39,6 @@ _ABLATION_TRAJECTORIES, _ABLATION_SEEDS = 16 * 67, 2
 ABLATIONS: dict[str, dict[str, Any]] = {
     "everything": {},
     "no teleport at the beginning": {"opening": False},
-    "teleport at the beginning, its strength not learned": {"teleport_lr": 1e-12},
     "inputs' moments not used": {"inputs": False},
     "errors' moments not used": {"errors": False},
     "no teleport: learned update alone": {"opening": False, "inputs": False, "errors": False},

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from metatele.config import TransferConfig
 from metatele.errors import ConfigError
-from metatele.metaopt import EquivariantOptimizer, EquivariantStates, Opened
-from metatele.metaopt.opening import CHOICES
-from metatele.random import generator
+from metatele.metaopt import EquivariantOptimizer, EquivariantStates
 from metatele.rollout import Rollout, losses_of
 from metatele.tasks import Mixture
 from metatele.training.trainer import Trainer, Window
@@ -25,8 +23,6 @@ from metatele.unroll import window_loss
 
 _FLOOR = 1e-9  # of a loss relative to the initial one: rounding, below which nothing is learned
 _VALIDATED = 4  # trajectories of each shape
-_PATIENCE = 20  # steps before the teleport at the beginning is judged: at first it may well cost something
-_POLICY = 0.01  # weight of the policy gradient: small beside the rest, which shares its clipping; Adam makes up for it
 
 
 @dataclass
@@ -37,13 +33,11 @@ class _Group:
         number: Of the problems in their stream.
         begun: Their initial losses ``[B]``.
         at: Where they are.
-        noise: What each tries at the beginning beside the policy's teleport.
     """
 
     number: int
     begun: Tensor
     at: Rollout
-    noise: Tensor
 
     def relative(self, loss: Tensor) -> Tensor:
         """Losses relative to the initial ones, and no smaller than rounding."""
@@ -75,9 +69,7 @@ class TransferTrainer(Trainer):
             raise ConfigError(f"precision must be float32 for the equivariant family, got {c.precision}")
         self.mixture = Mixture(config.task)
         optimizer = EquivariantOptimizer(config.method, config.seed).to(device)
-        policy = list(optimizer.opening.parameters())
-        rest = [p for p in optimizer.parameters() if not any(p is q for q in policy)]
-        groups = [{"params": rest, "lr": c.local_lr}, {"params": policy, "lr": c.teleport_lr}]
+        groups: list[dict[str, Any]] = [{"params": list(optimizer.parameters()), "lr": c.local_lr}]
         super().__init__(config, optimizer, groups, device)
         self.groups = [self._fresh() for _ in range(c.groups)]
 
@@ -89,9 +81,7 @@ class TransferTrainer(Trainer):
         c = self.config
         problems = self.mixture.sample(c.seed, "train", number, c.training.batch).to(self.device)
         at = Rollout.begin(problems)
-        shape = (c.training.batch, len(problems.mlp.hidden_widths), CHOICES)
-        noise = torch.randn(shape, generator=generator(c.seed, "exploration", number)).to(self.device)
-        return _Group(number, at.loss, at, noise)
+        return _Group(number, at.loss, at)
 
     @property
     def _turn(self) -> _Group:
@@ -101,22 +91,13 @@ class TransferTrainer(Trainer):
         c, group = self.config.training, self._turn
         at, losses = group.at.detach(), []
         for _ in range(c.unroll):
-            at = at.advanced(self.optimizer, group.noise)
+            at = at.advanced(self.optimizer)
             # One lost trajectory is no reason to learn nothing from the others.
             losses.append(group.relative(at.loss).nan_to_num(nan=c.lost_loss).clamp(max=c.lost_loss))
-        window = torch.stack(losses)
-        objective = window_loss(window, c.objective)
-        opened = at.opened if at.age > _PATIENCE else None
-        (objective + self._policy_loss(opened, window.detach())).backward()
+        objective = window_loss(torch.stack(losses), c.objective)
+        objective.backward()
         group.at = at.detach()
         return Window(objective, c.unroll * c.batch, self._lost(group), {})
-
-    def _policy_loss(self, opened: Opened | None, window: Tensor) -> Tensor | float:
-        """What makes teleports at the beginning likelier after which a trajectory did better than its group."""
-        if opened is None:
-            return 0.0
-        score = window.log().mean(0)
-        return _POLICY * ((score - score.mean()).clamp(-3, 3) * self.optimizer.opening.log_likelihood(opened)).mean()
 
     def _lost(self, group: _Group) -> int:
         sound = torch.isfinite(group.at.weights).all(-1) & (
@@ -163,7 +144,6 @@ class TransferTrainer(Trainer):
                     "age": g.at.age,
                     "weights": g.at.weights,
                     "states": None if g.at.states is None else g.at.states.tensors(),
-                    "opened": None if g.at.opened is None else g.at.opened._asdict(),
                 }
                 for g in self.groups
             ]
@@ -178,8 +158,5 @@ class TransferTrainer(Trainer):
             states = saved["states"]
             if states is not None:
                 states = EquivariantStates.from_tensors({k: t.to(self.device) for k, t in states.items()})
-            opened = saved["opened"]
-            if opened is not None:
-                opened = Opened(**{k: t.to(self.device) for k, t in opened.items()})
-            group.at = Rollout(group.at.problems, weights, loss, done, states, saved["age"], opened)
+            group.at = Rollout(group.at.problems, weights, loss, done, states, saved["age"])
             self.groups.append(group)
