@@ -154,14 +154,12 @@ def test_the_experiment_runs_redraws_and_shows_every_method(small, tmp_path, mon
     assert "no teleport at the beginning" in details
     for name in names:
         assert name in details
-    stored = json.loads((tmp_path / "runs" / "task-paper.json").read_text())["found"]
-    assert experiment._kept(tmp_path / "runs" / "task-paper.json", ["another key"], lambda: 5) == 5
-    assert experiment._kept(tmp_path / "runs" / "task-paper.json", ["another key"], None) == 5
-    (tmp_path / "runs" / "task-paper.json").unlink()
-    monkeypatch.setattr(experiment, "standard_regression", None)  # an interrupted run does not measure again
-    experiment.main(flags)
-    stored["milliseconds"] = json.loads((tmp_path / "runs" / "task-paper.json").read_text())["found"]["milliseconds"]
-    monkeypatch.setattr(experiment, "regression", None)
+    runs, stored = tmp_path / "runs", paper
+    assert experiment._kept(runs / "standard-paper.json", ["another key"], lambda: 5) == 5
+    assert experiment._kept(runs / "standard-paper.json", ["another key"], None) == 5
+    (runs / "standard-paper.json").unlink()
+    for name in ("regression", "milliseconds", "ablation"):  # an interrupted run does not measure again
+        monkeypatch.setattr(experiment, name, lambda *_: pytest.fail("measured again"))
     experiment.main(flags)
     assert json.loads((out / "results.json").read_text())["tasks"][0] == stored
     before = {p.name: p.read_bytes() for p in out.iterdir()}

@@ -124,32 +124,13 @@ def standard_regression(name: str) -> list[dict[str, Any]]:
     return methods
 
 
-def regression(name: str, learned: Sequence[EquivariantOptimizer], others: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ours on one kind of regression, beside what the others did."""
+def regression(name: str, optimizer: EquivariantOptimizer) -> dict[str, Any]:
+    """A learned optimizer on one kind of regression."""
     from metatele.rollout import losses_of
     from metatele.tasks.held_out import REGRESSIONS
 
-    kind = REGRESSIONS[name]
-    problems = kind.sample(1, "evaluation", _FULL)
-    ours = [
-        {
-            "name": OURS,
-            "meta_seed": seed,
-            "settings": {},
-            "trajectories": _FULL,
-            **summary(losses_of(o, problems, _LONG)),
-        }
-        for seed, o in enumerate(learned)
-    ]
-    return {
-        "name": name,
-        "title": kind.title,
-        "kind": "regression",
-        "widths": list(kind.mlp.widths),
-        "samples": kind.samples,
-        "suffices": kind.suffices,
-        "methods": [*others, *ours],
-    }
+    problems = REGRESSIONS[name].sample(1, "evaluation", _FULL)
+    return {"settings": {}, "trajectories": _FULL, **summary(losses_of(optimizer, problems, _LONG))}
 
 
 def _flat(problems: Fitting) -> Tensor:
@@ -269,19 +250,6 @@ class Classifying:
         chosen = candidates[ends.index(min(ends))]
         methods.append(self.entry(WHITENING, chosen, self.rolled(ConstantOptimizer(**chosen), self.given)))
         return methods
-
-    def task(self, learned: Sequence[EquivariantOptimizer], others: list[dict[str, Any]]) -> dict[str, Any]:
-        """Ours, beside what the others did."""
-        ours = [self.entry(OURS, {}, self.rolled(o, self.given), meta_seed=seed) for seed, o in enumerate(learned)]
-        return {
-            "name": self.name,
-            "title": self.kind.title,
-            "kind": "classification",
-            "widths": list(self.mlp.widths),
-            "batch_size": self.kind.batch_size,
-            "batches": self.given.batches,
-            "methods": [*others, *ours],
-        }
 
 
 def _short(value: float) -> float | None:
@@ -437,6 +405,7 @@ def _task(
     name: str, images: Any, learned: Sequence[EquivariantOptimizer], digests: list[str], runs: Path
 ) -> dict[str, Any]:
     """All methods on one kind of problem; ``images`` is ``None`` for a regression."""
+    from metatele.tasks.held_out import CLASSIFICATIONS, REGRESSIONS
     from metatele.training.baselines import EVERYWHERE
 
     tuned = [[b.name, b.grid] for b in EVERYWHERE]
@@ -446,15 +415,27 @@ def _task(
         print(f"{name}: standard optimizers", flush=True)
         return standard_regression(name) if classifying is None else classifying.standard()
 
-    known = _kept(runs / f"standard-{name}.json", tuned, others)
+    def ours(seed: int) -> dict[str, Any]:
+        print(f"{name}: meta-seed {seed}", flush=True)
+        if classifying is None:
+            return regression(name, learned[seed])
+        return classifying.entry(OURS, {}, classifying.rolled(learned[seed], classifying.given))
 
-    def everyone() -> dict[str, Any]:
-        print(name, flush=True)
-        found = regression(name, learned, known) if classifying is None else classifying.task(learned, known)
-        return {**found, "milliseconds": milliseconds(found, learned[0])}
-
-    found: dict[str, Any] = _kept(runs / f"task-{name}.json", [tuned, digests], everyone)
-    return found
+    task: dict[str, Any] = {"name": name}
+    if classifying is None:
+        kind = REGRESSIONS[name]
+        task |= {"title": kind.title, "kind": "regression", "widths": list(kind.mlp.widths)}
+        task |= {"samples": kind.samples, "suffices": kind.suffices}
+    else:
+        task |= {"title": CLASSIFICATIONS[name].title, "kind": "classification", "widths": list(classifying.mlp.widths)}
+        task |= {"batch_size": classifying.kind.batch_size, "batches": classifying.given.batches}
+    task["methods"] = list(_kept(runs / f"standard-{name}.json", tuned, others))
+    for seed, digest in enumerate(digests):
+        found = _kept(runs / f"learned-{name}-{seed}.json", [digest], partial(ours, seed))
+        task["methods"].append({**found, "name": OURS, "meta_seed": seed})
+    file, key = runs / f"milliseconds-{name}.json", [tuned, digests[0]]
+    task["milliseconds"] = _kept(file, key, partial(milliseconds, task, learned[0]))
+    return task
 
 
 def _loaded(folder: Path) -> EquivariantOptimizer:
