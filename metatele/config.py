@@ -444,7 +444,7 @@ _TRANSFER: dict[str, Any] = {
     "batch": 16,
     "groups": 12,
     "horizon": 300,
-    "shorter": (20, 40, 60, 100, 100, 200),
+    "shorter": (20, 20, 20, 40, 40, 60, 100, 200),
     "unroll": 20,
     "objective": "mean-log",
     "local_lr": 3e-3,

@@ -44,14 +44,14 @@ class Rollout:
         states = None if self.states is None else self.states.map(Tensor.detach)
         return replace(self, weights=self.weights.detach(), loss=self.loss.detach(), states=states)
 
-    def advanced(self, optimizer: EquivariantOptimizer) -> Rollout:
+    def advanced(self, optimizer: EquivariantOptimizer, pauses: bool = True) -> Rollout:
         """One step further; its loss is differentiable in the meta-parameters, with every gradient a constant."""
         mlp = self.problems.mlp
         if self.age == 0 and optimizer.opens(mlp):
             weights = optimizer.opening(mlp, self.weights, self.problems.batch(0)[0]).weights
             loss, done = self.problems.visit(weights, 1)
             return Rollout(self.problems, weights, loss, done, None, 1)
-        changes, states, _ = optimizer.step(Observation.of(self.done), self.states)
+        changes, states, _ = optimizer.step(Observation.of(self.done), self.states, pauses)
         weights = self.weights + mlp.flatten(parted(changes, mlp.biases))
         loss, done = self.problems.visit(weights, self.age + 1)
         if weights.requires_grad:

@@ -431,6 +431,8 @@ def test_on_mini_batches_the_controller_pauses():
                 beta, less, a, b = old.pace[:, layer].T[..., None, None]
                 half = old.errors[layer].from_left(gradient, lam_d, p_d)
                 D, _ = old.inputs[layer].from_right(half, lam_h, p_h)
+                size = D.square().sum((-2, -1))
+                D = D * (old.limit[:, layer] / size).sqrt().clamp(max=1)[:, None, None]
                 V = beta * old.velocity[layer] + less * D
                 torch.testing.assert_close(change[layer], a * V + b * D, rtol=1e-7, atol=1e-10)
     assert looked == [True, False, False, False] * 3
@@ -569,30 +571,119 @@ def test_saved_state_goes_on_to_the_same_bits(tmp_path):
         metatele.LearnedOptimizer(wider, single()).load_state_dict(state)
 
 
-def test_a_state_may_be_loaded_between_a_pass_and_its_step(monkeypatch):
+def batches(x, y, step):
+    begin = step * 4 % len(x)
+    return x[begin : begin + 4], y[begin : begin + 4]
+
+
+def test_a_state_loaded_between_a_pass_and_its_step_looks_one_step_later(monkeypatch):
     monkeypatch.setattr("metatele.metaopt.equivariant._WARM", 2)
     widths = (4, 9, 3)
-    x, y = data(widths)
-    saved, results = None, []
-    for early in (True, False):
-        model = network(widths)
-        optimizer = metatele.LearnedOptimizer(model, trained(opening=False, hold=4).float())
-        for step in range(7):
-            run(model, optimizer, x[4 * (step % 3) : 4 * (step % 3) + 4], y[4 * (step % 3) : 4 * (step % 3) + 4], 1)
-            if step == 5:  # the controller looks next
-                assert optimizer.family._last[2].looks
-                saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-        assert not optimizer.family._last[2].looks
+    (x, y), model = data(widths), network(widths)
+    optimizer = metatele.LearnedOptimizer(model, trained(opening=False, hold=4).float())
+    for step in range(6):
+        run(model, optimizer, *batches(x, y, step), 1)
+    assert optimizer.family._last[2].looks
+    saved = copy.deepcopy(optimizer.state_dict())
+    run(model, optimizer, *batches(x, y, 6), 1)
+    assert not optimizer.family._last[2].looks
+    optimizer.zero_grad()
+    nn.functional.mse_loss(model(x[:4]), y[:4]).backward()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert optimizer.family._last[2].looks
+    assert torch.isfinite(flat(model)).all()
+
+
+@pytest.mark.parametrize("saved_at", range(2, 9))
+def test_a_state_goes_on_to_the_same_bits_in_an_optimizer_that_went_elsewhere(saved_at, monkeypatch):
+    monkeypatch.setattr("metatele.metaopt.equivariant._WARM", 2)
+    widths = (4, 9, 7, 3)
+    (x, y), model = data(widths), network(widths)
+    optimizer = metatele.LearnedOptimizer(model, trained(hold=4).float())
+    for step in range(saved_at):
+        run(model, optimizer, *batches(x, y, step), 1)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for step in range(saved_at, saved_at + 5):
+        run(model, optimizer, *batches(x, y, step), 1)
+    expected = flat(model)
+    for elsewhere in range(2):
+        run(model, optimizer, *batches(x, y, elsewhere), 1)
         model.load_state_dict(saved[0])
-        if early:
-            optimizer.load_state_dict(saved[1])
-        optimizer.zero_grad()
-        nn.functional.mse_loss(model(x[:4]), y[:4]).backward()
-        if not early:
-            optimizer.load_state_dict(saved[1])
-        optimizer.step()
-        results.append(flat(model))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+        optimizer.load_state_dict(copy.deepcopy(saved[1]))
+        for step in range(saved_at, saved_at + 5):
+            run(model, optimizer, *batches(x, y, step), 1)
+        assert torch.equal(flat(model), expected)
+
+
+def test_a_layer_that_no_gradient_reached_at_first_is_trained_later():
+    (x, y), model = data((4, 9, 3)), network((4, 9, 3))
+    nn.init.zeros_(model[2].weight)
+    begin = model[0].weight.detach().clone()
+    optimizer = metatele.LearnedOptimizer(model, single(opening=False))
+    run(model, optimizer, x, y, 1)
+    assert torch.equal(model[0].weight, begin)
+    run(model, optimizer, x, y, 4)
+    assert (model[0].weight - begin).norm() > 1e-3 * begin.norm()
+
+
+def test_a_layer_that_was_frozen_at_first_is_trained_later():
+    (x, y), model = data((4, 9, 3)), network((4, 9, 3))
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    optimizer = metatele.LearnedOptimizer(model, single(opening=False))
+    run(model, optimizer, x, y, 2)
+    begin = model[0].weight.detach().clone()
+    for p in model[0].parameters():
+        p.requires_grad_(True)
+    run(model, optimizer, x, y, 3)
+    assert (model[0].weight - begin).norm() > 1e-3 * begin.norm()
+    assert float(optimizer.family._last[2].error_moments[0].diagonal(dim1=-2, dim2=-1).sum()) > 0.5
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_averages(at):
+    (x, y), model = data((4, 9, 3)), network((4, 9, 3))
+    optimizer = metatele.LearnedOptimizer(model, single(opening=False))
+    for step in range(6):
+        inputs, targets = batches(x, y, step)
+        run(model, optimizer, inputs * (math.nan if step == at else 1), targets, 1)
+    states = optimizer.family._last[2]
+    assert all(torch.isfinite(M).all() for M in (*states.input_moments, *states.error_moments))
+    assert torch.isfinite(flat(model)).all()
+
+
+def test_the_data_in_another_order_are_the_same_batch():
+    (x, y), model = data((4, 9, 3), samples=300), network((4, 9, 3))
+    x = (x - x.mean(0)) / x.std(0)  # sums cancel
+    optimizer = metatele.LearnedOptimizer(model, single(opening=False))
+    for step in range(20):
+        order = torch.randperm(300, generator=torch.Generator().manual_seed(step))
+        run(model, optimizer, x[order], y[order], 1)
+        assert optimizer.family._last[2].looks
+    for step in range(16):  # only when many batches have differed does it pause
+        assert optimizer.family._last[2].looks
+        half = torch.randperm(300, generator=torch.Generator().manual_seed(step))[:150]
+        run(model, optimizer, x[half], y[half], 1)
+    assert not optimizer.family._last[2].looks
+
+
+def test_an_input_buffer_may_be_filled_again_before_the_step(monkeypatch):
+    monkeypatch.setattr("metatele.metaopt.equivariant._WARM", 2)
+    found = []
+    for filled in (False, True):
+        (x, y), model = data((4, 9, 3)), network((4, 9, 3))
+        optimizer, buffer = metatele.LearnedOptimizer(model, single(opening=False)), torch.empty(4, 4)
+        optimizer.meta.config = dataclasses.replace(optimizer.meta.config, hold=3)
+        for step in range(12):
+            inputs, targets = batches(x, y, step)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(buffer.copy_(inputs)), targets).backward()
+            if filled:
+                buffer.fill_(7.0)
+            optimizer.step()
+        found.append(flat(model))
+    assert torch.equal(*found)
 
 
 def test_accumulated_batches_are_one_batch():

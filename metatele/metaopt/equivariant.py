@@ -46,11 +46,13 @@ _START = -2.5  # log of the first step size, in units of the change that makes p
 _LARGEST = 2.0  # change of the log of a step size in one step
 _FOLLOW = 0.4  # how much of what the slopes tell about the best length goes into the next step, before training
 _SLOW = 4  # steps between two spectra
-_WARM = 16  # steps at the beginning of which each has controls of its own
+_WARM = 16  # batches that differ from the one before, after which not every step has controls of its own
 _LOOK = 32  # steps between two looks at what kind of loss it is
 _STRIDE = 32  # steps between two batches that a running average takes in, at most
 _CREPT = math.log(10)  # rise of the log of the loss above its lowest at which a step is shortened too
 _LEAK = 0.02  # by which that lowest rises with every step
+_FAR = 4.0  # times ‖D‖² of the last look, up to which D is not shortened
+_FASTEST = 10.0  # log of the largest step size
 _SHORTEN = 0.25  # what is left of a step after which the loss had grown too much
 
 # An output is a·tanh((y + o)/2) + b of a number y: o, a and b for the change of the log of the step size, the logs
@@ -114,10 +116,11 @@ class EquivariantStates:
         squares: ``‖a V + b D‖²`` of it, ``[B, layers]``.
         slope: ``⟨∇W, D⟩`` where D was made, ``[B, layers]``.
         predicted: ``⟨∇L, change⟩`` of the last step, ``[B]``.
-        level: Log of the loss, up to a constant, at the beginning, at the last point that was kept, and the lowest
-            one, which is slowly forgotten, ``[B, 3]``.
+        level: Log of the loss, up to a constant, at the beginning, when the controller looked last at a point that was
+            kept, and the lowest one, which is slowly forgotten, ``[B, 3]``.
         reach: Log of the relative change of each layer's pre-activations by the last step, ``[B, layers]``.
         stretch: The same of a step D of length 1, when the controller looked last.
+        limit: ``‖D‖²`` above which D is shortened until it looks again.
         length: Log of ``‖∇W‖²`` where D was made, ``[B, layers]``.
         input_moments: Running average of ``hhᵀ/n``, for each layer.
         error_moments: The same of ``δδᵀ``, each divided by its trace.
@@ -149,6 +152,7 @@ class EquivariantStates:
     level: Tensor
     reach: Tensor
     stretch: Tensor
+    limit: Tensor
     length: Tensor
     input_moments: list[Tensor]
     error_moments: list[Tensor]
@@ -250,6 +254,7 @@ _JOINT = (
         "level",
         "reach",
         "stretch",
+        "limit",
         "length",
     ),
     *("fingerprint", "spread"),
@@ -313,11 +318,25 @@ def _sound(gradients: list[Tensor]) -> list[Tensor]:
     return [torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in gradients]
 
 
+def _averaged(old: Tensor, new: Tensor, share: float) -> Tensor:
+    """Running average of matrices ``[..., k, k]``; one that is not finite does not count."""
+    mixed = old.lerp(new, share)
+    if bool(torch.isfinite(mixed.diagonal(dim1=-2, dim2=-1).sum())):
+        return mixed
+    for candidate in (new, old):  # in place of those that are not finite either
+        sound = torch.isfinite(mixed).all(-1, keepdim=True).all(-2, keepdim=True)
+        mixed = torch.where(sound, mixed, candidate)
+    return mixed
+
+
 @torch.no_grad()
 def _fingerprint(data: Tensor) -> Tensor:
-    """Four sums by which a batch ``[B, d, n]`` is known again."""
+    """Four sums by which a batch ``[B, d, n]`` is known again, whatever the order of its samples."""
     rows = _ramps(data.shape[-2], data.dtype, data.device) @ data
-    return torch.cat([rows.sum((0, 2)), rows.square().sum((0, 2))]).nan_to_num(0.0, 0.0, 0.0)
+    squares = rows.square().sum((0, 2))
+    # A sum may cancel: what counts is how large it is beside the largest there could be.
+    share = rows.sum((0, 2)) / (squares * (data.shape[0] * data.shape[-1])).sqrt().clamp_min(_TINY)
+    return torch.cat([share, _log(squares)]).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _left(gradients: list[Tensor], states: EquivariantStates) -> tuple[EquivariantStates, list[Tensor]]:
@@ -341,12 +360,24 @@ def _again(gradients: list[Tensor], states: EquivariantStates) -> tuple[Equivari
     return states, [turn.from_right(d) for turn, d in zip(turns, half, strict=True)]
 
 
+def _limited(D: list[Tensor], limit: Tensor) -> list[Tensor]:
+    """D of each layer, its square no larger than a limit ``[B, layers]``."""
+    with torch.no_grad():
+        squares = inner(D, D)
+        over = squares > limit
+        if not bool(over.any()):
+            return D
+        factors = torch.where(over, (limit / squares).sqrt(), 1.0)[..., None, None].unbind(1)
+    return [f * d for f, d in zip(factors, D, strict=True)]
+
+
 def _shortened(
     before: EquivariantStates,
     after: EquivariantStates,
     changes: list[Tensor],
     shorten: Tensor,
     leapt: Tensor,
+    now: Tensor,
     same: bool,
 ) -> tuple[EquivariantStates, list[Tensor]]:
     """States and changes with the last step shortened, in place of a new one, in the trajectories ``shorten [B]``."""
@@ -363,7 +394,8 @@ def _shortened(
     shrunk = before.pace * before.pace.new_tensor([1.0, _SHORTEN, 1.0, _SHORTEN])
     level = after.level
     # Another batch does not tell how good the old point was: an easy one must not stop all later steps.
-    kept = torch.where(leapt if same else ~torch.isfinite(level[:, 1]), before.level[:, 1], level[:, 1])
+    kept = torch.where(leapt if same else ~torch.isfinite(now), before.level[:, 1], now)
+    kept = torch.where(shorten, kept, level[:, 1])
     lowest = torch.where(leapt, before.level[:, 2], level[:, 2])
     states = after.but(  # What is left of the step becomes the velocity, and is the last change.
         velocity=[torch.where(at, _SHORTEN * o, v) for o, v in zip(old, after.velocity, strict=True)],
@@ -456,17 +488,22 @@ class EquivariantOptimizer(nn.Module):
 
     # --- a step
 
-    def step(self, seen: Observation, states: EquivariantStates | None) -> EquivariantStep:
+    def step(self, seen: Observation, states: EquivariantStates | None, pauses: bool = True) -> EquivariantStep:
         """The change of the weights after a pass at them; ``None`` in place of states at the beginning.
 
-        On mini-batches, after the first 16 steps, the controller looks at every tenth alone (``hold`` of the
+        On mini-batches, after the first 16, the controller looks at every tenth step alone (``hold`` of the
         configuration); those between cost a few products of matrices. Differentiable in the meta-parameters, and
         through the states in those of earlier steps; what was seen is a constant.
+
+        Args:
+            seen: In the pass.
+            states: Memories.
+            pauses: Whether it may skip looks. Without, as in meta-training, more is learned from each step.
         """
         close, same = None, False
         if states is None or states.looks:
             layers = seen.layers()
-            states, same = self._observed(seen, layers, states)
+            states, same = self._observed(seen, layers, states, pauses)
             close = _Close.of(seen.gradients, states, layers)
         elif states.age + 1 == states.until:  # the controller will ask what this step did
             states = states.but(fingerprint=_fingerprint(seen.data))
@@ -484,6 +521,7 @@ class EquivariantOptimizer(nn.Module):
                 # A step from there is shortened, but what is left out must not make derivatives of the others NaN.
                 gradients = _sound(gradients)
             states, D = _again(gradients, states)
+            D = _limited(D, states.limit)
         factors = states.factors
         if factors is None:
             columns = (t.unsqueeze(-1).unsqueeze(-1).unbind(1) for t in states.pace.unbind(-1))
@@ -507,11 +545,11 @@ class EquivariantOptimizer(nn.Module):
                 lowest = torch.where(crept, now - _CREPT / 2, torch.minimum(now, states.level[:, 2] + _LEAK))
             new = states.but(
                 age=states.age + 1,
-                until=states.age + self._wait(states.age, same) if looks else states.until,
+                until=states.age + self._wait(states.averaged, pauses) if looks else states.until,
                 velocity=V,
                 direction=D,
                 squares=squares,
-                level=torch.stack([states.level[:, 0], now, lowest], -1),
+                level=torch.stack([states.level[:, 0], now if looks else states.level[:, 1], lowest], -1),
             )
             if close is not None:
                 slope = inner(close.gradients, D)
@@ -521,12 +559,12 @@ class EquivariantOptimizer(nn.Module):
                 if not looks:
                     new = new.but(reach=states.stretch + _log(inner(D, D)) / 2 + states.log_rate)
         if states.age and bool(shorten.any()):
-            new, changes = _shortened(before, new, changes, shorten, leapt, same)
+            new, changes = _shortened(before, new, changes, shorten, leapt, now, same)
         return EquivariantStep(changes, new, shorten)
 
-    def _wait(self, age: int, same: bool) -> int:
+    def _wait(self, averaged: int, pauses: bool = True) -> int:
         """Steps to the controller's next look."""
-        return 1 if same or age < _WARM else self.config.hold
+        return self.config.hold if pauses and averaged > _WARM else 1
 
     def _controlled(
         self, close: _Close, states: EquivariantStates, now: Tensor, same: bool
@@ -547,52 +585,55 @@ class EquivariantOptimizer(nn.Module):
         squares = close.layers.squares.nan_to_num(1.0, 1.0, 1.0) + _FLOOR
         found = (torch.stack(sizes, -1) / squares).clamp_min(_TINY).sqrt()
         sound = torch.isfinite(found) & (found > 2 * _TINY**0.5)
-        if states.age == 0:
-            states = states.but(unit=torch.where(sound, 1 / torch.where(sound, found, 1.0), 0.0))
+        fresh = states.unit <= 0  # no gradient has reached the layer yet
+        unit = torch.where(sound, 1 / torch.where(sound, found, 1.0), 0.0)
+        states = states.but(unit=torch.where(fresh, unit, states.unit))
         reach = _log(states.unit * torch.where(sound, found, 0.0)).detach()
-        log_rate = torch.minimum(states.log_rate + controls.growth, math.log(self.config.reach) - reach)
+        log_rate = torch.where(fresh, _START, states.log_rate) + controls.growth
+        log_rate = torch.minimum(log_rate, math.log(self.config.reach) - reach).clamp(max=_FASTEST)
         rate = log_rate.exp() * states.unit
         beta, nu = controls.momentum, controls.nesterov
         # The change is V + ν(βV - ηD - V) = a V + b D, V the new velocity.
         pace = torch.stack([beta, -rate, 1 - nu + nu * beta, -nu * rate], -1)
         states = states.but(log_rate=log_rate, pace=pace, factors=None, reach=reach + log_rate.detach())
-        if not same:
-            with torch.no_grad():
-                states = states.but(stretch=reach - _log(inner(D, D)) / 2)
+        with torch.no_grad():
+            squares = inner(D, D)
+            states = states.but(stretch=reach - _log(squares) / 2, limit=_FAR * squares)
         return states, D
 
     # --- moments
 
     @torch.no_grad()
     def _observed(
-        self, seen: Observation, layers: Layers, states: EquivariantStates | None
+        self, seen: Observation, layers: Layers, states: EquivariantStates | None, pauses: bool
     ) -> tuple[EquivariantStates, bool]:
         """States with the moments of a batch taken in, and whether it is the batch of the step before."""
         fingerprint = _fingerprint(seen.data)
         if states is None:
             states = self._initial(seen, fingerprint)
         pairs = zip(fingerprint.tolist(), states.fingerprint.tolist(), strict=True)
-        same = states.age > 0 and all(math.isclose(a, b, rel_tol=1e-5) for a, b in pairs)
-        wait = self._wait(states.age, same)
+        same = states.age > 0 and all(abs(a - b) < 1e-5 for a, b in pairs)
         decay = 0.0 if same or states.age == 0 else self.config.averaging
         averaged = 1 if decay == 0 else states.averaged + 1
+        # Averages and spectra are the same with pauses or without.
+        wait, rest = self._wait(averaged, pauses), self._wait(averaged)
         # A running average that begins with equal weights.
         share = max(1 - decay, 1 / averaged)
         renewed: dict[str, Any] = {name: [] for name in ("input_moments", "error_moments", "inputs", "errors", "renew")}
         for layer, (h, e) in enumerate(zip(layers.inputs, layers.errors, strict=True)):
             # The work for a spectrum grows with the cube of the width, that for a step with its square.
             period = max(
-                _SLOW, 3 * wait if wait > 1 else 1, math.ceil((max(h.shape[-2], e.shape[-2]) / self.config.small) ** 2)
+                _SLOW, 3 * rest if rest > 1 else 1, math.ceil((max(h.shape[-2], e.shape[-2]) / self.config.small) ** 2)
             )
             due = states.age >= states.renew[layer]
             # Moments of the one batch are asked for with the spectra; running averages need not take in every batch.
-            stride = max(1, min(period // 4, _STRIDE, states.age // 4) // wait)
-            if due or (not same and states.age // wait % stride == 0):
+            stride = max(1, min(period // 4, _STRIDE, states.age // 4) // rest) * rest
+            if due or (not same and (states.age - (_WARM if rest > 1 else 0)) % stride < wait):
                 S, G = h @ h.mT / h.shape[-1], e @ e.mT
                 G = G / G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(_TINY)
                 if states.age and share < 1:
-                    S = states.input_moments[layer].lerp(S, share)
-                    G = states.error_moments[layer].lerp(G, share)
+                    S = _averaged(states.input_moments[layer], S, share)
+                    G = _averaged(states.error_moments[layer], G, share)
             else:
                 S, G = states.input_moments[layer], states.error_moments[layer]
             renewed["input_moments"].append(S)
@@ -632,7 +673,7 @@ class EquivariantOptimizer(nn.Module):
             kind=None,
             lstm=self.lstm.initial_state(batch * layers),
             log_rate=torch.full_like(each, _START),
-            unit=torch.ones_like(each),
+            unit=each,
             velocity=zeros,
             direction=zeros,
             pace=few,
@@ -644,6 +685,7 @@ class EquivariantOptimizer(nn.Module):
             level=like.new_zeros(batch, 3),
             reach=each,
             stretch=each,
+            limit=each,
             length=each,
             input_moments=[],
             error_moments=[],

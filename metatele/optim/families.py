@@ -99,6 +99,9 @@ class Family(ABC):
     def advance(self, at: Situation) -> dict[str, Tensor]:
         """Move the parameters; returns the memories to keep."""
 
+    def forget(self) -> None:  # noqa: B027 (nothing is kept by default)
+        """What a family keeps beside the stored memories is out of date: they were loaded."""
+
     @abstractmethod
     def idle(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """Memories of a model that has not moved, so that there are some to save."""
@@ -230,13 +233,12 @@ class Equivariant(Family):
                     p.add_(part, alpha=rate)
         kept = done.states.tensors(since=states)
         self._last = kept["counters"], kept["counters"]._version, done.states
-        self.capture.whole = done.states.looks
+        self._watch(done.states)
         return kept
 
     def _states(self, at: Situation) -> EquivariantStates | None:
         """The memories: those that were made of the stored tensors, or made now."""
         if "counters" not in at.stored:
-            self.capture.whole = True
             return None
         counters = at.stored["counters"]
         device = at.parameters[0].device
@@ -244,7 +246,19 @@ class Equivariant(Family):
             last, version, states = self._last
             if last is counters and version == counters._version and states.level.device == device:
                 return states
-        return EquivariantStates.from_tensors({name: t.to(device) for name, t in at.stored.items()})
+        states = EquivariantStates.from_tensors({name: t.to(device) for name, t in at.stored.items()})
+        # What is loaded between a pass and its step may ask for what was not kept of it.
+        return states if self.capture.complete else states.but(until=max(states.until, states.age + 1))
+
+    def _watch(self, states: EquivariantStates | None) -> None:
+        """Keep of the next passes what the step will read."""
+        self.capture.whole = states is None or states.looks
+        self.capture.keeps = states is None or states.age + 1 >= states.until
+
+    def forget(self) -> None:
+        """The memories were replaced from outside."""
+        self._last = None
+        self._watch(None)
 
     def _seen(self, at: Situation, states: EquivariantStates | None) -> Observation:
         """What the passes saw."""

@@ -168,6 +168,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for stored in state_dict["state"].values():
             self.family.check_stored({name: tuple(value.shape) for name, value in stored.items() if name != "step"})
         super().load_state_dict(state_dict)
+        self.family.forget()
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for key, p in zip(saved["params"], group["params"], strict=True):
                 for name, value in state_dict["state"].get(key, {}).items():

@@ -193,6 +193,7 @@ class PassCapture:
 
     Attributes:
         whole: Whether :meth:`layers` will be asked for; without, the last layer alone is watched.
+        keeps: Whether the data will be asked for.
     """
 
     __name__ = "pass_capture"  # TorchScript asks every hook for its name
@@ -204,7 +205,8 @@ class PassCapture:
         self.passes: list[_Kept] = []
         self._current: _Kept | None = None
         self._owner: weakref.ref[Any] | None = None
-        self.whole = every
+        self.whole = self.keeps = every
+        self._heard: set[int] = set()
 
     def attach(self, owner: Any) -> None:
         """Keep passes for as long as ``owner`` lives and its ``teleport_due`` is true.
@@ -218,9 +220,18 @@ class PassCapture:
                 hooks = [linear.register_forward_hook(self).id]
             for number in hooks:
                 weakref.finalize(owner, linear._forward_hooks.pop, number, None)
-        if self.accumulated:
-            for weight in (linear.weight for linear in self.linears if linear.weight.requires_grad):
-                weakref.finalize(owner, weight.register_post_accumulate_grad_hook(self._count).remove)
+        self._heard = set()
+        self._listen(owner)
+
+    def _listen(self, owner: Any) -> None:
+        """Hear when a gradient has come into a parameter, also of one that was frozen until now."""
+        if not self.accumulated:
+            return
+        for linear in self.linears:
+            for p in linear._parameters.values():
+                if p is not None and p.requires_grad and id(p) not in self._heard:
+                    self._heard.add(id(p))
+                    weakref.finalize(owner, p.register_post_accumulate_grad_hook(self._count).remove)
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         """Hook for ``register_forward_hook`` of every watched layer."""
@@ -234,13 +245,14 @@ class PassCapture:
             if not any(p is not None and p.is_leaf and p.grad is not None and bool(p.grad.any()) for p in parameters):
                 self.passes = []  # gradients were cleared since: by the model's zero_grad, say
         if layer == 0:
+            self._listen(owner)
             self._current = _Kept()
         kept = self._current
         if kept is None or len(kept.inputs) != layer:  # a layer called on its own
             return
         given = arguments[0].detach()
-        first = layer == 0 and (self.whole or not self.every)
-        kept.inputs.append(given.clone() if first else given)  # a training loop may use its buffer again
+        copied = layer == 0 and (self.keeps or not self.every)
+        kept.inputs.append(given.clone() if copied else given)  # a training loop may use its buffer again
         kept.gradients.append([])
         last = layer == len(self.watched) - 1
         if self.whole:  # at once: an activation may work in place
@@ -305,8 +317,13 @@ class PassCapture:
             ).to(dtype)
             for layer in numbers
         ]
-        squares = [torch.stack([self._square(p, layer) for p in kept]).mean().to(dtype) for layer in numbers]
+        squares = [torch.stack([p.squares[layer] for p in kept]).mean().to(dtype) for layer in numbers]
         return Layers([h.T for h in inputs], [e.T for e in gradients], squares)
+
+    @property
+    def complete(self) -> bool:
+        """Whether :meth:`layers` knows all of every pass."""
+        return all(p.squares for p in self.passes)
 
     def ends(self, dtype: torch.dtype, scaled: bool = True) -> tuple[Tensor, Tensor, Tensor] | None:
         """Inputs ``[d, n]``, output ``[o, n]`` of the last layer and the gradient there; ``None`` if there are none.
@@ -323,12 +340,6 @@ class PassCapture:
         if scaled:
             gradient = gradient * self._scale(self._joined(p.inputs[-1] for p in kept).to(dtype), gradient)
         return self._joined(p.inputs[0] for p in kept).to(dtype).T, outputs.T, gradient.T
-
-    def _square(self, kept: _Kept, layer: int) -> Tensor:
-        if kept.squares:
-            return kept.squares[layer]
-        linear = self.watched[layer]
-        return nn.functional.linear(kept.inputs[layer], linear.weight, linear.bias).square().mean()
 
     def _scale(self, last: Tensor, gradient: Tensor) -> Tensor | float:
         """Factor from output gradients as recorded to those of ``p.grad``."""
@@ -349,7 +360,7 @@ class PassCapture:
 
     def __getstate__(self) -> dict[str, Any]:
         """The layers travel with a copy, data and owner do not."""
-        return {**self.__dict__, "passes": [], "_current": None, "_owner": None, "_pending": {}}
+        return {**self.__dict__, "passes": [], "_current": None, "_owner": None, "_pending": {}, "_heard": set()}
 
 
 def _rows(tensor: Tensor) -> Tensor:

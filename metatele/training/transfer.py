@@ -91,7 +91,7 @@ class TransferTrainer(Trainer):
         c, group = self.config.training, self._turn
         at, losses = group.at.detach(), []
         for _ in range(c.unroll):
-            at = at.advanced(self.optimizer)
+            at = at.advanced(self.optimizer, pauses=False)
             # One lost trajectory is no reason to learn nothing from the others.
             losses.append(group.relative(at.loss).nan_to_num(nan=c.lost_loss).clamp(max=c.lost_loss))
         objective = window_loss(torch.stack(losses), c.objective)
