@@ -113,7 +113,7 @@ class EquivariantStates:
         pace: ``β, -η, a, b``: V becomes ``βV - ηD`` and the weights change by ``a V + b D``, ``[B, layers, 4]``.
         bent: Dampings and powers in use: inputs' and errors' dampings, inputs' and errors' powers, the same shape.
         last: a and b of the last change of the weights, ``[B, layers, 2]``.
-        squares: ``‖a V + b D‖²`` of it, ``[B, layers]``.
+        squares: ``‖a V + b D‖²`` of it, ``[B, layers]``; in a pause that of the last one before it.
         slope: ``⟨∇W, D⟩`` where D was made, ``[B, layers]``.
         predicted: ``⟨∇L, change⟩`` of the last step, ``[B]``.
         level: Log of the loss, up to a constant, at the beginning, when the controller looked last at a point that was
@@ -360,14 +360,12 @@ def _again(gradients: list[Tensor], states: EquivariantStates) -> tuple[Equivari
     return states, [turn.from_right(d) for turn, d in zip(turns, half, strict=True)]
 
 
-def _limited(D: list[Tensor], limit: Tensor) -> list[Tensor]:
-    """D of each layer, its square no larger than a limit ``[B, layers]``."""
-    with torch.no_grad():
-        squares = inner(D, D)
-        over = squares > limit
-        if not bool(over.any()):
-            return D
-        factors = torch.where(over, (limit / squares).sqrt(), 1.0)[..., None, None].unbind(1)
+def _limited(D: list[Tensor], squares: Tensor, limit: Tensor) -> list[Tensor]:
+    """D of each layer with ``‖D‖²`` no larger than a limit, both ``[B, layers]``."""
+    over = squares > limit
+    if not bool(over.any()):
+        return D
+    factors = torch.where(over, (limit / squares).sqrt(), 1.0)[..., None, None].unbind(1)
     return [f * d for f, d in zip(factors, D, strict=True)]
 
 
@@ -401,7 +399,7 @@ def _shortened(
         velocity=[torch.where(at, _SHORTEN * o, v) for o, v in zip(old, after.velocity, strict=True)],
         direction=[torch.where(at, o, d) for o, d in zip(before.direction, after.direction, strict=True)],
         last=torch.where(at, after.last.new_tensor([1.0, 0.0]), after.last),
-        squares=torch.where(each, _SHORTEN**2 * before.squares, after.squares),
+        squares=torch.where(each, _SHORTEN**2 * inner(old, old), after.squares),
         log_rate=torch.where(each, before.log_rate + math.log(_SHORTEN), after.log_rate),
         pace=torch.where(at, shrunk, after.pace),
         factors=None,
@@ -515,13 +513,16 @@ class EquivariantOptimizer(nn.Module):
         if looks:
             assert close is not None
             states, D = self._controlled(close, states, now, same)
+            sizes = states.limit
         else:
             gradients = seen.gradients if close is None else close.gradients
             if torch.is_grad_enabled() and not bool(torch.isfinite(inner(gradients, gradients)).all()):
                 # A step from there is shortened, but what is left out must not make derivatives of the others NaN.
                 gradients = _sound(gradients)
             states, D = _again(gradients, states)
-            D = _limited(D, states.limit)
+            with torch.no_grad():
+                sizes = inner(D, D)
+            D = _limited(D, sizes, states.limit)
         factors = states.factors
         if factors is None:
             columns = (t.unsqueeze(-1).unsqueeze(-1).unbind(1) for t in states.pace.unbind(-1))
@@ -533,10 +534,9 @@ class EquivariantOptimizer(nn.Module):
             changes.append((a * V[-1]).addcmul_(b, d))
         with torch.no_grad():
             D = [d.detach() for d in D]
-            squares = inner(changes, changes)
             # Two mini-batches differ anyway. What is not finite is not smaller than anything either.
             most = math.log(self.config.growth) * (1 if same else 2)
-            leapt = ~(now - states.level[:, 1] + 0 * squares.sum(-1) <= most)
+            leapt = ~(now - states.level[:, 1] + 0 * sizes.sum(-1) <= most)
             shorten, lowest = leapt, now
             if same:
                 # Many small rises are a large one: without this, steps at the level of rounding may grow for long.
@@ -548,14 +548,13 @@ class EquivariantOptimizer(nn.Module):
                 until=states.age + self._wait(states.averaged, pauses) if looks else states.until,
                 velocity=V,
                 direction=D,
-                squares=squares,
                 level=torch.stack([states.level[:, 0], now if looks else states.level[:, 1], lowest], -1),
             )
             if close is not None:
                 slope = inner(close.gradients, D)
                 beta, less, a, b = states.pace.unbind(-1)
                 predicted = (a * (beta * close.ahead + less * slope) + b * slope).sum(-1)
-                new = new.but(slope=slope, predicted=predicted, length=close.length)
+                new = new.but(slope=slope, predicted=predicted, length=close.length, squares=inner(changes, changes))
                 if not looks:
                     new = new.but(reach=states.stretch + _log(inner(D, D)) / 2 + states.log_rate)
         if states.age and bool(shorten.any()):
