@@ -129,6 +129,32 @@ def test_the_published_checkpoint_is_far_below_tuned_adam_on_problems_it_never_m
     assert ours < best / (100 if kind.suffices else 10)
 
 
+@pytest.mark.parametrize("order", ["shuffled", "in turn"])
+@pytest.mark.parametrize("activation", [torch.nn.SiLU, torch.nn.Tanh, torch.nn.ReLU])
+def test_deep_networks_on_mini_batches_do_not_blow_up(activation, order):
+    from metatele.data import load_images
+
+    images = load_images("digits")
+    x, y = images.train_images, images.train_labels
+    draws = torch.Generator().manual_seed(0)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        widths = (64, 32, 32, 32, 32, 10)
+        layers = [layer for d, o in pairwise(widths) for layer in (torch.nn.Linear(d, o), activation())]
+        model = torch.nn.Sequential(*layers[:-1])
+        optimizer, losses = metatele.LearnedOptimizer(model, "checkpoints/transfer"), []
+        for _ in range(8):
+            samples = torch.randperm(len(x), generator=draws) if order == "shuffled" else torch.arange(len(x))
+            for batch in samples.split(144):  # ten batches: every look is at the same one, if they come in turn
+                optimizer.zero_grad()
+                loss = torch.nn.functional.cross_entropy(model(x[batch]), y[batch])
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss.detach()))
+        assert max(losses) < 30
+        assert losses[-1] < 0.5
+
+
 def test_the_published_checkpoint_learns_digits_faster_than_adam():
     from metatele.data import load_images
 

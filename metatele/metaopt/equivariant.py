@@ -13,6 +13,8 @@ How far the moments are followed (their damping λ and exponent p), the step siz
 the layer: none of them depends on the units of the loss, and none changes when hidden units change places. So
 a step commutes with permutations of hidden units, and the loss may be multiplied by any constant.
 
+On mini-batches the LSTM pauses: its outputs, and the matrices ``gᵀg`` made with them, serve several steps.
+
 Before the first step the network itself is moved once along its symmetry
 (:class:`~metatele.metaopt.opening.Opening`).
 """
