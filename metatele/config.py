@@ -165,7 +165,7 @@ class EquivariantConfig:
     reach: float = _setting(1.0, "largest relative change of a layer's pre-activations by its own step")
     small: int = _setting(64, "widths up to twice this have new spectra every 4 steps, wider ones less often")
     keep: float = _setting(
-        2.0, "of layers wider than 128, eigenvalues below this (in units of their mean) may share one value; 0: none"
+        2.0, "of wide layers (128, on mini-batches 96), eigenvalues below this times their mean may share one; 0: none"
     )
     opening: bool = _setting(True, "teleport the network itself before the first step")
     inputs: bool = _setting(True, "steps are made where the second moments of a layer's inputs have been evened out")

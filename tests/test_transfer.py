@@ -115,10 +115,7 @@ def test_checkpoints_hold_the_family_and_load_for_any_shape(tmp_path):
 def test_the_published_checkpoint_solves_the_papers_task():
     problems = REGRESSIONS["paper"].sample(5, "evaluation", 16)
     losses = losses_of(metatele.load("checkpoints/transfer").optimizer, problems, 100)
-    # One trajectory in some tens is slower, and is most of the mean at step 30.
-    assert losses[30].median() < 1e-6
-    assert losses[30].mean() < 1e-4
-    assert losses[50].mean() < 1e-5
+    assert losses[30].mean() < 1e-5
     assert losses[100].mean() < 1e-6
     assert (losses <= 1.001 * losses[0]).all()
 

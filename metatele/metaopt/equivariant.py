@@ -51,6 +51,7 @@ _SLOW = 4  # steps between two spectra
 _WARM = 16  # batches that differ from the one before, after which not every step has controls of its own
 _LOOK = 32  # steps between two looks at what kind of loss it is
 _STRIDE = 32  # steps between two batches that a running average takes in, at most
+_WHOLE, _WHOLE_AVERAGED = 128, 96  # rows up to which moments of one batch, or averages, keep all eigenvalues
 _CREPT = math.log(10)  # rise of the log of the loss above its lowest at which a step is shortened too
 _LEAK = 0.02  # by which that lowest rises with every step
 _FAR = 4.0  # times ‖D‖² of the last look, up to which D is not shortened
@@ -169,7 +170,7 @@ class EquivariantStates:
     input_turns: list[Turn] | None = None
 
     def but(self, **changes: Any) -> EquivariantStates:
-        """The same with some fields changed; ``dataclasses.replace`` takes ten times as long."""
+        """The same with some fields changed; unlike ``dataclasses.replace`` it does not go through all of them."""
         new = object.__new__(EquivariantStates)
         new.__dict__.update(self.__dict__, **changes)
         return new
@@ -196,6 +197,11 @@ class EquivariantStates:
     def looks(self) -> bool:
         """Whether the controller looks at the next step, which then asks for :class:`Layers`."""
         return self.age >= self.until
+
+    @property
+    def looks_next(self) -> bool:
+        """Whether it looks at the step after the next one, and will ask what the next one did."""
+        return self.age + 1 == self.until
 
     def tensors(self, since: EquivariantStates | None = None) -> dict[str, Tensor]:
         """Plain tensors by name, for files; only those not the same as in earlier states, if these are given."""
@@ -244,22 +250,8 @@ class EquivariantStates:
 _SPECTRA = ("inputs", "errors")
 _PER_LAYER = ("velocity", "direction", "input_moments", "error_moments")
 _JOINT = (
-    *(
-        "log_rate",
-        "unit",
-        "pace",
-        "bent",
-        "last",
-        "squares",
-        "slope",
-        "predicted",
-        "level",
-        "reach",
-        "stretch",
-        "limit",
-        "length",
-    ),
-    *("fingerprint", "spread"),
+    *("log_rate", "unit", "pace", "bent", "last", "squares", "slope", "predicted", "level", "reach"),
+    *("stretch", "limit", "length", "fingerprint", "spread"),
 )
 
 
@@ -505,7 +497,7 @@ class EquivariantOptimizer(nn.Module):
             layers = seen.layers()
             states, same = self._observed(seen, layers, states, pauses)
             close = _Close.of(seen.gradients, states, layers)
-        elif states.age + 1 == states.until:  # the controller will ask what this step did
+        elif states.looks_next:
             states = states.but(fingerprint=_fingerprint(seen.data))
             close = _Close.of(seen.gradients, states)
         now = level(seen.outputs, seen.error, states.kind)
@@ -623,9 +615,7 @@ class EquivariantOptimizer(nn.Module):
         renewed: dict[str, Any] = {name: [] for name in ("input_moments", "error_moments", "inputs", "errors", "renew")}
         for layer, (h, e) in enumerate(zip(layers.inputs, layers.errors, strict=True)):
             # The work for a spectrum grows with the cube of the width, that for a step with its square.
-            period = max(
-                _SLOW, 3 * rest if rest > 1 else 1, math.ceil((max(h.shape[-2], e.shape[-2]) / self.config.small) ** 2)
-            )
+            period = max(_SLOW, 3 * rest, math.ceil((max(h.shape[-2], e.shape[-2]) / self.config.small) ** 2))
             due = states.age >= states.renew[layer]
             # Moments of the one batch are asked for with the spectra; running averages need not take in every batch.
             stride = max(1, min(period // 4, _STRIDE, states.age // 4) // rest) * rest
@@ -643,7 +633,7 @@ class EquivariantOptimizer(nn.Module):
                 last = getattr(states, name)[layer] if states.age else None
                 if due or last is None:
                     # Moments of the whole data are worth more digits than averages over batches.
-                    whole = 128 if same or last is None else 96
+                    whole = _WHOLE if same or last is None else _WHOLE_AVERAGED
                     renewed[name].append(Spectrum.of(moment, self.config.keep, last, whole))
                 else:
                     renewed[name].append(last)

@@ -9,8 +9,7 @@ moments, ``g = m^{-1/4} ((M/m + λ)/(1 + λ))^{-p/2}``, m the mean eigenvalue of
 * else the approximate one (Eq. 46) with M the moments of what the units receive: the outputs are kept in the
   least-squares sense, up to the damping exactly if there are no more samples than hidden units.
 
-λ and p are constants: a teleport does not change the loss, so its derivative says nothing about them, and what policy
-gradients learned instead was no better and now and then much worse.
+λ and p are constants: a teleport does not change the loss, so its derivative says nothing about them.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ class Equivariant(Family):
     def _watch(self, states: EquivariantStates | None) -> None:
         """Keep of the next passes what the step will read."""
         self.capture.whole = states is None or states.looks
-        self.capture.keeps = states is None or states.age + 1 >= states.until
+        self.capture.keeps = states is None or states.looks or states.looks_next
 
     def forget(self) -> None:
         """The memories were replaced from outside."""
