@@ -160,8 +160,8 @@ class EquivariantConfig:
 
     hidden: int = _setting(32, "size of the controller's LSTM cell")
     averaging: float = _setting(0.95, "decay of the running second moments on mini-batches")
-    growth: float = _setting(4.0, "growth of the loss (on mini-batches its square root) at which a step is shortened")
-    hold: int = _setting(10, "mini-batches between two looks of the controller, after the first 16")
+    growth: float = _setting(2.0, "growth of the loss at which a step is shortened; on mini-batches its fourth power")
+    hold: int = _setting(16, "mini-batches between two looks of the controller, after the first 16")
     reach: float = _setting(1.0, "largest relative change of a layer's pre-activations by its own step")
     small: int = _setting(64, "widths up to twice this have new spectra every 4 steps, wider ones less often")
     keep: float = _setting(

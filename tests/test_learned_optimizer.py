@@ -11,6 +11,7 @@ from cases import METHODS, TASK, small_optimizer, small_problems
 from torch import nn
 
 import metatele
+from metatele.activations import ReLU
 from metatele.errors import MetateleError, NotExactError, ShapeMismatchError, UnsupportedModelError
 from metatele.optim.modules import read_sequential
 from metatele.unroll import start, unroll
@@ -390,7 +391,7 @@ def test_what_cannot_be_done_is_one_clear_error():
         (nn.Sequential(linear, leaky), "last layer must be Linear"),
         (nn.Sequential(), "no Linear"),
         (nn.Sequential(s := nn.Linear(4, 4), leaky, s), "layers '0' and '2' share a weight"),
-        (nn.Sequential(linear, nn.Softplus(beta=2), nn.Linear(5, 3)), "Softplus"),
+        (nn.Sequential(linear, nn.Softplus(beta=2), nn.Linear(5, 3)), "beta=2.* is not supported; Linear, .* are"),
     ):
         with pytest.raises(UnsupportedModelError, match=words):
             metatele.LearnedOptimizer(model, meta)
@@ -422,6 +423,7 @@ def test_nested_models_are_read():
     linears, mlp = read_sequential(model)
     assert mlp.widths == (4, 5, 6, 3)
     assert linears[2] is model[3][0]
+    assert read_sequential(nn.Sequential(nn.Linear(4, 5), nn.LeakyReLU(0), nn.Linear(5, 3)))[1].activations == (ReLU(),)
 
 
 # --- the bridge to higher

@@ -45,6 +45,31 @@ def test_the_exact_action_keeps_the_outputs_and_evens_out_the_hidden_units(width
     assert 0.1 < (pre[1] < 0).double().mean() < 0.9
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("apart", [1e-4, 1e-9, 0.0])
+def test_inputs_that_are_nearly_dependent_do_not_ask_for_huge_weights(bias, apart):
+    mlp = MLP((12, 12, 4), LeakyReLU(0.1), bias)
+    w, x = uniform(mlp, 8)
+    x[..., 1] = x[..., 0] + apart * (x[..., 1] - x[..., 0])
+    opened = Opening(0.3)(mlp, w, x)
+    assert opened.moved.all()
+    assert opened.weights.norm() < 30 * w.norm()  # the exact action's: in proportion to 1 / apart
+    before, after = (mlp.forward(mlp.unflatten(f), x) for f in (w, opened.weights))
+    assert (after - before).norm() < 0.1 * before.norm()
+    assert (participation(mlp, opened.weights, x) > 2 * participation(mlp, w, x)).all()
+
+
+def test_nearly_dependent_inputs_of_one_network_leave_the_others_exact():
+    mlp = MLP((12, 12, 4), LeakyReLU(0.1))
+    w, x = uniform(mlp, 8)
+    x[2, :, 1] = x[2, :, 0] + 1e-4 * (x[2, :, 1] - x[2, :, 0])
+    opened = Opening(0.3)(mlp, w, x)
+    assert opened.moved.all()
+    before, after = (mlp.forward(mlp.unflatten(f), x) for f in (w, opened.weights))
+    others = [0, 1, 3]
+    torch.testing.assert_close(after[others], before[others], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("activation", [ReLU(), Tanh()], ids=lambda f: f.name)
 def test_the_approximate_action_keeps_the_outputs_where_samples_do_not_outnumber_units(activation):
     mlp, random = MLP((6, 30, 4), activation, True), torch.Generator().manual_seed(1)

@@ -56,7 +56,7 @@ _CREPT = math.log(10)  # rise of the log of the loss above its lowest at which a
 _LEAK = 0.02  # by which that lowest rises with every step
 _FAR = 4.0  # times ‖D‖² of the last look, up to which D is not shortened
 _FASTEST = 10.0  # log of the largest step size
-_SHORTEN = 0.25  # what is left of a step after which the loss had grown too much
+_SHORTEN = 0.1  # what is left of a step after which the loss had grown too much
 
 # An output is a·tanh((y + o)/2) + b of a number y: o, a and b for the change of the log of the step size, the logs
 # of the two dampings, the two exponents, the momentum and Nesterov's share. The last four lie between 0 and 1.
@@ -483,7 +483,7 @@ class EquivariantOptimizer(nn.Module):
     def step(self, seen: Observation, states: EquivariantStates | None, pauses: bool = True) -> EquivariantStep:
         """The change of the weights after a pass at them; ``None`` in place of states at the beginning.
 
-        On mini-batches, after the first 16, the controller looks at every tenth step alone (``hold`` of the
+        On mini-batches, after the first 16, the controller looks at every 16th step alone (``hold`` of the
         configuration); those between cost a few products of matrices. Differentiable in the meta-parameters, and
         through the states in those of earlier steps; what was seen is a constant.
 
@@ -529,7 +529,7 @@ class EquivariantOptimizer(nn.Module):
         with torch.no_grad():
             D = [d.detach() for d in D]
             # Two mini-batches differ anyway. What is not finite is not smaller than anything either.
-            most = math.log(self.config.growth) * (1 if same else 2)
+            most = math.log(self.config.growth) * (1 if same else 4)
             leapt = ~(now - states.level[:, 1] + 0 * sizes.sum(-1) <= most)
             shorten, lowest = leapt, now
             if same:

@@ -5,7 +5,9 @@ activation; no preconditioner changes that, since it moves along the gradient. A
 moments, ``g = m^{-1/4} ((M/m + λ)/(1 + λ))^{-p/2}``, m the mean eigenvalue of M,
 
 * where the activation is onto and there are no more samples than inputs, the exact action (Eq. 54 of the paper) with M
-  the moments of the hidden units: they become uncorrelated, and the outputs stay;
+  the moments of the hidden units: they become uncorrelated, and the outputs stay. Inputs that are nearly dependent
+  would ask for weights so large that rounding drowns the loss later; along those the move is left out in part, and
+  the next layer takes up what it can of that;
 * else the approximate one (Eq. 46) with M the moments of what the units receive: the outputs are kept in the
   least-squares sense, up to the damping exactly if there are no more samples than hidden units.
 
@@ -23,10 +25,12 @@ from torch import Tensor
 from metatele.errors import MetateleError
 from metatele.metaopt.spectrum import Spectrum
 from metatele.mlp import MLP, Pass
-from metatele.symmetry import Approximate, Exact, GroupElement, drift, sweep
+from metatele.symmetry import Approximate, Exact, GroupElement, Pair, Site, drift, sweep, with_ones
 
 _DAMPING, _POWER = 0.01, 0.88  # λ and p
 _FIT = 1e-6  # relative damping of the least squares: nearly collinear units would get huge weights without
+_FLOOR = 1e-3  # singular values of the inputs, in units of their Frobenius norm, below which they are not inverted
+_REFIT = 1e-2  # relative damping with which the next layer makes up for that
 
 
 class Opened(NamedTuple):
@@ -79,7 +83,7 @@ class Opening:
         for layer in layers:
             elements: list[GroupElement | None] = [None] * len(layers)
             elements[layer] = _element(spectra[layer])
-            action = Exact(rank_tolerance=0.0) if exact[layer] else Approximate(damping=_FIT)
+            action = _Floored() if exact[layer] else Approximate(damping=_FIT)
             moved = sweep(action, mlp, moved, x, elements)
         new = mlp.flatten(moved).to(flat.dtype)
         change = drift(mlp, weights, mlp.unflatten(new.double()), x)
@@ -99,6 +103,25 @@ class Opening:
         except MetateleError:
             return False
         return True
+
+
+class _Floored(Exact):
+    """The exact action, up to inputs that are nearly dependent: ``H⁺ = V (σ/max(σ, σ₀)²) Uᵀ``."""
+
+    def prepare(self, inputs: Tensor, bias: bool = False) -> Tensor:
+        """``H⁺`` of constant inputs."""
+        H = with_ones(inputs) if bias else inputs
+        U, s, Vh = torch.linalg.svd(H.nan_to_num(0.0, 0.0, 0.0), full_matrices=False)  # which refuses a whole batch
+        floor = (_FLOOR * s.norm(dim=-1, keepdim=True)).clamp_min(torch.finfo(s.dtype).tiny)
+        return (Vh.mT * (s / torch.maximum(s, floor).square()).unsqueeze(-2)) @ U.mT
+
+    def move(self, site: Site, g: GroupElement) -> Site:
+        """Least squares in the outgoing weights make up for what the incoming ones leave out."""
+        moved = super().move(site, g)
+        V, U, bias = moved.pair
+        after = Site(moved.pair, site.inputs, site.activation)
+        change = after.fit(_REFIT).after(site.pair.U @ site.hidden - U @ after.hidden)
+        return after.between(Pair(V, U + change, bias))
 
 
 def _moment(h: Tensor) -> Tensor:

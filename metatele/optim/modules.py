@@ -26,7 +26,7 @@ from metatele.mlp import MLP
 def activation_of(module: nn.Module) -> Activation | None:
     """The activation a module computes, or ``None`` if it is none of ours."""
     if type(module) is nn.LeakyReLU:
-        return LeakyReLU(float(module.negative_slope))
+        return LeakyReLU(float(module.negative_slope)) if module.negative_slope else ReLU()
     if type(module) is nn.Softplus:
         return Softplus() if module.beta == 1 and module.threshold >= 20 else None
     for kind, ours in (
@@ -104,8 +104,10 @@ def read_sequential(model: nn.Module, framed: bool = False) -> tuple[list[nn.Lin
             linears.append(module)
         elif found is None:
             reason = next((f": {why}" for kind, why in _REASONS.items() if isinstance(module, kind)), "")
+            what = repr(module) if type(module) is nn.Softplus else type(module).__name__  # its settings are the reason
             raise UnsupportedModelError(
-                f"layer {path!r} ({type(module).__name__}) is not supported{reason}; Linear and activations are"
+                f"layer {path!r} ({what}) is not supported{reason}; Linear, Identity, LeakyReLU, ReLU, Tanh, Sigmoid, "
+                "Softplus() and SiLU are"
             )
         elif len(between) != len(linears) - 1:
             raise UnsupportedModelError(f"activation {path!r} must stand between two Linear layers, one at a time")
