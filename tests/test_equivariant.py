@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -23,6 +24,7 @@ from metatele.mlp import MLP, Pass, Weights
 from metatele.rollout import Rollout, losses_of
 from metatele.tasks.fitting import Fitting, Mixture, usual_weights
 
+pytestmark = pytest.mark.filterwarnings("ignore:batches of 4 samples")
 MLPS = [
     MLP((5, 7, 3), LeakyReLU(0.1)),
     MLP((5, 8, 6, 3), Tanh(), True),
@@ -709,6 +711,34 @@ def test_accumulated_batches_are_one_batch():
             (nn.functional.mse_loss(twin(x[piece]), y[piece]) / 2).backward()
         parts.step()
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("samples", "share"), [(4, 1 / 8), (16, 1 / 2), (32, 1.0)])
+def test_steps_on_fewer_samples_than_any_in_meta_training_are_smaller_in_proportion(samples, share):
+    (x, y), copies = data((4, 9, 3), samples=2 * samples), 32
+    moved = []
+    for repeated in (1, copies):  # of each sample: the same gradients and moments, of many samples
+        model = network((4, 9, 3))
+        optimizer = metatele.LearnedOptimizer(model, ConstantOptimizer(0.01, 0.1))
+        batches = [[t[i::2].repeat(repeated, 1) for t in (x, y)] for i in range(2)]
+        run(model, optimizer, *batches[0], 1)
+        begin = flat(model)
+        run(model, optimizer, *batches[1], 1)
+        moved.append(flat(model) - begin)
+    assert moved[1].norm() > 1e-3
+    torch.testing.assert_close(moved[0], share * moved[1], rtol=1e-3, atol=1e-6)
+
+
+def test_small_batches_are_warned_of_once_and_whole_data_never():
+    (x, y), model = data((4, 9, 3), samples=16), network((4, 9, 3))
+    optimizer = metatele.LearnedOptimizer(model, single())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model, optimizer, x[:8], y[:8], 3)
+    with pytest.warns(UserWarning, match="batches of 8 samples are too noisy") as seen:
+        run(model, optimizer, x, y, 6, batch_size=8)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
 
 
 def test_frozen_parameters_and_those_with_lr_zero_stay():

@@ -56,6 +56,7 @@ _CREPT = math.log(10)  # rise of the log of the loss above its lowest at which a
 _LEAK = 0.02  # by which that lowest rises with every step
 _FAR = 4.0  # times ‖D‖² of the last look, up to which D is not shortened
 _FASTEST = 10.0  # log of the largest step size
+_FEWEST = 32  # samples of the smallest mini-batches of meta-training
 _SHORTEN = 0.1  # what is left of a step after which the loss had grown too much
 
 # An output is a·tanh((y + o)/2) + b of a number y: o, a and b for the change of the log of the step size, the logs
@@ -333,6 +334,11 @@ def _fingerprint(data: Tensor) -> Tensor:
     return torch.cat([share, _log(squares)]).nan_to_num(0.0, 0.0, 0.0)
 
 
+def _weight(inputs: Tensor) -> float:
+    """Of a mini-batch ``[B, d, n]`` in running averages and steps: less than 1 where no batch of meta-training is."""
+    return min(1.0, inputs.shape[-1] / _FEWEST)
+
+
 def _left(gradients: list[Tensor], states: EquivariantStates) -> tuple[EquivariantStates, list[Tensor]]:
     """``(g_δᵀ g_δ) ∇W`` of each layer."""
     turns = states.error_turns
@@ -585,6 +591,8 @@ class EquivariantOptimizer(nn.Module):
         log_rate = torch.where(fresh, _START, states.log_rate) + controls.growth
         log_rate = torch.minimum(log_rate, math.log(self.config.reach) - reach).clamp(max=_FASTEST)
         rate = log_rate.exp() * states.unit
+        if states.age and not same:
+            rate = rate * _weight(close.layers.inputs[0])
         beta, nu = controls.momentum, controls.nesterov
         # The change is V + ν(βV - ηD - V) = a V + b D, V the new velocity.
         pace = torch.stack([beta, -rate, 1 - nu + nu * beta, -nu * rate], -1)
@@ -606,7 +614,7 @@ class EquivariantOptimizer(nn.Module):
             states = self._initial(seen, fingerprint)
         pairs = zip(fingerprint.tolist(), states.fingerprint.tolist(), strict=True)
         same = states.age > 0 and all(abs(a - b) < 1e-5 for a, b in pairs)
-        decay = 0.0 if same or states.age == 0 else self.config.averaging
+        decay = 0.0 if same or states.age == 0 else 1 - (1 - self.config.averaging) * _weight(layers.inputs[0])
         averaged = 1 if decay == 0 else states.averaged + 1
         # Averages and spectra are the same with pauses or without.
         wait, rest = self._wait(averaged, pauses), self._wait(averaged)

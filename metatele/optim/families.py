@@ -21,6 +21,7 @@ from metatele.optim.modules import PassCapture, describe
 from metatele.symmetry import drift, with_ones
 
 _T = TypeVar("_T")
+_FEW = 16  # samples of a mini-batch, below which the equivariant family is no good
 _LARGE = 2**30  # bytes of state that are worth a warning
 
 
@@ -204,6 +205,7 @@ class Equivariant(Family):
         super().__init__(linears, mlp, every=True)
         self.meta = meta
         self._last: tuple[Tensor, int, EquivariantStates] | None = None
+        self._warned = False
         needed = meta.state_bytes(mlp)
         if needed > _LARGE:
             warnings.warn(
@@ -223,7 +225,16 @@ class Equivariant(Family):
         # Part of the way, or part of the layers, would not keep the outputs.
         if not at.stored and self.meta.opens(self.mlp) and all(rate == 1 for rate in at.rates):
             return self._opened(at)
-        done = self.meta.step(self._seen(at, states), states)
+        seen = self._seen(at, states)
+        done = self.meta.step(seen, states)
+        samples = seen.data.shape[-1]
+        if done.states.averaged == 2 and samples < _FEW and not self._warned:  # the second that differs
+            self._warned = True
+            warnings.warn(
+                f"batches of {samples} samples are too noisy for a learned optimizer of this family, which may come to "
+                f"stand still: take at least {_FEW} samples, or step after several backward passes",
+                stacklevel=6,
+            )
         at.group["rolled_back"] += int(done.shortened)
         pairs = zip(self._by_layer(at.parameters), self._by_layer(at.rates), done.changes, strict=True)
         for parameters, rates, change in pairs:
