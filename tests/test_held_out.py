@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import metatele
 from metatele.config import transfer
 from metatele.errors import ConfigError, RunFolderError
 from metatele.experiments import transfer as experiment
@@ -115,15 +116,15 @@ def small(monkeypatch):
 
     def short(**changes):
         known = {"batch": 2, "groups": 2, "horizon": 4, "shorter": (), "unroll": 2, "widest": 9, "hidden": 8}
-        more = {"validation_trajectories": 4, "validation_steps": 4, "validation_score_at": (4,)}
-        return transfer(**{**known, **more, **changes, "trajectories": 4})
+        more = {"validation_steps": 4, "validation_score_at": (4,)}
+        return transfer(**{**known, **more, **changes, "trajectories": 4, "validation_trajectories": 4})
 
     monkeypatch.setattr("metatele.config.transfer", short)
 
 
 def test_the_experiment_runs_redraws_and_shows_every_method(small, tmp_path, monkeypatch):
     flags = ["--seeds", "2", "--tasks", "paper", "digits", "--ablations"]
-    flags += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    flags += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--publish", str(tmp_path / "best")]
     experiment.main(flags)
     out = tmp_path / "out"
     doc = json.loads((out / "results.json").read_text())
@@ -149,6 +150,12 @@ def test_the_experiment_runs_redraws_and_shows_every_method(small, tmp_path, mon
     assert all(paper["milliseconds"][name] > 0 for name in names)
     assert [a["name"] for a in doc["ablations"]] == list(experiment.ABLATIONS)
     assert all(len(a["ratios"]) == 2 and a["ratios"][0] != a["ratios"][1] for a in doc["ablations"])
+    scores = doc["selection_scores"]
+    published, best = metatele.load(tmp_path / "best" / "transfer"), scores.index(min(scores))
+    assert published.training["seed"] == best
+    assert published.scores["selection_score"] == scores[best] != scores[1 - best]
+    chosen = metatele.load(tmp_path / "runs" / f"seed-{best}").optimizer.state_dict()
+    assert all(torch.equal(t, chosen[name]) for name, t in published.optimizer.state_dict().items())
     table, details = (out / "table.md").read_text(), (out / "details.md").read_text()
     assert table.count("\n") == 4
     assert "no teleport at the beginning" in details

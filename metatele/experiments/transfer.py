@@ -35,6 +35,7 @@ _FULL, _NETWORKS, _TUNING, _FEW = 64, 5, 32, 8
 _STEPS, _LONG, _TARGET = 300, 1000, 100
 _SHOWN = (10, 30, 100, 300, 1000)
 _ABLATION_TRAJECTORIES, _ABLATION_SEEDS = 16 * 67, 2
+_SELECTION = {"seed": 1000, "validation_trajectories": 4 * 30}  # problems on which meta-seeds are compared
 # Name to what is changed in the configuration of meta-training.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "everything": {},
@@ -382,6 +383,42 @@ def ablations(tasks: Sequence[dict[str, Any]], runs: Path) -> list[dict[str, Any
     return found
 
 
+# --- the one for the repository
+
+
+def selection_scores(folders: Sequence[Path]) -> list[float]:
+    """Of each run's checkpoint on the same validation problems of the training's kinds: the least is the best."""
+    from metatele import checkpoint
+    from metatele.config import transfer
+    from metatele.training.transfer import validation_score
+
+    config = transfer(**_SELECTION)
+    scores = []
+    for folder in folders:
+        digest = checkpoint.read_config(folder)["model_sha256"]
+        measure = partial(validation_score, _loaded(folder), config)
+        scores.append(float(_kept(folder / "selection.json", [digest, _SELECTION], measure)[0]))
+    return scores
+
+
+def publish(doc: dict[str, Any], folders: Sequence[Path], out: Path) -> None:
+    """The checkpoint of the meta-seed with the best selection score, on which no held-out problem had a say."""
+    from metatele import checkpoint
+    from metatele.config import transfer
+
+    scores = doc["selection_scores"]
+    seed = scores.index(min(scores))
+    found = checkpoint.load(folders[seed])
+    checkpoint.save(
+        out / "transfer",
+        found.optimizer,
+        run=transfer(seed=seed),
+        progress={**found.training, "seconds": doc["training_seconds"][seed]},
+        scores={**found.scores, "selection_score": scores[seed]},
+    )
+    print(f"published meta-seed {seed} in {out / 'transfer'}")
+
+
 # --- everything
 
 
@@ -447,6 +484,10 @@ def _loaded(folder: Path) -> EquivariantOptimizer:
     return optimizer
 
 
+def _folders(args: Any) -> list[Path]:
+    return [Path(args.runs) / f"seed-{seed}" for seed in range(args.seeds)]
+
+
 def run(args: Any, out: Path) -> dict[str, Any]:
     """The content of ``results.json``."""
     import torch
@@ -469,7 +510,7 @@ def run(args: Any, out: Path) -> dict[str, Any]:
                     raise
                 print(f"left out: {error}", flush=True)
                 names = [n for n in names if n not in CLASSIFICATIONS or CLASSIFICATIONS[n].dataset != dataset]
-    folders = [runs / f"seed-{seed}" for seed in range(args.seeds)]
+    folders = _folders(args)
     for seed, folder in enumerate(folders):
         trained(transfer(seed=seed), folder)
     learned = [_loaded(folder) for folder in folders]
@@ -485,6 +526,7 @@ def run(args: Any, out: Path) -> dict[str, Any]:
         "tasks": tasks,
         "meta_seeds": args.seeds,
         "training_seconds": [json.loads((f / "seconds.json").read_text()) for f in folders],
+        "selection_scores": selection_scores(folders),
         "parameters": sum(p.numel() for p in learned[0].parameters()),
         "ablations": [],
         "versions": {
@@ -730,6 +772,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     p.add_argument("--tasks", nargs="+", metavar="NAME", help="which (default all)")
     p.add_argument("--ablations", action="store_true", help="also meta-train without one thing or another")
+    p.add_argument("--publish", metavar="FOLDER", help="copy the best run by validation score there")
     p.add_argument("--data-root", metavar="FOLDER", help="folder with MNIST's files (default: METATELE_DATA)")
     p.add_argument("--out", metavar="FOLDER", default="results/transfer", help="(default results/transfer)")
     p.add_argument("--redraw", action="store_true", help="tables and figures again from the stored results.json")
@@ -740,6 +783,8 @@ def main(arguments: Sequence[str]) -> None:
     write_atomically(out / "details.md", details(doc).encode())
     write_atomically(out / "time.png", figure(doc, time_axis=True))
     common.finish(doc, out, table, figure)
+    if args.publish and not args.redraw:
+        publish(doc, _folders(args), Path(args.publish))
 
 
 def _check_tasks(names: Sequence[str] | None) -> None:

@@ -44,6 +44,39 @@ class _Group:
         return loss / self.begun + _FLOOR
 
 
+def validation_score(
+    optimizer: EquivariantOptimizer, config: TransferConfig, device: torch.device | str = "cpu"
+) -> tuple[float, dict[int, float]]:
+    """Score and geometric mean of the losses relative to the initial ones at a few steps.
+
+    The score is the mean of their logarithms over ``validation_score_at``. On mini-batches a loss is the mean
+    over the last ten steps.
+
+    Args:
+        optimizer: What is scored.
+        config: The seed and number of its validation problems, and the steps that count.
+        device: Where.
+
+    Example:
+        >>> from metatele.config import transfer
+        >>> config = transfer(validation_trajectories=4, validation_steps=3, validation_score_at=(1, 3))
+        >>> score, ratios = validation_score(EquivariantOptimizer(config.method), config)
+        >>> list(ratios)
+        [1, 3]
+    """
+    c, mixture = config.training, Mixture(config.task)
+    steps = [s for s in c.validation_score_at if s <= c.validation_steps]
+    logs = []
+    for number in range(max(1, c.validation_trajectories // _VALIDATED)):
+        problems = mixture.sample(config.seed, "validation", number, _VALIDATED).to(device)
+        losses = losses_of(optimizer, problems, max(steps)).double()
+        rows = [losses[max(0, s - 9) : s + 1].mean(0) if problems.batch_size else losses[s] for s in steps]
+        ratio = torch.stack(rows) / losses[0] + _FLOOR
+        logs.append(ratio.nan_to_num(nan=c.lost_loss).clamp(max=c.lost_loss).log().mean(1))
+    mean = torch.stack(logs).mean(0)
+    return float(mean.mean()), {s: math.exp(v) for s, v in zip(steps, mean.tolist(), strict=True)}
+
+
 class TransferTrainer(Trainer):
     """Meta-training of the equivariant family.
 
@@ -119,22 +152,8 @@ class TransferTrainer(Trainer):
         return at.problems.mlp.flatten(at.done.gradient())
 
     def validate(self) -> tuple[float, dict[int, float]]:
-        """Score and geometric mean of the losses relative to the initial ones at a few steps.
-
-        The score is the mean of their logarithms over ``validation_score_at``. On mini-batches a loss is the mean
-        over the last ten steps.
-        """
-        c = self.config.training
-        steps = [s for s in c.validation_score_at if s <= c.validation_steps]
-        logs = []
-        for number in range(max(1, c.validation_trajectories // _VALIDATED)):
-            problems = self.mixture.sample(self.config.seed, "validation", number, _VALIDATED).to(self.device)
-            losses = losses_of(self.evaluated, problems, max(steps)).double()
-            rows = [losses[max(0, s - 9) : s + 1].mean(0) if problems.batch_size else losses[s] for s in steps]
-            ratio = torch.stack(rows) / losses[0] + _FLOOR
-            logs.append(ratio.nan_to_num(nan=c.lost_loss).clamp(max=c.lost_loss).log().mean(1))
-        mean = torch.stack(logs).mean(0)
-        return float(mean.mean()), {s: math.exp(v) for s, v in zip(steps, mean.tolist(), strict=True)}
+        """See :func:`validation_score`."""
+        return validation_score(self.evaluated, self.config, self.device)
 
     def _where(self) -> dict[str, Any]:
         return {
