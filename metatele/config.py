@@ -440,7 +440,7 @@ def preset(name: str, method: str = "update-tele", **changes: Any) -> RunConfig:
 
 
 _TRANSFER: dict[str, Any] = {
-    "trajectories": 16 * 240,
+    "trajectories": 16 * 400,
     "batch": 16,
     "groups": 12,
     "horizon": 300,

@@ -1,6 +1,6 @@
 """One learned optimizer on networks and data mostly new to it, beside standard optimizers tuned on each.
 
-Meta-trains ``--seeds`` optimizers (14 to 18 minutes each on a busy core) unless ``--runs`` holds them, and with
+Meta-trains ``--seeds`` optimizers (about 14 minutes each on one core) unless ``--runs`` holds them, and with
 ``--ablations`` shorter ones that lack something. Twelve kinds of full-batch regression, 64 held-out problems
 each, and classification by mini-batches of 200, 5 networks each. Standard optimizers are tuned on other problems of the
 same kind (for images, on other networks): the least mean loss at step 100, or training loss at the end. Time per step
