@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -486,7 +487,9 @@ class EquivariantOptimizer(nn.Module):
 
     # --- a step
 
-    def step(self, seen: Observation, states: EquivariantStates | None, pauses: bool = True) -> EquivariantStep:
+    def step(
+        self, seen: Observation, states: EquivariantStates | None, pauses: bool = True, spend: bool = False
+    ) -> EquivariantStep:
         """The change of the weights after a pass at them; ``None`` in place of states at the beginning.
 
         On mini-batches, after the first 16, the controller looks at every 16th step alone (``hold`` of the
@@ -497,6 +500,8 @@ class EquivariantOptimizer(nn.Module):
             seen: In the pass.
             states: Memories.
             pauses: Whether it may skip looks. Without, as in meta-training, more is learned from each step.
+            spend: Whether the memories given may be written over, which saves the time to find new memory. Without
+                derivatives only.
         """
         close, same = None, False
         if states is None or states.looks:
@@ -510,10 +515,14 @@ class EquivariantOptimizer(nn.Module):
         if states.age == 0:
             states = states.but(level=torch.stack([now, now, now], -1))
         before, looks = states, states.looks
+        # Two mini-batches differ anyway. What is not finite is not smaller than anything either.
+        most = math.log(self.config.growth) * (1 if same else 4)
+        well = now - states.level[:, 1] <= most
         if looks:
             assert close is not None
             states, D = self._controlled(close, states, now, same)
-            sizes = states.limit
+            well = well & torch.isfinite(states.limit.sum(-1))
+            calm = not same and bool(well.all())
         else:
             gradients = seen.gradients if close is None else close.gradients
             if torch.is_grad_enabled() and not bool(torch.isfinite(inner(gradients, gradients)).all()):
@@ -522,42 +531,46 @@ class EquivariantOptimizer(nn.Module):
             states, D = _again(gradients, states)
             with torch.no_grad():
                 sizes = inner(D, D)
-            D = _limited(D, sizes, states.limit)
+                calm = bool((well & (sizes <= states.limit).all(-1)).all())  # as nearly all are
+                if not calm:
+                    well = well & torch.isfinite(sizes.sum(-1))
+            if not calm:
+                D = _limited(D, sizes, states.limit)
         factors = states.factors
         if factors is None:
             columns = (t.unsqueeze(-1).unsqueeze(-1).unbind(1) for t in states.pace.unbind(-1))
             factors = list(zip(*columns, strict=True))
             states = states.but(factors=factors, last=states.pace[..., 2:].detach())
-        V, changes = [], []
-        for d, old, (beta, less, a, b) in zip(D, states.velocity, factors, strict=True):
-            V.append((beta * old).addcmul_(less, d))
-            changes.append((a * V[-1]).addcmul_(b, d))
         with torch.no_grad():
-            D = [d.detach() for d in D]
-            # Two mini-batches differ anyway. What is not finite is not smaller than anything either.
-            most = math.log(self.config.growth) * (1 if same else 4)
-            leapt = ~(now - states.level[:, 1] + 0 * sizes.sum(-1) <= most)
-            shorten, lowest = leapt, now
+            leapt = shorten = ~well
+            lowest = now
             if same:
                 # Many small rises are a large one: without this, steps at the level of rounding may grow for long.
                 crept = now - states.level[:, 2] > _CREPT
                 shorten = leapt | crept
                 lowest = torch.where(crept, now - _CREPT / 2, torch.minimum(now, states.level[:, 2] + _LEAK))
-            new = states.but(
-                age=states.age + 1,
-                until=states.age + self._wait(states.averaged, pauses) if looks else states.until,
-                velocity=V,
-                direction=D,
-                level=torch.stack([states.level[:, 0], now if looks else states.level[:, 1], lowest], -1),
-            )
+            back = not calm and states.age > 0 and bool(shorten.any())
+        spend = spend and not back and states.age > 0  # a step that is shortened is made of the old memories
+        V, changes = [], []
+        rooms = zip(states.velocity, states.direction, strict=True) if spend else repeat((None, None))
+        for d, old, (beta, less, a, b), (room, other) in zip(D, states.velocity, factors, rooms, strict=False):
+            V.append(torch.mul(beta, old, out=room).addcmul_(less, d))
+            changes.append(torch.mul(a, V[-1], out=other).addcmul_(b, d))
+        with torch.no_grad():
+            D = [d.detach() for d in D]
+            new = states.but(age=states.age + 1, velocity=V, direction=D)
+            if looks:
+                new = new.but(until=states.age + self._wait(states.averaged, pauses))
             if close is not None:
+                kept = now if looks else states.level[:, 1]
+                new = new.but(level=torch.stack([states.level[:, 0], kept, lowest], -1))
                 slope = inner(close.gradients, D)
                 beta, less, a, b = states.pace.unbind(-1)
                 predicted = (a * (beta * close.ahead + less * slope) + b * slope).sum(-1)
                 new = new.but(slope=slope, predicted=predicted, length=close.length, squares=inner(changes, changes))
                 if not looks:
                     new = new.but(reach=states.stretch + _log(inner(D, D)) / 2 + states.log_rate)
-        if states.age and bool(shorten.any()):
+        if back:
             new, changes = _shortened(before, new, changes, shorten, leapt, now, same)
         return EquivariantStep(changes, new, shorten)
 

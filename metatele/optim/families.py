@@ -226,7 +226,7 @@ class Equivariant(Family):
         if not at.stored and self.meta.opens(self.mlp) and all(rate == 1 for rate in at.rates):
             return self._opened(at)
         seen = self._seen(at, states)
-        done = self.meta.step(seen, states)
+        done = self.meta.step(seen, states, spend=True)
         samples = seen.data.shape[-1]
         if done.states.averaged == 2 and samples < _FEW and not self._warned:  # the second that differs
             self._warned = True

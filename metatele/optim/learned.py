@@ -152,11 +152,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _write(self, home: Tensor, kept: dict[str, Tensor], advance: int) -> None:
         # Every parameter has an entry, which tools that save state parameter by parameter ask for; the
         # memories are joint and lie with the first one.
-        for group in self.param_groups:
-            for p in group["params"]:
-                entry = self.state[p]
-                # Not in place: what was loaded may belong to the dictionary it came from.
-                entry["step"] = entry["step"] + advance if "step" in entry else torch.full((), float(advance))
+        entries = [self.state[p] for group in self.param_groups for p in group["params"]]
+        for entry in entries:
+            if "step" not in entry:
+                entry["step"] = torch.zeros(())
+        torch._foreach_add_([entry["step"] for entry in entries], float(advance))
         self.state[home].update(kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -172,8 +172,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for key, p in zip(saved["params"], group["params"], strict=True):
                 for name, value in state_dict["state"].get(key, {}).items():
-                    if name != "step":
-                        self.state[p][name] = value.detach().to(p.device, copy=True)
+                    # Copies: steps are made in place, and what was loaded belongs to the caller.
+                    where = value.device if name == "step" else p.device
+                    self.state[p][name] = value.detach().to(where, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry: the model too, so that both halves stay together."""
