@@ -39,6 +39,10 @@ class DivergedError(MetateleError, RuntimeError):
     """Training produced too many non-finite updates in a row."""
 
 
+class PeerLostError(MetateleError, RuntimeError):
+    """Another process of the same run is gone."""
+
+
 class SaveError(MetateleError, OSError):
     """A file could not be written; the file it would have replaced is untouched."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,23 +73,26 @@ def main(arguments: Sequence[str]) -> None:
     values = vars(parser().parse_args(arguments))
     out, device, threads = values.pop("out"), values.pop("device"), values.pop("threads")
     resume, quiet = values.pop("resume"), values.pop("quiet")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("several processes are not supported yet: start train_meta.py without torchrun")
     config = _configured(values)
 
     import torch
 
-    from metatele.training.run import CHECKPOINT_NAME, train
+    from metatele.training.processes import joined, local_device, restarted
+    from metatele.training.run import CHECKPOINT_NAME, STATE_NAME, train
 
     if threads:
         torch.set_num_threads(threads)
-    trainer = train(config, out, device=device_named(device), resume=resume, quiet=quiet)
-    if not quiet:
+    where = local_device(device_named(device))
+    # torchrun starts all processes with the same command line again when one has failed.
+    resume = resume or (restarted() and (Path(out) / STATE_NAME).exists())
+    with joined() as processes:
+        trainer = train(config, out, device=where, resume=resume, quiet=quiet, processes=processes)
+    if not quiet and processes.first:
         skipped = f", {trainer.skipped} skipped" if trainer.skipped else ""
         found = math.isfinite(trainer.best) and (Path(out) / CHECKPOINT_NAME).is_dir()
-        where = (
+        result = (
             f"best checkpoint in {out}/{CHECKPOINT_NAME}"
             if found
             else "no checkpoint: no validation was finite, or it was removed"
         )
-        print(f"{trainer.update} updates{skipped}; {where}")
+        print(f"{trainer.update} updates{skipped}; {result}")

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from metatele import checkpoint
 from metatele.config import RunConfig, TransferConfig, stored_config, to_dict
 from metatele.errors import CheckpointError, RunFolderError, SaveError
 from metatele.files import existing_folder, write_atomically
+from metatele.training.processes import Processes
 from metatele.training.trainer import MetaTrainer, Trainer
 from metatele.training.transfer import TransferTrainer
 
@@ -39,6 +40,7 @@ def train(
     device: torch.device | str = "cpu",
     resume: bool = False,
     quiet: bool = False,
+    processes: Processes | None = None,
 ) -> Trainer:
     """Meta-train into a folder; the whole of ``train_meta.py``.
 
@@ -48,29 +50,32 @@ def train(
         device: Where.
         resume: Go on from the last complete state.
         quiet: No progress on stderr or stdout.
+        processes: Those that share the batch; the first one alone writes.
 
     Raises:
         RunFolderError: The folder holds another run, or none to resume.
         DivergedError: Too many non-finite updates in a row.
         SaveError: Nothing could be written; earlier files are intact.
+        PeerLostError: Another process of the run is gone.
     """
-    folder = Path(out)
-    trainer = _resumed(config, folder, device) if resume else _begun(config, folder, device)
-    with _Log(folder, trainer, quiet) as log:
-        c = config.training
+    folder, processes, c = Path(out), processes or Processes(), config.training
+    trainer = (_resumed if resume else _begun)(config, folder, device, processes)
+    with _Log(folder, trainer, quiet) if processes.first else nullcontext() as log:
         if not resume:
             _save(trainer, folder)
         while not trainer.finished:
             upcoming = trainer.update + 1
             noted = upcoming % c.log_every == 0 or upcoming == c.updates
             metrics = trainer.step(measure=noted)
-            log.advance()
-            if noted:
-                log.training(metrics)
-            if trainer.update % c.validation_every == 0 or trainer.finished:
-                _validate(trainer, folder, log)
+            if log is not None:
+                log.advance()
+                if noted:
+                    log.training(metrics)
+                if trainer.update % c.validation_every == 0 or trainer.finished:
+                    _validate(trainer, folder, log)
             if trainer.update % c.save_every == 0 or trainer.finished:
-                log.flush()
+                if log is not None:
+                    log.flush()
                 _save(trainer, folder)
     return trainer
 
@@ -97,13 +102,17 @@ def trained(config: RunConfig | TransferConfig, folder: Path, device: torch.devi
     write_atomically(folder / "seconds.json", json.dumps(seconds).encode())
 
 
-def _trainer(config: RunConfig | TransferConfig, device: torch.device | str) -> Trainer:
-    return TransferTrainer(config, device) if isinstance(config, TransferConfig) else MetaTrainer(config, device)
+def _trainer(config: RunConfig | TransferConfig, device: torch.device | str, processes: Processes) -> Trainer:
+    if isinstance(config, TransferConfig):
+        return TransferTrainer(config, device, processes)
+    return MetaTrainer(config, device, processes)
 
 
-def _begun(config: RunConfig | TransferConfig, folder: Path, device: torch.device | str) -> Trainer:
-    _check_new(folder)
-    trainer = _trainer(config, device)  # first, so that settings it refuses leave no folder behind
+def _begun(
+    config: RunConfig | TransferConfig, folder: Path, device: torch.device | str, processes: Processes
+) -> Trainer:
+    processes.checked(lambda: _check_new(folder))
+    trainer = _trainer(config, device, processes)  # first, so that settings it refuses leave no folder behind
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -130,7 +139,9 @@ def _check_new(folder: Path) -> None:
         raise RunFolderError(f"{folder} is not empty (it holds {sorted(foreign)[0]}); choose another --out")
 
 
-def _resumed(config: RunConfig | TransferConfig, folder: Path, device: torch.device | str) -> Trainer:
+def _resumed(
+    config: RunConfig | TransferConfig, folder: Path, device: torch.device | str, processes: Processes
+) -> Trainer:
     state = read_state(folder)
     stored = stored_config(state["config"])
     if type(stored) is not type(config):
@@ -141,7 +152,7 @@ def _resumed(config: RunConfig | TransferConfig, folder: Path, device: torch.dev
             names = [k for k in ours if ours[k] != theirs[k]] if isinstance(ours, dict) else [part]
             a, b = (ours[names[0]], theirs[names[0]]) if isinstance(ours, dict) else (ours, theirs)
             raise RunFolderError(f"cannot resume {folder} with other settings: {names[0]} is {a} here and {b} there")
-    trainer = _trainer(config, device)
+    trainer = _trainer(config, device, processes)
     trainer.load_state_dict(state)
     if not (existing_folder(folder / CHECKPOINT_NAME) / checkpoint.CONFIG_NAME).is_file():
         trainer.best = math.inf  # there is none to beat
@@ -171,8 +182,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _save(trainer: Trainer, folder: Path) -> None:
+    state = trainer.state_dict()  # to which all processes contribute
+    if not trainer.processes.first:
+        return
     buffer = io.BytesIO()
-    torch.save(trainer.state_dict(), buffer)
+    torch.save(state, buffer)
     content = buffer.getvalue()
     write_atomically(folder / STATE_NAME, content + _SEAL + hashlib.sha256(content).hexdigest().encode())
 

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from metatele.errors import CheckpointError, ConfigError, DivergedError
 from metatele.metaopt import EquivariantOptimizer, MetaOptimizer, Stepped
 from metatele.tasks import Problems, Regression
 from metatele.training.curves import held_out_score, learned_curves
+from metatele.training.processes import Processes
 from metatele.unroll import Trajectories, start, unroll, window_loss
 
 _WARM_UP = 0.02  # fraction of the run over which a decaying rate first rises
@@ -25,15 +27,15 @@ class Window(NamedTuple):
     """What an unrolled window leaves.
 
     Attributes:
-        objective: What was differentiated.
-        steps: Trajectory-steps made.
-        lost: Trajectories that were lost.
+        objective: What was differentiated: this process's part of the mean over the batch.
+        flags: What is to be known of each of its trajectories, as 0 or 1 ``[kinds, B]``; first, whether it is lost.
+        steps: Length of the window.
         measured: More numbers to log.
     """
 
     objective: Tensor
+    flags: Tensor
     steps: int
-    lost: int
     measured: dict[str, float]
 
 
@@ -45,8 +47,10 @@ class Trainer(ABC):
         optimizer: What is trained.
         groups: Its parameters, with a rate each, as ``torch.optim`` takes them.
         device: Where.
+        processes: Those that share the batch.
 
     Attributes:
+        share: Which trajectories of the batch are this process's.
         update: Meta-updates done.
         skipped: Updates skipped because a loss or gradient was not finite.
         best: Least validation score so far.
@@ -58,8 +62,14 @@ class Trainer(ABC):
         optimizer: MetaOptimizer | EquivariantOptimizer,
         groups: list[dict[str, object]],
         device: torch.device | str,
+        processes: Processes,
     ) -> None:
         self.config, self.optimizer, self.device = config, optimizer, torch.device(device)
+        self.processes, self.share = processes, processes.share(config.training.batch)
+        if not len(self.share):
+            raise ConfigError(
+                f"batch must be at least the number of processes ({processes.count}), got {config.training.batch}"
+            )
         self.adam = torch.optim.Adam(groups, fused=True)
         self._rates = [float(group["lr"]) for group in self.adam.param_groups]
         self.averaged: MetaOptimizer | EquivariantOptimizer | None = None
@@ -87,8 +97,8 @@ class Trainer(ABC):
         """Unroll the next window and differentiate it."""
 
     @abstractmethod
-    def _renewed(self) -> None:
-        """Begin trajectories anew where their horizon ended or they were lost."""
+    def _renewed(self, flags: Tensor) -> None:
+        """Begin trajectories anew where their horizon ended or the flags of all of them ``[kinds, batch]`` say so."""
 
     @abstractmethod
     def _where(self) -> dict[str, Any]:
@@ -131,8 +141,9 @@ class Trainer(ABC):
         self._set_rates()
         self.adam.zero_grad(set_to_none=True)
         done = self._unrolled(measure)
+        objective, flags = self._together(done)
         norm = torch.nn.utils.clip_grad_norm_(self.optimizer.parameters(), c.clip or math.inf)
-        healthy = bool(torch.isfinite(done.objective)) and bool(torch.isfinite(norm))
+        healthy = bool(torch.isfinite(objective)) and bool(torch.isfinite(norm))
         # No gradient at all: every trajectory was lost at once, and there is nothing to learn from.
         healthy = healthy and float(norm) > 0
         if healthy:
@@ -142,7 +153,7 @@ class Trainer(ABC):
         else:
             self.skipped += 1
             self.skipped_in_row += 1
-        self._renewed()
+        self._renewed(flags)
         self.update += 1
         if self.skipped_in_row >= c.max_skipped:
             raise DivergedError(
@@ -150,13 +161,30 @@ class Trainer(ABC):
                 f"(at update {self.update}); earlier files are intact: lower the learning rates or set clip"
             )
         metrics = {
-            "meta_loss": float(done.objective.detach()),
+            "meta_loss": float(objective),
             "meta_gradient_norm": float(norm),
             "skipped": float(self.skipped),
-            "lost_trajectories": float(done.lost),
-            "ms_per_trajectory_step": 1e3 * (time.perf_counter() - begin_s) / done.steps,
+            "lost_trajectories": float(flags[0].sum()),
+            "ms_per_trajectory_step": 1e3 * (time.perf_counter() - begin_s) / (done.steps * c.batch),
         }
         return {**metrics, **done.measured}
+
+    @torch.no_grad()
+    def _together(self, done: Window) -> tuple[Tensor, Tensor]:
+        """The objective and flags of the whole batch; gradients are summed over the processes with them."""
+        if self.processes.count == 1:
+            return done.objective.detach(), done.flags
+        parameters = list(self.optimizer.parameters())
+        flags = done.flags.new_zeros(len(done.flags), self.config.training.batch)
+        flags[:, self.share.start : self.share.stop] = done.flags
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        parts += [done.objective, flags.to(done.objective)]
+        flat = torch.cat([part.detach().flatten() for part in parts])
+        self.processes.add_(flat)
+        *gradients, objective, summed = flat.split([part.numel() for part in parts])
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient.view_as(p)
+        return objective[0], summed.view_as(flags) > 0.5
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -167,7 +195,10 @@ class Trainer(ABC):
         torch._foreach_lerp_(targets, list(self.optimizer.parameters()), 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on to the same bits: tensors and plain values only."""
+        """Everything needed to go on to the same bits: tensors and plain values only.
+
+        All processes must ask for it; the first one's is complete.
+        """
         return {
             "format": 1,
             "config": to_dict(self.config),
@@ -203,6 +234,7 @@ class MetaTrainer(Trainer):
     Args:
         config: What to train and how.
         device: Where.
+        processes: Those that share the batch; this one alone if not given.
 
     Example:
         >>> from metatele.config import preset
@@ -218,13 +250,15 @@ class MetaTrainer(Trainer):
     optimizer: MetaOptimizer
     evaluated: MetaOptimizer
 
-    def __init__(self, config: RunConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: RunConfig, device: torch.device | str = "cpu", processes: Processes | None = None
+    ) -> None:
         self.task = Regression(config.task)
         optimizer = MetaOptimizer(config.method, config.task, config.seed).to(device)
         optimizer.set_precision(config.training.precision)
         groups = optimizer.parameter_groups(config.training.local_lr, config.training.teleport_lr)
-        super().__init__(config, optimizer, groups, device)
-        self.trajectories = self._fresh(config.training.batch)
+        super().__init__(config, optimizer, groups, device, processes or Processes())
+        self.trajectories = self._fresh(range(config.training.batch))
         worst = float(self.trajectories.loss.max())
         if not worst < config.training.lost_loss:
             raise ConfigError(
@@ -232,9 +266,10 @@ class MetaTrainer(Trainer):
                 f"got {config.training.lost_loss:g}"
             )
 
-    def _fresh(self, count: int) -> Trajectories:
-        indices = range(self.started, self.started + count)
-        self.started += count
+    def _fresh(self, positions: Sequence[int]) -> Trajectories:
+        """New trajectories for those of the given places in the batch that are this process's."""
+        indices = [self.started + k for k, i in enumerate(positions) if i in self.share]
+        self.started += len(positions)
         return start(self.optimizer, self.task.sample(self.config.seed, "train", indices).to(self.device))
 
     def _due(self) -> list[int]:
@@ -265,17 +300,19 @@ class MetaTrainer(Trainer):
                 (lambda k, where, done: last.append((where, done)) if k == steps - 1 else None) if measure else None,
                 c.lost_loss,
             )
-            objective = window_loss(losses, c.objective)
+            objective = window_loss(losses, c.objective) * (len(self.share) / c.batch)
             objective.backward()
         self.trajectories = end.detach()
-        lost = int((~(self.trajectories.loss < c.lost_loss)).sum())
-        return Window(objective, steps * c.batch, lost, self._measure(*last[0]) if measure else {})
+        lost = ~(self.trajectories.loss < c.lost_loss)
+        return Window(objective, lost[None], steps, self._measure(*last[0]) if measure else {})
 
-    def _renewed(self) -> None:
-        lost = (~(self.trajectories.loss < self.config.training.lost_loss)).tolist()
-        restart = sorted({*self._due(), *(i for i, gone in enumerate(lost) if gone)})
-        if restart:
-            self.trajectories = self.trajectories.restarted(restart, self._fresh(len(restart)))
+    def _renewed(self, flags: Tensor) -> None:
+        restart = sorted({*self._due(), *(i for i, gone in enumerate(flags[0].tolist()) if gone)})
+        ours = [i - self.share.start for i in restart if i in self.share]
+        if ours:
+            self.trajectories = self.trajectories.restarted(ours, self._fresh(restart))
+        else:
+            self.started += len(restart)
 
     def gradients(self) -> Tensor:
         """See the base class."""
@@ -283,7 +320,7 @@ class MetaTrainer(Trainer):
 
     @torch.no_grad()
     def _measure(self, where: Trajectories, done: Stepped) -> dict[str, float]:
-        """Median over the batch of what the last step of a window did."""
+        """Median over this process's trajectories of what the last step of a window did."""
         update = done.local - where.weights
         measured = {"update_norm": update.norm(dim=-1)}
         if self.config.method.method == "lr-tele":
@@ -312,7 +349,7 @@ class MetaTrainer(Trainer):
 
     def _where(self) -> dict[str, Any]:
         t = self.trajectories
-        return {
+        ours = {
             "inputs": t.problems.inputs,
             "targets": t.problems.targets,
             "initial": t.problems.initial,
@@ -322,6 +359,7 @@ class MetaTrainer(Trainer):
             "gradient": t.gradient,
             "states": t.states.tensors(),
         }
+        return joined_shares(self.processes.gathered(ours))
 
     def _return(self, where: dict[str, Any]) -> None:
         saved = {k: self._restored(v) for k, v in where.items() if k != "states"}
@@ -331,4 +369,15 @@ class MetaTrainer(Trainer):
         self.trajectories = Trajectories(problems, states=states, **saved)
 
     def _restored(self, tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor.to(self.device)
+        return None if tensor is None else tensor[self.share.start : self.share.stop].to(self.device)
+
+
+def joined_shares(shares: list[Any]) -> Any:
+    """What several processes hold of a batch, as one; the same nesting of tensors in each."""
+    if len(shares) < 2:
+        return shares[0] if shares else {}
+    if isinstance(shares[0], dict):
+        return {name: joined_shares([share[name] for share in shares]) for name in shares[0]}
+    if isinstance(shares[0], list):
+        return [joined_shares(list(parts)) for parts in zip(*shares, strict=True)]
+    return torch.cat([share.cpu() for share in shares]) if isinstance(shares[0], Tensor) else shares[0]

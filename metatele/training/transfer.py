@@ -18,6 +18,7 @@ from metatele.errors import ConfigError
 from metatele.metaopt import EquivariantOptimizer, EquivariantStates
 from metatele.rollout import Rollout, losses_of
 from metatele.tasks import Mixture
+from metatele.training.processes import Processes
 from metatele.training.trainer import Trainer, Window
 from metatele.unroll import window_loss
 
@@ -42,6 +43,11 @@ class _Group:
     def relative(self, loss: Tensor) -> Tensor:
         """Losses relative to the initial ones, and no smaller than rounding."""
         return loss / self.begun + _FLOOR
+
+    def is_common(self, name: str) -> bool:
+        """Whether a tensor of the states is one for all trajectories, rather than a row for each."""
+        shared = self.at.problems.inputs.dim() == 2
+        return name in ("counters", "fingerprint") or (shared and name.startswith(("input_moments_0", "inputs_0_")))
 
 
 def validation_score(
@@ -83,6 +89,7 @@ class TransferTrainer(Trainer):
     Args:
         config: What to train and how.
         device: Where.
+        processes: Those that share the batch; this one alone if not given.
 
     Example:
         >>> from metatele.config import transfer
@@ -96,14 +103,16 @@ class TransferTrainer(Trainer):
     optimizer: EquivariantOptimizer
     evaluated: EquivariantOptimizer
 
-    def __init__(self, config: TransferConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: TransferConfig, device: torch.device | str = "cpu", processes: Processes | None = None
+    ) -> None:
         c = config.training
         if c.precision != "float32":
             raise ConfigError(f"precision must be float32 for the equivariant family, got {c.precision}")
         self.mixture = Mixture(config.task)
         optimizer = EquivariantOptimizer(config.method, config.seed).to(device)
         groups: list[dict[str, Any]] = [{"params": list(optimizer.parameters()), "lr": c.local_lr}]
-        super().__init__(config, optimizer, groups, device)
+        super().__init__(config, optimizer, groups, device, processes or Processes())
         self.groups = [self._fresh() for _ in range(c.groups)]
 
     def _fresh(self) -> _Group:
@@ -112,7 +121,8 @@ class TransferTrainer(Trainer):
 
     def _group(self, number: int) -> _Group:
         c = self.config
-        problems = self.mixture.sample(c.seed, "train", number, c.training.batch).to(self.device)
+        problems = self.mixture.sample(c.seed, "train", number, c.training.batch)
+        problems = problems.part(slice(self.share.start, self.share.stop)).to(self.device)
         at = Rollout.begin(problems)
         return _Group(number, at.loss, at)
 
@@ -127,23 +137,20 @@ class TransferTrainer(Trainer):
             at = at.advanced(self.optimizer, pauses=False)
             # One lost trajectory is no reason to learn nothing from the others.
             losses.append(group.relative(at.loss).nan_to_num(nan=c.lost_loss).clamp(max=c.lost_loss))
-        objective = window_loss(torch.stack(losses), c.objective)
+        objective = window_loss(torch.stack(losses), c.objective) * (len(self.share) / c.batch)
         objective.backward()
         group.at = at.detach()
-        return Window(objective, c.unroll * c.batch, self._lost(group), {})
+        sound = torch.isfinite(group.at.weights).all(-1) & (group.relative(group.at.loss) < c.lost_loss)
+        arrived = group.at.loss < 10 * _FLOOR * group.begun
+        return Window(objective, torch.stack([~sound, arrived]), c.unroll, {})
 
-    def _lost(self, group: _Group) -> int:
-        sound = torch.isfinite(group.at.weights).all(-1) & (
-            group.relative(group.at.loss) < self.config.training.lost_loss
-        )
-        return int((~sound).sum())
-
-    def _renewed(self) -> None:
+    def _renewed(self, flags: Tensor) -> None:
         c, group = self.config.training, self._turn
         horizons = (c.horizon, *c.shorter)
+        lost, arrived = flags
         # Little is left to learn from; half of the groups stay, to learn to stay there.
-        arrived = group.number % 2 == 0 and bool((group.at.loss < 10 * _FLOOR * group.begun).all())
-        if arrived or group.at.age >= horizons[group.number % len(horizons)] or 2 * self._lost(group) > c.batch:
+        settled = group.number % 2 == 0 and bool(arrived.all())
+        if settled or group.at.age >= horizons[group.number % len(horizons)] or 2 * int(lost.sum()) > c.batch:
             self.groups[self.update % len(self.groups)] = self._fresh()
 
     def gradients(self) -> Tensor:
@@ -156,26 +163,45 @@ class TransferTrainer(Trainer):
         return validation_score(self.evaluated, self.config, self.device)
 
     def _where(self) -> dict[str, Any]:
-        return {
-            "groups": [
-                {
-                    "number": g.number,
-                    "age": g.at.age,
-                    "weights": g.at.weights,
-                    "states": None if g.at.states is None else g.at.states.tensors(),
-                }
-                for g in self.groups
-            ]
-        }
+        ours = [
+            {
+                "number": g.number,
+                "age": g.at.age,
+                "weights": g.at.weights,
+                "states": None if g.at.states is None else g.at.states.tensors(),
+            }
+            for g in self.groups
+        ]
+        shares = self.processes.gathered(ours)
+        return {"groups": [self._joined(*parts) for parts in zip(self.groups, *shares, strict=True)] if shares else []}
+
+    @staticmethod
+    def _joined(group: _Group, first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+        """What the processes hold of a group, as one."""
+        if not others:
+            return first
+        states = None
+        if first["states"] is not None:
+            states = {
+                name: t if group.is_common(name) else torch.cat([p["states"][name].cpu() for p in (first, *others)])
+                for name, t in first["states"].items()
+            }
+        return {**first, "weights": torch.cat([p["weights"].cpu() for p in (first, *others)]), "states": states}
+
+    def _ours(self, tensor: Tensor) -> Tensor:
+        """This process's share of what lies trajectory by trajectory in the first dimension."""
+        each = tensor.shape[0] // self.config.training.batch
+        return tensor[self.share.start * each : self.share.stop * each].to(self.device)
 
     def _return(self, where: dict[str, Any]) -> None:
         self.groups = []
         for saved in where["groups"]:
             group = self._group(saved["number"])
-            weights = saved["weights"].to(self.device)
+            weights = self._ours(saved["weights"])
             loss, done = group.at.problems.visit(weights, saved["age"])
             states = saved["states"]
             if states is not None:
-                states = EquivariantStates.from_tensors({k: t.to(self.device) for k, t in states.items()})
+                ours = {k: t.to(self.device) if group.is_common(k) else self._ours(t) for k, t in states.items()}
+                states = EquivariantStates.from_tensors(ours)
             group.at = Rollout(group.at.problems, weights, loss, done, states, saved["age"])
             self.groups.append(group)
