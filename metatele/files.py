@@ -10,8 +10,14 @@ from pathlib import Path
 from metatele.errors import SaveError
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
     """Replace a file's content in one step.
+
+    Args:
+        path: The file.
+        content: All of it.
+        previous: Where the earlier file is kept, in place of the one before it. Killed between two renames this
+            leaves that one alone.
 
     Raises:
         SaveError: Out of space, or not writable; the file keeps its earlier content.
@@ -23,6 +29,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):

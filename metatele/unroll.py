@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from metatele.errors import ConfigError
 from metatele.metaopt import MetaOptimizer, MoveStates, Stepped
@@ -87,6 +88,7 @@ def unroll(
     num_steps: int,
     observe: Observer | None = None,
     lost_loss: float = math.inf,
+    remat: bool = False,
 ) -> tuple[Trajectories, Tensor]:
     r"""Advance every trajectory by ``num_steps``, differentiably in the meta-parameters.
 
@@ -104,6 +106,8 @@ def unroll(
             reports this loss, as a constant, from then on; so one that explodes does not drown the
             meta-gradient of the others. (One whose very weights are not finite still spoils it, and
             the trainer skips that update.) Infinity switches this off.
+        remat: Keep of each step where it began alone, and compute the rest anew in the backward pass; the same
+            derivatives for less memory. Not inside ``optimizer.window()``, which keeps operands itself.
 
     Returns:
         The trajectories after the window, and the losses ``[num_steps, B]`` after each step.
@@ -121,9 +125,8 @@ def unroll(
     losses = []
     current = trajectories
     for step in range(num_steps):
-        done = optimizer.step(
-            current.weights, current.gradient, current.states, current.problems.inputs, current.prepared
-        )
+        at = (current.weights, current.gradient, current.states, current.problems.inputs, current.prepared)
+        done = checkpoint(optimizer.step, *at, use_reentrant=False) if remat else optimizer.step(*at)
         if observe is not None:
             observe(step, current, done)
         weights = done.weights

@@ -16,7 +16,7 @@ from cases import METHODS, small_run
 import metatele
 from metatele.config import preset
 from metatele.errors import CheckpointError, ConfigError, DivergedError, NotExactError, RunFolderError, SaveError
-from metatele.training.run import METRICS_NAME, STATE_NAME, read_state, train
+from metatele.training.run import METRICS_NAME, PREVIOUS_NAME, STATE_NAME, read_state, train
 from metatele.training.trainer import MetaTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,12 +287,27 @@ def test_damaged_states_are_one_error(tmp_path):
     train(small_run(), tmp_path, quiet=True)
     content = (tmp_path / STATE_NAME).read_bytes()
     for damage in (content[: len(content) // 2], b"", b"not a state"):
-        (tmp_path / STATE_NAME).write_bytes(damage)
+        for name in (STATE_NAME, PREVIOUS_NAME):
+            (tmp_path / name).write_bytes(damage)
         with pytest.raises(CheckpointError, match="damaged"):
             train(small_run(), tmp_path, resume=True, quiet=True)
     torch.save({"format": 2}, tmp_path / STATE_NAME)
     with pytest.raises(CheckpointError, match="damaged"):
         train(small_run(), tmp_path, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a state", None], ids=["empty", "foreign", "missing"])
+def test_a_run_goes_on_from_the_state_before_a_damaged_one(tmp_path, damage):
+    train(small_run(), tmp_path, quiet=True)
+    whole = outcome(tmp_path)
+    if damage is None:  # killed between two renames
+        (tmp_path / STATE_NAME).unlink()
+    else:
+        (tmp_path / STATE_NAME).write_bytes(damage)
+    with pytest.warns(UserWarning, match="going on from training_state.previous.pt, update 9"):
+        train(small_run(), tmp_path, resume=True, quiet=True)
+    for ours, theirs in zip(outcome(tmp_path), whole, strict=True):
+        assert same(ours, theirs)
 
 
 def test_log_holds_what_is_promised(tmp_path):
@@ -331,3 +346,9 @@ def test_presets_are_what_the_paper_says():
     assert preset("paper", "lr-tele").method.hidden == 20
     with pytest.raises(ConfigError, match="unroll must be at most the horizon"):
         preset("paper", unroll=200)
+
+
+def test_a_run_that_computes_steps_anew_is_the_same_up_to_the_order_of_sums(tmp_path):
+    plain, again = (train(small_run(remat=remat), tmp_path / str(remat), quiet=True) for remat in (False, True))
+    for a, b in zip(plain.optimizer.parameters(), again.optimizer.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -76,6 +76,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
         TransferTrainer(config).load_state_dict(state)
 
 
+def test_steps_computed_anew_give_the_same_updates():
+    plain, again = (TransferTrainer(transfer(**SMALL, remat=remat)) for remat in (False, True))
+    for _ in range(4):
+        assert plain.step()["meta_loss"] == again.step()["meta_loss"]
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.optimizer.parameters(), again.optimizer.parameters(), strict=True)
+    )
+
+
 def test_a_run_folder_is_resumed_and_refused_as_that_of_the_flat_family(tmp_path):
     config = transfer(**SMALL)
     train(config, tmp_path / "run", quiet=True)

@@ -183,3 +183,14 @@ def test_zero_loss_has_a_finite_log_objective():
     assert bool(torch.isfinite(losses.grad).all())
     with pytest.raises(ConfigError, match="objective"):
         window_loss(losses, "last")
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=ids)
+def test_steps_computed_anew_have_the_same_derivatives_to_the_bit(variant):
+    optimizer = small_optimizer(**variant)
+    begin, parameters = start(optimizer, small_problems(3)), list(optimizer.parameters())
+    gradients = []
+    for remat in (False, True):
+        losses = unroll(optimizer, begin, 5, lost_loss=1e6, remat=remat)[1]
+        gradients.append(torch.autograd.grad(window_loss(losses, "mean-log"), parameters))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

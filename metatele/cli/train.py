@@ -78,13 +78,13 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from metatele.training.processes import joined, local_device, restarted
-    from metatele.training.run import CHECKPOINT_NAME, STATE_NAME, train
+    from metatele.training.run import CHECKPOINT_NAME, begun, train
 
     if threads:
         torch.set_num_threads(threads)
     where = local_device(device_named(device))
     # torchrun starts all processes with the same command line again when one has failed.
-    resume = resume or (restarted() and (Path(out) / STATE_NAME).exists())
+    resume = resume or (restarted() and begun(Path(out)))
     with joined() as processes:
         trainer = train(config, out, device=where, resume=resume, quiet=quiet, processes=processes)
     if not quiet and processes.first:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from metatele.errors import ConfigError, ShapeMismatchError
 
-PRECISIONS = ("float32", "bf16")
+PRECISIONS = ("float32", "tf32", "bf16")
 _BLOCK = 10  # steps whose inputs lie in one piece of memory; the paper's window
 
 
@@ -68,7 +68,7 @@ class _Affine(torch.autograd.Function):
     """``[x, h] Wᵀ + b``; gradients of W and b go to the tape if there is one."""
 
     @staticmethod
-    def forward(ctx, x, h, weight, bias, cast_weight, tape):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, h, weight, bias, cast_weight, tape, tf32):  # type: ignore[no-untyped-def]
         # Side by side, in the products' dtype and where the window reads them: one pass over memory.
         if tape is not None:
             ctx.row, joined = tape.row(x.shape[0], cast_weight)
@@ -79,9 +79,10 @@ class _Affine(torch.autograd.Function):
             joined[:, x.shape[1] :].copy_(h)
         ctx.save_for_backward(cast_weight)
         ctx.joined = joined  # ours alone; rows written later in the same block must not count as a change
-        ctx.tape, ctx.split = tape, x.shape[-1]
+        ctx.tape, ctx.split, ctx.tf32 = tape, x.shape[-1], tf32
         if cast_weight.dtype == bias.dtype:
-            return torch.addmm(bias, joined, cast_weight.t())
+            with _tf32(tf32):
+                return torch.addmm(bias, joined, cast_weight.t())
         return (joined @ cast_weight.t()).to(bias.dtype).add_(bias)
 
     @staticmethod
@@ -92,21 +93,37 @@ class _Affine(torch.autograd.Function):
         low = grad.to(weight.dtype)
         needs_x, needs_h, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         x_grad = h_grad = weight_grad = bias_grad = None
-        if needs_x and needs_h:
-            x_grad, h_grad = (low @ weight).to(grad.dtype).split([ctx.split, weight.shape[1] - ctx.split], -1)
-        elif needs_x:
-            x_grad = (low @ weight[:, : ctx.split]).to(grad.dtype)
-        elif needs_h:
-            h_grad = (low @ weight[:, ctx.split :]).to(grad.dtype)
+        with _tf32(ctx.tf32):
+            if needs_x and needs_h:
+                x_grad, h_grad = (low @ weight).to(grad.dtype).split([ctx.split, weight.shape[1] - ctx.split], -1)
+            elif needs_x:
+                x_grad = (low @ weight[:, : ctx.split]).to(grad.dtype)
+            elif needs_h:
+                h_grad = (low @ weight[:, ctx.split :]).to(grad.dtype)
+            if ctx.tape is None and needs_weight:
+                weight_grad = (low.t() @ joined).to(grad.dtype)
         if ctx.tape is not None:
             before = ctx.tape.output_gradients.get(ctx.row)  # of an earlier backward pass, say
             ctx.tape.output_gradients[ctx.row] = low if before is None else before + low
             step = grad.sum(0)
             ctx.tape.bias_gradient = step if ctx.tape.bias_gradient is None else ctx.tape.bias_gradient + step
-        else:
-            weight_grad = (low.t() @ joined).to(grad.dtype) if needs_weight else None
-            bias_grad = grad.sum(0) if needs_bias else None
-        return x_grad, h_grad, weight_grad, bias_grad, None, None
+        elif needs_bias:
+            bias_grad = grad.sum(0)
+        return x_grad, h_grad, weight_grad, bias_grad, None, None, None
+
+
+@contextmanager
+def _tf32(wanted: bool) -> Iterator[None]:
+    """Products on a GPU round their operands to 10 bits inside; a CPU takes no notice."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    if before or not wanted:
+        yield
+        return
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _tanh(x: Tensor) -> Tensor:
@@ -162,7 +179,8 @@ class StackedLSTM(nn.Module):
         outputs: Size of the head's output.
         layers: Number of cells.
         generator: For the initial weights, uniform on ``±1/√hidden`` as in ``nn.LSTM``.
-        precision: ``"bf16"`` rounds the operands of the matrix products, and nothing else.
+        precision: ``"bf16"`` rounds the operands of the matrix products, and nothing else; so does ``"tf32"`` on a
+            GPU, while on a CPU it is ``"float32"``.
 
     Example:
         >>> lstm = StackedLSTM(3, 4, 2, layers=2, generator=torch.Generator().manual_seed(0))
@@ -197,7 +215,7 @@ class StackedLSTM(nn.Module):
 
     @property
     def precision(self) -> str:
-        """Precision of the matrix products, ``"float32"`` (the parameters' own) or ``"bf16"``."""
+        """Precision of the matrix products, ``"float32"`` (the parameters' own), ``"tf32"`` or ``"bf16"``."""
         return self._precision
 
     @precision.setter
@@ -225,14 +243,15 @@ class StackedLSTM(nn.Module):
         return self._affine(x, None, self.head_weight, self.head_bias), LSTMState(tuple(hidden), tuple(cell))
 
     def _affine(self, x: Tensor, h: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        if self._precision == "float32" and not torch.is_grad_enabled():
-            return torch.addmm(bias, x if h is None else torch.cat([x, h], -1), weight.t())
+        if self._precision != "bf16" and not torch.is_grad_enabled():
+            with _tf32(self._precision == "tf32"):
+                return torch.addmm(bias, x if h is None else torch.cat([x, h], -1), weight.t())
         tape = None if self._tapes is None else self._tapes[weight]
-        return _Affine.apply(x, h, weight, bias, self._cast(weight), tape)
+        return _Affine.apply(x, h, weight, bias, self._cast(weight), tape, self._precision == "tf32")
 
     def _cast(self, weight: Tensor) -> Tensor:
         """The weight as the products take it; within a window it is rounded once."""
-        if self._precision == "float32":
+        if self._precision != "bf16":
             return weight.detach()
         if self._tapes is None:
             return weight.detach().bfloat16()
@@ -262,7 +281,8 @@ class StackedLSTM(nn.Module):
                 if tape.bias_gradient is not None:
                     steps = sorted(tape.output_gradients)
                     grad = torch.cat([tape.output_gradients[step] for step in steps])
-                    _accumulate(weight, (grad.t() @ tape.inputs(steps)).to(weight.dtype))
+                    with _tf32(self._precision == "tf32"):
+                        _accumulate(weight, (grad.t() @ tape.inputs(steps)).to(weight.dtype))
                     _accumulate(bias, tape.bias_gradient)
         finally:
             self._tapes = None

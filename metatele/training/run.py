@@ -2,7 +2,8 @@
 
 ``checkpoint/`` is the published checkpoint with the least validation score so far,
 ``training_state.pt`` the resumable state, ``metrics.jsonl`` and TensorBoard events the log. The
-state is the one source of truth: whatever was logged after it is dropped when a run resumes.
+state is the one source of truth: whatever was logged after it is dropped when a run resumes. The state before it is
+kept too, and a run goes on from that one if the last one was damaged.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -31,6 +33,7 @@ from metatele.training.transfer import TransferTrainer
 
 _SEAL = b"\nmetatele sha256 "  # the file ends with its own checksum; torch.load does not check any
 STATE_NAME, METRICS_NAME, CHECKPOINT_NAME = "training_state.pt", "metrics.jsonl", "checkpoint"
+PREVIOUS_NAME = "training_state.previous.pt"
 
 
 def train(
@@ -95,7 +98,7 @@ def trained(config: RunConfig | TransferConfig, folder: Path, device: torch.devi
         return
     print(f"training into {folder}", flush=True)
     begin_s = time.perf_counter()
-    resume = (folder / STATE_NAME).exists()
+    resume = begun(folder)
     train(config, folder, device=device, resume=resume, quiet=True)
     # A resumed run's time is not known any more; it is left out rather than guessed.
     seconds = None if resume else time.perf_counter() - begin_s
@@ -123,7 +126,7 @@ def _begun(
 def _check_new(folder: Path) -> None:
     if folder.is_file():
         raise RunFolderError(f"out must be a folder, and {folder} is a file")
-    if (folder / STATE_NAME).exists():
+    if begun(folder):
         raise RunFolderError(f"{folder} holds another run; go on with it by --resume, or choose another --out")
     # What is left of a run killed before its first state is not a run; anything else is not ours.
     leftovers = {f".{STATE_NAME}.tmp"}
@@ -142,7 +145,7 @@ def _check_new(folder: Path) -> None:
 def _resumed(
     config: RunConfig | TransferConfig, folder: Path, device: torch.device | str, processes: Processes
 ) -> Trainer:
-    state = read_state(folder)
+    state = usable_state(folder)
     stored = stored_config(state["config"])
     if type(stored) is not type(config):
         raise RunFolderError(f"cannot resume {folder} with other settings: its preset is {stored.preset}")
@@ -159,16 +162,38 @@ def _resumed(
     return trainer
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The resumable state of a run folder, read without executing anything.
+def begun(folder: Path) -> bool:
+    """Whether a folder holds a run to go on with."""
+    return any((folder / name).exists() for name in (STATE_NAME, PREVIOUS_NAME))
+
+
+def usable_state(folder: Path) -> dict[str, Any]:
+    """The last resumable state of a run folder, or the one before it, with a warning, where that is damaged.
+
+    Raises:
+        RunFolderError: There is none.
+        CheckpointError: None can be read.
+    """
+    try:
+        return read_state(folder)
+    except (CheckpointError, RunFolderError) as error:
+        if not (folder / PREVIOUS_NAME).is_file():
+            raise
+        state = read_state(folder, PREVIOUS_NAME)
+        warnings.warn(f"{error}; going on from {PREVIOUS_NAME}, update {state['counters'][0]}", stacklevel=2)
+        return state
+
+
+def read_state(folder: Path, name: str = STATE_NAME) -> dict[str, Any]:
+    """One resumable state of a run folder, read without executing anything.
 
     Raises:
         RunFolderError: There is none.
         CheckpointError: It is damaged or from a newer format.
     """
-    path = folder / STATE_NAME
+    path = folder / name
     if not path.is_file():
-        raise RunFolderError(f"there is no run to resume in {folder}: {STATE_NAME} is missing")
+        raise RunFolderError(f"there is no run to resume in {folder}: {name} is missing")
     content, _, digest = path.read_bytes().rpartition(_SEAL)
     if hashlib.sha256(content).hexdigest().encode() != digest:
         raise CheckpointError(f"{path} is damaged: its checksum does not match")
@@ -188,7 +213,8 @@ def _save(trainer: Trainer, folder: Path) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    write_atomically(folder / STATE_NAME, content + _SEAL + hashlib.sha256(content).hexdigest().encode())
+    seal = _SEAL + hashlib.sha256(content).hexdigest().encode()
+    write_atomically(folder / STATE_NAME, content + seal, previous=folder / PREVIOUS_NAME)
 
 
 def _validate(trainer: Trainer, folder: Path, log: _Log) -> None:

@@ -7,6 +7,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -292,13 +293,14 @@ class MetaTrainer(Trainer):
         c = self.config.training
         steps = c.windows[self.update % len(c.windows)]
         last: list[tuple[Trajectories, Stepped]] = []
-        with self.optimizer.window():
+        with nullcontext() if c.remat else self.optimizer.window():
             end, losses = unroll(
                 self.optimizer,
                 self.trajectories.detach(),
                 steps,
                 (lambda k, where, done: last.append((where, done)) if k == steps - 1 else None) if measure else None,
                 c.lost_loss,
+                c.remat,
             )
             objective = window_loss(losses, c.objective) * (len(self.share) / c.batch)
             objective.backward()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from metatele.config import TransferConfig
 from metatele.errors import ConfigError
@@ -134,7 +135,10 @@ class TransferTrainer(Trainer):
         c, group = self.config.training, self._turn
         at, losses = group.at.detach(), []
         for _ in range(c.unroll):
-            at = at.advanced(self.optimizer, pauses=False)
+            if c.remat:
+                at = checkpoint(at.advanced, self.optimizer, pauses=False, use_reentrant=False)
+            else:
+                at = at.advanced(self.optimizer, pauses=False)
             # One lost trajectory is no reason to learn nothing from the others.
             losses.append(group.relative(at.loss).nan_to_num(nan=c.lost_loss).clamp(max=c.lost_loss))
         objective = window_loss(torch.stack(losses), c.objective) * (len(self.share) / c.batch)
