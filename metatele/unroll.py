@@ -132,10 +132,12 @@ def unroll(
         weights = done.weights
         value, gradient = current.problems.loss_and_gradient(weights)
         if math.isfinite(lost_loss):
-            alive = (value < lost_loss) & torch.isfinite(gradient).all(-1) & (current.loss.detach() < lost_loss)
-            weights = torch.where(alive[:, None], weights, current.weights.detach())
-            value = torch.where(alive, value, lost_loss)
-            gradient = torch.where(alive[:, None], gradient, 0.0)
+            # A sum is finite if all of its parts are, and one that overflows is no gradient to learn from.
+            alive = (value < lost_loss) & torch.isfinite(gradient.sum(-1)) & (current.loss.detach() < lost_loss)
+            if gradient.is_cuda or not bool(alive.all()):  # to ask a GPU would stop it
+                weights = torch.where(alive[:, None], weights, current.weights.detach())
+                value = torch.where(alive, value, lost_loss)
+                gradient = torch.where(alive[:, None], gradient, 0.0)
         loss = attach_gradient(weights, value, gradient)
         losses.append(loss)
         current = replace(current, weights=weights, loss=loss, gradient=gradient, states=done.states)

@@ -33,35 +33,58 @@ class LSTMState(NamedTuple):
     cell: tuple[Tensor, ...]
 
 
+class _Rows:
+    """Matrices ``[B, width]`` of the steps of a window, side by side in memory where one product reads them."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+
+    def row(self, step: int, batch: int, width: int, like: Tensor) -> Tensor:
+        """Memory for a step, in the dtype of ``like``."""
+        while len(self._blocks) * _BLOCK <= step:
+            self._blocks.append(like.new_empty(_BLOCK, batch, width))
+        if self._blocks[0].shape[1] != batch:
+            raise ShapeMismatchError(f"a window began with batch {self._blocks[0].shape[1]}, got {batch}")
+        return self._blocks[step // _BLOCK][step % _BLOCK]
+
+    def joined(self, steps: list[int]) -> Tensor:
+        """The given steps, one after another, ``[steps · B, width]``."""
+        if len(self._blocks) == 1 and steps == list(range(len(steps))):
+            return self._blocks[0][: len(steps)].flatten(0, 1)  # no copy
+        return torch.cat([self._blocks[step // _BLOCK][step % _BLOCK] for step in steps])
+
+
 class _Tape:
     """Operands of one weight's products over a window, and the weight as rounded for them.
 
-    Inputs are written where the window's one product reads them. Backward passes meet the steps in any
-    order and may leave some out, so each brings its row number.
+    Both operands are written where the window's one product reads them. Backward passes meet the steps in any
+    order and may leave some out, so each brings its number.
     """
 
     def __init__(self) -> None:
         self.rounded: Tensor | None = None
-        self.output_gradients: dict[int, Tensor] = {}
+        self.inputs, self.output_gradients = _Rows(), _Rows()
+        self.steps = 0
+        self.met: set[int] = set()
         self.bias_gradient: Tensor | None = None
-        self._rows: list[Tensor] = []
-        self._blocks: list[Tensor] = []
 
-    def row(self, batch: int, weight: Tensor) -> tuple[int, Tensor]:
-        """Number and memory ``[batch, width]`` of the next step's inputs, in the weight's dtype."""
-        used = len(self._rows) % _BLOCK
-        if used == 0:
-            self._blocks.append(weight.new_empty(_BLOCK, batch, weight.shape[1]))
-        if self._blocks[-1].shape[1] != batch:
-            raise ShapeMismatchError(f"a window began with batch {self._blocks[-1].shape[1]}, got {batch}")
-        self._rows.append(self._blocks[-1][used])
-        return len(self._rows) - 1, self._rows[-1]
+    def input(self, batch: int, weight: Tensor) -> tuple[int, Tensor]:
+        """Number of the next step, and memory for its inputs."""
+        self.steps += 1
+        return self.steps - 1, self.inputs.row(self.steps - 1, batch, weight.shape[1], weight)
 
-    def inputs(self, steps: list[int]) -> Tensor:
-        """Inputs of the given steps, one after another, ``[steps · B, width]``."""
-        if len(self._blocks) == 1 and steps == list(range(len(steps))):
-            return self._blocks[0][: len(steps)].flatten(0, 1)  # no copy
-        return torch.cat([self._rows[step] for step in steps])
+    def keep(self, step: int, grad: Tensor, like: Tensor) -> Tensor:
+        """Take in a step's output gradient ``[B, outputs]``; returns it in the dtype of ``like``."""
+        row = self.output_gradients.row(step, grad.shape[0], grad.shape[1], like)
+        if step in self.met:  # of an earlier backward pass, say
+            row.add_(grad)
+            low = grad.to(like.dtype)
+        else:
+            low = row.copy_(grad)
+        self.met.add(step)
+        total = grad.sum(0)
+        self.bias_gradient = total if self.bias_gradient is None else self.bias_gradient.add_(total)
+        return low
 
 
 class _Affine(torch.autograd.Function):
@@ -71,7 +94,7 @@ class _Affine(torch.autograd.Function):
     def forward(ctx, x, h, weight, bias, cast_weight, tape, tf32):  # type: ignore[no-untyped-def]
         # Side by side, in the products' dtype and where the window reads them: one pass over memory.
         if tape is not None:
-            ctx.row, joined = tape.row(x.shape[0], cast_weight)
+            ctx.step, joined = tape.input(x.shape[0], cast_weight)
         else:
             joined = torch.empty(x.shape[0], cast_weight.shape[1], dtype=cast_weight.dtype, device=x.device)
         joined[:, : x.shape[1]].copy_(x)
@@ -90,7 +113,7 @@ class _Affine(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (weight,) = ctx.saved_tensors
         joined = ctx.joined
-        low = grad.to(weight.dtype)
+        low = grad.to(weight.dtype) if ctx.tape is None else ctx.tape.keep(ctx.step, grad, weight)
         needs_x, needs_h, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         x_grad = h_grad = weight_grad = bias_grad = None
         with _tf32(ctx.tf32):
@@ -102,12 +125,7 @@ class _Affine(torch.autograd.Function):
                 h_grad = (low @ weight[:, ctx.split :]).to(grad.dtype)
             if ctx.tape is None and needs_weight:
                 weight_grad = (low.t() @ joined).to(grad.dtype)
-        if ctx.tape is not None:
-            before = ctx.tape.output_gradients.get(ctx.row)  # of an earlier backward pass, say
-            ctx.tape.output_gradients[ctx.row] = low if before is None else before + low
-            step = grad.sum(0)
-            ctx.tape.bias_gradient = step if ctx.tape.bias_gradient is None else ctx.tape.bias_gradient + step
-        elif needs_bias:
+        if ctx.tape is None and needs_bias:
             bias_grad = grad.sum(0)
         return x_grad, h_grad, weight_grad, bias_grad, None, None, None
 
@@ -128,16 +146,15 @@ def _tf32(wanted: bool) -> Iterator[None]:
 
 def _tanh(x: Tensor) -> Tensor:
     """``2 sigmoid(2x) - 1``; torch's sigmoid is several times faster than its tanh on a CPU."""
-    return x.mul(2).sigmoid_().mul_(2).sub_(1)
+    return (x + x).sigmoid_().mul_(2).sub_(1)
 
 
 def _cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden state, cell, activated gates and the squashed cell."""
-    size = cell.shape[-1]
-    activated = torch.empty_like(gates)
-    torch.sigmoid(gates[:, : 3 * size], out=activated[:, : 3 * size])
-    activated[:, 3 * size :] = _tanh(gates[:, 3 * size :])
-    i, f, o, candidate = activated.chunk(4, -1)
+    """Hidden state, cell, activated gates (written over the gates) and the squashed cell."""
+    i, f, o, candidate = gates.chunk(4, -1)
+    candidate.mul_(2)
+    activated = gates.sigmoid_()
+    candidate.mul_(2).sub_(1)  # its tanh, as below
     new_cell = torch.addcmul(f * cell, i, candidate)
     squashed = _tanh(new_cell)
     return o * squashed, new_cell, activated, squashed
@@ -279,10 +296,10 @@ class StackedLSTM(nn.Module):
             for weight, bias in pairs:
                 tape = self._tapes[weight]
                 if tape.bias_gradient is not None:
-                    steps = sorted(tape.output_gradients)
-                    grad = torch.cat([tape.output_gradients[step] for step in steps])
+                    steps = sorted(tape.met)
+                    grad, inputs = tape.output_gradients.joined(steps), tape.inputs.joined(steps)
                     with _tf32(self._precision == "tf32"):
-                        _accumulate(weight, (grad.t() @ tape.inputs(steps)).to(weight.dtype))
+                        _accumulate(weight, (grad.t() @ inputs).to(weight.dtype))
                     _accumulate(bias, tape.bias_gradient)
         finally:
             self._tapes = None
