@@ -35,7 +35,9 @@ _FULL, _NETWORKS, _TUNING, _FEW = 64, 5, 32, 8
 _STEPS, _LONG, _TARGET = 300, 1000, 100
 _SHOWN = (10, 30, 100, 300, 1000)
 _ABLATION_TRAJECTORIES, _ABLATION_SEEDS = 16 * 67, 2
-_SELECTION = {"seed": 1000, "validation_trajectories": 4 * 30}  # problems on which meta-seeds are compared
+# Problems on which meta-seeds are compared: of training's kinds, and long runs of mini-batches on wide networks.
+_SELECTION = {"seed": 1000, "validation_trajectories": 4 * 30}
+_SELECTION_HIDDEN, _SELECTION_STEPS = ((400, 200), (300, 300), (256, 128, 64)), 600
 # Name to what is changed in the configuration of meta-training.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "everything": {},
@@ -386,18 +388,49 @@ def ablations(tasks: Sequence[dict[str, Any]], runs: Path) -> list[dict[str, Any
 # --- the one for the repository
 
 
+def _on_large_data(optimizer: EquivariantOptimizer) -> float:
+    """Mean log of the loss relative to the initial one, half way and at the end of runs on data like images."""
+    import torch
+
+    from metatele.activations import ReLU
+    from metatele.losses import CrossEntropy
+    from metatele.mlp import MLP
+    from metatele.random import generator
+    from metatele.rollout import losses_of
+    from metatele.tasks import Fitting
+    from metatele.tasks.fitting import image_like, usual_weights
+
+    d, classes, logs = 600, 10, []
+    for number, hidden in enumerate(_SELECTION_HIDDEN):
+        draws, mlp = generator(_SELECTION["seed"], "validation", number), MLP((d, *hidden, classes), ReLU(), True)
+        X, labels = image_like(draws, (d, 40, classes, 30_000))
+        problem = Fitting(mlp, X, labels, usual_weights(mlp, 1, draws), CrossEntropy(), 200, number)
+        losses = losses_of(optimizer, problem, _SELECTION_STEPS).double()
+        for step in (_SELECTION_STEPS // 2, _SELECTION_STEPS):
+            ratio = losses[step - 19 : step + 1].mean() / losses[0].mean()
+            logs.append(float(torch.nan_to_num(ratio, nan=1e6).clamp(1e-12, 1e6).log()))
+    return sum(logs) / len(logs)
+
+
 def selection_scores(folders: Sequence[Path]) -> list[float]:
-    """Of each run's checkpoint on the same validation problems of the training's kinds: the least is the best."""
+    """Of each run's checkpoint on the same problems, none of them held out: the least is the best.
+
+    The sum of the validation score on training's kinds of problems, and of its like on larger data and networks.
+    """
     from metatele import checkpoint
     from metatele.config import transfer
     from metatele.training.transfer import validation_score
 
     config = transfer(**_SELECTION)
+
+    def measure(folder: Path) -> tuple[float, float]:
+        optimizer = _loaded(folder)
+        return validation_score(optimizer, config)[0], _on_large_data(optimizer)
+
     scores = []
     for folder in folders:
-        digest = checkpoint.read_config(folder)["model_sha256"]
-        measure = partial(validation_score, _loaded(folder), config)
-        scores.append(float(_kept(folder / "selection.json", [digest, _SELECTION], measure)[0]))
+        key = [checkpoint.read_config(folder)["model_sha256"], _SELECTION, _SELECTION_HIDDEN, _SELECTION_STEPS]
+        scores.append(sum(_kept(folder / "selection.json", key, partial(measure, folder))))
     return scores
 
 

@@ -93,6 +93,45 @@ def usual_weights(mlp: MLP, count: int, draws: torch.Generator) -> Tensor:
     return mlp.flatten(mlp.usual_weights(torch.rand(count, mlp.num_parameters, generator=draws)))
 
 
+def image_like(
+    draws: torch.Generator,
+    sizes: tuple[int, int, int, int],
+    fall: float = 0.5,
+    level: float | None = -0.5,
+    decades: float = 1.0,
+    root_mean_square: float = 0.33,
+) -> tuple[Tensor, Tensor]:
+    """Data like images: many features of low rank, of unlike size, some hardly ever not zero; a teacher's classes.
+
+    Args:
+        draws: Where randomness comes from.
+        sizes: Features d, rank, classes, samples n.
+        fall: The latent coordinates' standard deviations go like ``1/k^fall``.
+        level: Before features are cut off at zero this is added to them all; ``None``: they are not cut off.
+        decades: How far features differ in size.
+        root_mean_square: Of all entries.
+
+    Returns:
+        Inputs ``[d, n]`` and labels ``[n]``.
+
+    Example:
+        >>> X, labels = image_like(torch.Generator().manual_seed(0), (100, 20, 10, 50))
+        >>> X.shape, labels.shape
+        (torch.Size([100, 50]), torch.Size([50]))
+    """
+    d, rank, classes, n = sizes
+    latent = torch.randn(rank, n, generator=draws) * (1 + torch.arange(rank)).pow(-fall)[:, None]
+    mix = torch.randn(d, rank, generator=draws)
+    X = mix @ (latent / latent.square().sum(0).mean().sqrt()) + 0.1 * torch.randn(d, n, generator=draws)
+    if level is not None:
+        X = (X + level + torch.randn(d, 1, generator=draws)).clamp_min(0)
+    X = X * 10 ** (-decades * torch.rand(d, 1, generator=draws))
+    X = X / X.square().mean().sqrt() * root_mean_square
+    teacher = MLP((rank, 30, classes), Tanh(), True)
+    Y = teacher.forward(teacher.unflatten(4 * usual_weights(teacher, 1, draws)[0]), latent)
+    return X, (Y - Y.mean(-1, keepdim=True) + 0.05 * torch.randn(Y.shape, generator=draws)).argmax(-2)
+
+
 # SiLU is left out, to see what is made of an activation that was never met.
 _ACTIVATIONS: tuple[Activation, ...] = (LeakyReLU(0.1), LeakyReLU(0.1), ReLU(), Tanh(), Softplus(), Sigmoid())
 
@@ -195,21 +234,14 @@ class Mixture:
         return Fitting(mlp, images.train_images.T, images.train_labels, w, CrossEntropy(), size, choose.getrandbits(30))
 
     def _wide(self, choose: random.Random, draws: torch.Generator, count: int) -> Fitting:
-        """Classification of data like images: many features of low rank, of unlike size, some hardly ever not zero."""
+        """Classification of :func:`image_like` data."""
         d = round(math.exp(choose.uniform(math.log(64), math.log(800))))
         rank, classes = choose.randint(10, 60), choose.randint(2, 10)
         size = choose.choice((50, 100, 200))
-        n = size * choose.randint(8, 40)
-        latent = torch.randn(rank, n, generator=draws) * (1 + torch.arange(rank)).pow(-choose.uniform(0, 1))[:, None]
-        mix = torch.randn(d, rank, generator=draws)
-        X = mix @ (latent / latent.square().sum(0).mean().sqrt()) + 0.1 * torch.randn(d, n, generator=draws)
-        if choose.random() < 0.75:
-            X = (X + choose.uniform(-2, 1) + torch.randn(d, 1, generator=draws)).clamp_min(0)
-        X = X * 10 ** (-choose.uniform(0, 2) * torch.rand(d, 1, generator=draws))
-        X = X / X.square().mean().sqrt() * choose.uniform(0.2, 1)
-        teacher = MLP((rank, 30, classes), Tanh(), True)
-        Y = teacher.forward(teacher.unflatten(4 * usual_weights(teacher, 1, draws)[0]), latent)
-        labels = (Y - Y.mean(-1, keepdim=True) + 0.05 * torch.randn(Y.shape, generator=draws)).argmax(-2)
+        n, fall = size * choose.randint(8, 40), choose.uniform(0, 1)
+        level = choose.uniform(-2, 1) if choose.random() < 0.75 else None
+        decades, root_mean_square = choose.uniform(0, 2), choose.uniform(0.2, 1)
+        X, labels = image_like(draws, (d, rank, classes, n), fall, level, decades, root_mean_square)
         mlp = MLP((d, *self._hidden(choose), classes), choose.choice(_ACTIVATIONS), choose.random() < 0.6)
         w = usual_weights(mlp, count, draws)
         return Fitting(mlp, X, labels, w, CrossEntropy(), size, choose.getrandbits(30))
