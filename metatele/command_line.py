@@ -6,8 +6,11 @@ import argparse
 import dataclasses
 import os
 import sys
+import threading
 import typing
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -145,8 +148,24 @@ def make_folder(path: Path) -> bool:
     return True
 
 
+def _warning_line(others: Callable[..., None], program: str, message: Warning | str, *args: Any, **more: Any) -> None:
+    """Ours in one line; those of other packages as ever."""
+    if args and args[0] is UserWarning and "metatele" in str(args[1]):
+        print(f"{program}: warning: {message}", file=sys.stderr)
+    else:
+        others(message, *args, **more)
+
+
+def _without_failed_writes(others: Callable[..., object], failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer has a thread, whose errors reach the program too, with its next line or its close."""
+    if not isinstance(failure.exc_value, OSError):
+        others(failure)
+
+
 def run_program(main: Callable[[Sequence[str]], None], program: str) -> NoReturn:
-    """Call ``main`` with the command line; user errors become one line and an exit code."""
+    """Call ``main`` with the command line; user errors and warnings become one line, errors an exit code."""
+    warnings.showwarning = partial(_warning_line, warnings.showwarning, program)
+    threading.excepthook = partial(_without_failed_writes, threading.excepthook)
     try:
         main(sys.argv[1:])
     except (ConfigError, NotExactError) as error:

@@ -34,6 +34,9 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
+            if previous is not None and not path.exists():
+                previous.replace(path)
+        with suppress(OSError):
             temporary.unlink()
         raise SaveError(f"could not write {path}: {error.strerror or error}; what was there is unchanged") from error
 

@@ -43,6 +43,32 @@ def test_help_does_not_wait_for_torch(name):
     assert "torch" not in loaded.stderr
 
 
+SMALL = "quick --widths 3,4,2 --samples 3 --hidden 4 --batch 2 --horizon 4 --unroll 2 --validation-steps 4"
+SMALL += " --validation-score-at 4 --validation-trajectories 4 --threads 1 --quiet"
+
+
+def test_a_warning_is_one_line(tmp_path):
+    flags = [*SMALL.split(), "--trajectories", 8, "--save-every", 2, "--out", tmp_path]
+    assert script("train_meta.py", *flags).returncode == 0
+    (tmp_path / "training_state.pt").write_bytes(b"damaged")
+    done = script("train_meta.py", *flags, "--resume")
+    assert done.returncode == 0
+    assert done.stderr.startswith("train_meta.py: warning: ")
+    assert done.stderr.count("\n") == 1
+    assert "going on from training_state.previous.pt" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on the size of files stands for a full disk")
+def test_a_full_disk_is_one_line_also_where_tensorboard_meets_it_first(tmp_path):
+    limited = "import resource, signal, subprocess, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
+    limited += "sys.argv = sys.argv[1:]; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    flags = [*SMALL.split(), "--trajectories", 2000, "--log-every", 1, "--save-every", 100000, "--out", str(tmp_path)]
+    command = [sys.executable, "-c", limited, str(ROOT / "train_meta.py"), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    one_line(done, 1, "File too large")
+
+
 def test_every_setting_is_a_flag():
     help_text = train.parser().format_help()
     import dataclasses

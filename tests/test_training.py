@@ -265,6 +265,13 @@ def test_a_run_of_which_nothing_is_finite_stops_with_a_message(tmp_path):
         train(small_run(local_lr=1e38, clip=0.0, trajectories=400, max_skipped=5), tmp_path, quiet=True)
 
 
+def test_what_a_run_killed_before_its_first_state_left_is_no_run(tmp_path):
+    for name in (METRICS_NAME, f".{METRICS_NAME}.tmp", f".{STATE_NAME}.tmp"):
+        (tmp_path / name).touch()
+    train(small_run(), tmp_path, quiet=True)
+    assert outcome(tmp_path)
+
+
 def test_folders_that_hold_something_are_left_alone(tmp_path):
     train(small_run(), tmp_path / "run", quiet=True)
     with pytest.raises(RunFolderError, match="another run"):
@@ -289,7 +296,7 @@ def test_damaged_states_are_one_error(tmp_path):
     for damage in (content[: len(content) // 2], b"", b"not a state"):
         for name in (STATE_NAME, PREVIOUS_NAME):
             (tmp_path / name).write_bytes(damage)
-        with pytest.raises(CheckpointError, match="damaged"):
+        with pytest.raises(CheckpointError, match=f"{STATE_NAME} is damaged.*{PREVIOUS_NAME} is damaged"):
             train(small_run(), tmp_path, resume=True, quiet=True)
     torch.save({"format": 2}, tmp_path / STATE_NAME)
     with pytest.raises(CheckpointError, match="damaged"):

@@ -129,7 +129,7 @@ def _check_new(folder: Path) -> None:
     if begun(folder):
         raise RunFolderError(f"{folder} holds another run; go on with it by --resume, or choose another --out")
     # What is left of a run killed before its first state is not a run; anything else is not ours.
-    leftovers = {f".{STATE_NAME}.tmp"}
+    leftovers = {f".{STATE_NAME}.tmp", f".{METRICS_NAME}.tmp"}
     metrics = folder / METRICS_NAME
     if metrics.is_file() and metrics.stat().st_size == 0:
         leftovers.add(METRICS_NAME)
@@ -179,7 +179,10 @@ def usable_state(folder: Path) -> dict[str, Any]:
     except (CheckpointError, RunFolderError) as error:
         if not (folder / PREVIOUS_NAME).is_file():
             raise
-        state = read_state(folder, PREVIOUS_NAME)
+        try:
+            state = read_state(folder, PREVIOUS_NAME)
+        except CheckpointError as earlier:
+            raise CheckpointError(f"{error}; and {earlier}") from error
         warnings.warn(f"{error}; going on from {PREVIOUS_NAME}, update {state['counters'][0]}", stacklevel=2)
         return state
 
