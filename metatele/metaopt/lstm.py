@@ -41,6 +41,10 @@ class _Rows:
 
     def row(self, step: int, batch: int, width: int, like: Tensor) -> Tensor:
         """Memory for a step, in the dtype of ``like``."""
+        if step == 0 and self._blocks:  # of the window before: fresh memory costs as much as what is done with it
+            old = self._blocks[0]
+            if (old.shape[1:], old.dtype, old.device) != ((batch, width), like.dtype, like.device):
+                self._blocks = []
         while len(self._blocks) * _BLOCK <= step:
             self._blocks.append(like.new_empty(_BLOCK, batch, width))
         if self._blocks[0].shape[1] != batch:
@@ -49,7 +53,7 @@ class _Rows:
 
     def joined(self, steps: list[int]) -> Tensor:
         """The given steps, one after another, ``[steps · B, width]``."""
-        if len(self._blocks) == 1 and steps == list(range(len(steps))):
+        if len(steps) <= _BLOCK and steps == list(range(len(steps))):
             return self._blocks[0][: len(steps)].flatten(0, 1)  # no copy
         return torch.cat([self._blocks[step // _BLOCK][step % _BLOCK] for step in steps])
 
@@ -61,10 +65,12 @@ class _Tape:
     order and may leave some out, so each brings its number.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: _Tape | None) -> None:
         self.rounded: Tensor | None = None
-        self.inputs, self.output_gradients = _Rows(), _Rows()
+        self.inputs: _Rows = _Rows() if earlier is None else earlier.inputs
+        self.output_gradients: _Rows = _Rows() if earlier is None else earlier.output_gradients
         self.steps = 0
+        self.closed = False
         self.met: set[int] = set()
         self.bias_gradient: Tensor | None = None
 
@@ -75,8 +81,12 @@ class _Tape:
 
     def keep(self, step: int, grad: Tensor, like: Tensor) -> Tensor:
         """Take in a step's output gradient ``[B, outputs]``; returns it in the dtype of ``like``."""
+        if self.closed:
+            raise RuntimeError("backward belongs inside the window that the steps were made in")
         row = self.output_gradients.row(step, grad.shape[0], grad.shape[1], like)
-        if step in self.met:  # of an earlier backward pass, say
+        if row.data_ptr() == grad.data_ptr():  # written there
+            low = row
+        elif step in self.met:  # of an earlier backward pass, say
             row.add_(grad)
             low = grad.to(like.dtype)
         else:
@@ -87,47 +97,87 @@ class _Tape:
         return low
 
 
+class _Operands(NamedTuple):
+    """What a product with a weight needs beside its input.
+
+    Attributes:
+        weight: As the products take it.
+        tape: Of the window, if there is one.
+        tf32: Whether a GPU may round the operands.
+    """
+
+    weight: Tensor
+    tape: _Tape | None
+    tf32: bool
+
+    def joined(self, x: Tensor, h: Tensor | None) -> tuple[int, Tensor]:
+        """``[x, h]`` in the products' dtype and where the window reads it, in one pass over memory; its step."""
+        if self.tape is not None:
+            step, joined = self.tape.input(x.shape[0], self.weight)
+        else:
+            step, joined = 0, self.weight.new_empty(x.shape[0], self.weight.shape[1])
+        if h is None:
+            joined.copy_(x)
+        else:
+            left, right = joined.split([x.shape[1], h.shape[1]], -1)
+            left.copy_(x)
+            right.copy_(h)
+        return step, joined
+
+    def product(self, joined: Tensor, bias: Tensor) -> Tensor:
+        """``[x, h] Wᵀ + b``."""
+        if self.weight.dtype == bias.dtype:
+            with _tf32(self.tf32):
+                return torch.addmm(bias, joined, self.weight.t())
+        return (joined @ self.weight.t()).to(bias.dtype).add_(bias)
+
+    def product_alone(self, x: Tensor, h: Tensor | None, bias: Tensor) -> Tensor:
+        """The same where nothing is kept for a derivative."""
+        return self.product((x if h is None else torch.cat([x, h], -1)).to(self.weight.dtype), bias)
+
+    def memory(self, step: int, like: Tensor) -> Tensor:
+        """Where a step's output gradient ``[B, outputs]`` may be written before :meth:`backward` reads it."""
+        if self.tape is None or like.dtype != self.weight.dtype or step in self.tape.met:
+            return torch.empty_like(like)
+        return self.tape.output_gradients.row(step, like.shape[0], like.shape[1], like)
+
+    def backward(
+        self, step: int, grad: Tensor, joined: Tensor, split: int, needs: tuple[bool, bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x, h, W and b where needed; those of W and b go to the tape if there is one."""
+        weight, (needs_x, needs_h, needs_weight, needs_bias) = self.weight, needs
+        low = grad.to(weight.dtype) if self.tape is None else self.tape.keep(step, grad, weight)
+        x_grad = h_grad = weight_grad = bias_grad = None
+        with _tf32(self.tf32):
+            if needs_x and needs_h:
+                x_grad, h_grad = (low @ weight).to(grad.dtype).split([split, weight.shape[1] - split], -1)
+            elif needs_x:
+                x_grad = (low @ weight[:, :split]).to(grad.dtype)
+            elif needs_h:
+                h_grad = (low @ weight[:, split:]).to(grad.dtype)
+            if self.tape is None and needs_weight:
+                weight_grad = (low.t() @ joined).to(grad.dtype)
+        if self.tape is None and needs_bias:
+            bias_grad = grad.sum(0)
+        return x_grad, h_grad, weight_grad, bias_grad
+
+
 class _Affine(torch.autograd.Function):
-    """``[x, h] Wᵀ + b``; gradients of W and b go to the tape if there is one."""
+    """``x Wᵀ + b``."""
 
     @staticmethod
-    def forward(ctx, x, h, weight, bias, cast_weight, tape, tf32):  # type: ignore[no-untyped-def]
-        # Side by side, in the products' dtype and where the window reads them: one pass over memory.
-        if tape is not None:
-            ctx.step, joined = tape.input(x.shape[0], cast_weight)
-        else:
-            joined = torch.empty(x.shape[0], cast_weight.shape[1], dtype=cast_weight.dtype, device=x.device)
-        joined[:, : x.shape[1]].copy_(x)
-        if h is not None:
-            joined[:, x.shape[1] :].copy_(h)
-        ctx.save_for_backward(cast_weight)
+    def forward(ctx, x, weight, bias, operands):  # type: ignore[no-untyped-def]
+        ctx.step, joined = operands.joined(x, None)
         ctx.joined = joined  # ours alone; rows written later in the same block must not count as a change
-        ctx.tape, ctx.split, ctx.tf32 = tape, x.shape[-1], tf32
-        if cast_weight.dtype == bias.dtype:
-            with _tf32(tf32):
-                return torch.addmm(bias, joined, cast_weight.t())
-        return (joined @ cast_weight.t()).to(bias.dtype).add_(bias)
+        ctx.operands = operands
+        return operands.product(joined, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (weight,) = ctx.saved_tensors
-        joined = ctx.joined
-        low = grad.to(weight.dtype) if ctx.tape is None else ctx.tape.keep(ctx.step, grad, weight)
-        needs_x, needs_h, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        x_grad = h_grad = weight_grad = bias_grad = None
-        with _tf32(ctx.tf32):
-            if needs_x and needs_h:
-                x_grad, h_grad = (low @ weight).to(grad.dtype).split([ctx.split, weight.shape[1] - ctx.split], -1)
-            elif needs_x:
-                x_grad = (low @ weight[:, : ctx.split]).to(grad.dtype)
-            elif needs_h:
-                h_grad = (low @ weight[:, ctx.split :]).to(grad.dtype)
-            if ctx.tape is None and needs_weight:
-                weight_grad = (low.t() @ joined).to(grad.dtype)
-        if ctx.tape is None and needs_bias:
-            bias_grad = grad.sum(0)
-        return x_grad, h_grad, weight_grad, bias_grad, None, None, None
+        x, weight, bias, _ = ctx.needs_input_grad
+        found = ctx.operands.backward(ctx.step, grad, ctx.joined, ctx.joined.shape[1], (x, False, weight, bias))
+        return found[0], found[2], found[3], None
 
 
 @contextmanager
@@ -160,31 +210,42 @@ def _cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return o * squashed, new_cell, activated, squashed
 
 
-class _Cell(torch.autograd.Function):
-    """Elementwise part of an LSTM cell; gate order input, forget, output, candidate."""
+class _Layer(torch.autograd.Function):
+    """A cell on ``[x, h] Wᵀ + b``; gate order input, forget, output, candidate.
+
+    Where products round their operands, the gates kept for the derivative are rounded too: what a window keeps is more
+    than a processor's cache holds, and half of it takes half the time to write and read.
+    """
 
     @staticmethod
-    def forward(ctx, gates, cell):  # type: ignore[no-untyped-def]
-        hidden, new_cell, activated, squashed = _cell(gates, cell)
-        ctx.save_for_backward(activated, cell, squashed)
+    def forward(ctx, x, h, cell, weight, bias, operands):  # type: ignore[no-untyped-def]
+        ctx.step, joined = operands.joined(x, h)
+        hidden, new_cell, activated, squashed = _cell(operands.product(joined, bias), cell)
+        ctx.save_for_backward(activated.to(operands.weight.dtype), cell, squashed)
+        ctx.joined = joined  # as above
+        ctx.operands, ctx.split = operands, x.shape[1]
         return hidden, new_cell
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_hidden, grad_cell):  # type: ignore[no-untyped-def]
         activated, cell, squashed = ctx.saved_tensors
-        size = cell.shape[-1]
-        i, f, o, candidate = activated.chunk(4, -1)
+        operands, size = ctx.operands, cell.shape[1]
+        activated = activated.to(cell.dtype)
+        i, f, o, candidate = activated.split(size, -1)
         through = torch.ops.aten.tanh_backward(grad_hidden * o, squashed).add_(grad_cell)
-        grad = torch.empty_like(activated)
-        torch.mul(through, candidate, out=grad[:, :size])
-        torch.mul(through, cell, out=grad[:, size : 2 * size])
-        torch.mul(grad_hidden, squashed, out=grad[:, 2 * size : 3 * size])
-        torch.mul(through, i, out=grad[:, 3 * size :])
-        sigmoids, tanhs = grad[:, : 3 * size], grad[:, 3 * size :]
+        grad = operands.memory(ctx.step, activated)
+        to_i, to_f, to_o, to_candidate = grad.split(size, -1)
+        torch.mul(through, candidate, out=to_i)
+        torch.mul(through, cell, out=to_f)
+        torch.mul(grad_hidden, squashed, out=to_o)
+        torch.mul(through, i, out=to_candidate)
+        sigmoids = grad[:, : 3 * size]
         torch.ops.aten.sigmoid_backward.grad_input(sigmoids, activated[:, : 3 * size], grad_input=sigmoids)
-        torch.ops.aten.tanh_backward.grad_input(tanhs, candidate, grad_input=tanhs)
-        return grad, through.mul_(f)
+        torch.ops.aten.tanh_backward.grad_input(to_candidate, candidate, grad_input=to_candidate)
+        x, h, to_cell, weight, bias, _ = ctx.needs_input_grad
+        found = operands.backward(ctx.step, grad, ctx.joined, ctx.split, (x, h, weight, bias))
+        return found[0], found[1], through.mul_(f) if to_cell else None, found[2], found[3], None
 
 
 class StackedLSTM(nn.Module):
@@ -229,6 +290,7 @@ class StackedLSTM(nn.Module):
         self.head_bias = uniform(outputs)
         self.precision = precision
         self._tapes: dict[Tensor, _Tape] | None = None
+        self._earlier: dict[Tensor, _Tape] = {}  # for their memory
 
     @property
     def precision(self) -> str:
@@ -253,18 +315,20 @@ class StackedLSTM(nn.Module):
         hidden: list[Tensor] = []
         cell: list[Tensor] = []
         for weight, bias, h, c in zip(self.weights, self.biases, state.hidden, state.cell, strict=True):
-            gates = self._affine(x, h, weight, bias)
-            x, c = _Cell.apply(gates, c) if torch.is_grad_enabled() else _cell(gates, c)[:2]
+            if torch.is_grad_enabled():
+                x, c = _Layer.apply(x, h, c, weight, bias, self._operands(weight))
+            else:
+                x, c = _cell(self._operands(weight).product_alone(x, h, bias), c)[:2]
             hidden.append(x)
             cell.append(c)
-        return self._affine(x, None, self.head_weight, self.head_bias), LSTMState(tuple(hidden), tuple(cell))
+        operands, state = self._operands(self.head_weight), LSTMState(tuple(hidden), tuple(cell))
+        if torch.is_grad_enabled():
+            return _Affine.apply(x, self.head_weight, self.head_bias, operands), state
+        return operands.product_alone(x, None, self.head_bias), state
 
-    def _affine(self, x: Tensor, h: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        if self._precision != "bf16" and not torch.is_grad_enabled():
-            with _tf32(self._precision == "tf32"):
-                return torch.addmm(bias, x if h is None else torch.cat([x, h], -1), weight.t())
+    def _operands(self, weight: Tensor) -> _Operands:
         tape = None if self._tapes is None else self._tapes[weight]
-        return _Affine.apply(x, h, weight, bias, self._cast(weight), tape, self._precision == "tf32")
+        return _Operands(self._cast(weight), tape, self._precision == "tf32")
 
     def _cast(self, weight: Tensor) -> Tensor:
         """The weight as the products take it; within a window it is rounded once."""
@@ -290,7 +354,7 @@ class StackedLSTM(nn.Module):
             tensor([5., 5.])
         """
         pairs = [*zip(self.weights, self.biases, strict=True), (self.head_weight, self.head_bias)]
-        self._tapes = {weight: _Tape() for weight, _ in pairs}
+        self._tapes = {weight: _Tape(self._earlier.get(weight)) for weight, _ in pairs}
         try:
             yield
             for weight, bias in pairs:
@@ -302,11 +366,14 @@ class StackedLSTM(nn.Module):
                         _accumulate(weight, (grad.t() @ inputs).to(weight.dtype))
                     _accumulate(bias, tape.bias_gradient)
         finally:
-            self._tapes = None
+            for tape in self._tapes.values():
+                tape.closed = True
+                tape.rounded = tape.bias_gradient = None
+            self._earlier, self._tapes = self._tapes, None
 
     def __getstate__(self) -> dict[str, object]:
         """Everything but an open window, so that copies and pickles carry parameters alone."""
-        return {**self.__dict__, "_tapes": None}
+        return {**self.__dict__, "_tapes": None, "_earlier": {}}
 
 
 def _accumulate(parameter: Tensor, gradient: Tensor) -> None:

@@ -65,14 +65,14 @@ def exponential(T: Tensor, max_norm: float | None = None) -> GroupElement:
     half = 1  # the series ends with the powers T^(2·half) and T^(2·half+1)
     while 2 * max_norm ** (2 * half + 2) / math.factorial(2 * half + 2) > tolerance:
         half += 1
-    square = T @ T
-    # exp(±T) = E ± O: Horner's rule in T² for E = I + T²/2! + … and O/T = I + T²/3! + …
-    even = eye / math.factorial(2 * half - 2) + square / math.factorial(2 * half)
-    odd = eye / math.factorial(2 * half - 1) + square / math.factorial(2 * half + 1)
-    for j in range(half - 2, -1, -1):
-        even = eye / math.factorial(2 * j) + square @ even
-        odd = eye / math.factorial(2 * j + 1) + square @ odd
-    odd = T @ odd
+    # exp(±T) = E ± O with E = I + T²/2! + T⁴/4! + … and O = T + T (T²/3! + T⁴/5! + …), from the same powers of T².
+    power = square = T @ T
+    even, odd = torch.add(eye, square, alpha=1 / 2), square / 6
+    for j in range(2, half + 1):
+        power = power @ square
+        even = torch.add(even, power, alpha=1 / math.factorial(2 * j))
+        odd = torch.add(odd, power, alpha=1 / math.factorial(2 * j + 1))
+    odd = T + T @ odd
     return GroupElement(even + odd, even - odd)
 
 

@@ -143,11 +143,13 @@ class Trainer(ABC):
         self.adam.zero_grad(set_to_none=True)
         done = self._unrolled(measure)
         objective, flags = self._together(done)
-        norm = torch.nn.utils.clip_grad_norm_(self.optimizer.parameters(), c.clip or math.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.optimizer.parameters() if p.grad is not None])
         healthy = bool(torch.isfinite(objective)) and bool(torch.isfinite(norm))
         # No gradient at all: every trajectory was lost at once, and there is nothing to learn from.
         healthy = healthy and float(norm) > 0
         if healthy:
+            if c.clip and float(norm) > c.clip:
+                torch.nn.utils.clip_grads_with_norm_(self.optimizer.parameters(), c.clip, norm)
             self.adam.step()
             self.skipped_in_row = 0
             self._average()
