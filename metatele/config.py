@@ -209,6 +209,7 @@ class TrainingConfig:
     average: float = _setting(0.0, "decay of the averaged weights that are evaluated and saved; 0: none")
     precision: str = _setting("float32", "of the LSTM's matrix products", ("float32", "tf32", "bf16"))
     remat: bool = _setting(False, "compute inner steps anew in the backward pass: less memory, more time")
+    graph: bool = _setting(False, "flat family on a GPU: replay windows as CUDA graphs; elsewhere they are as ever")
     lost_loss: float = _setting(1e8, "a trajectory at this loss stops, and a new one takes its place")
     max_skipped: int = _setting(20, "non-finite updates in a row before the run stops")
     validation_trajectories: int = _setting(16, "held-out trajectories that choose the checkpoint")

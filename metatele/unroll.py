@@ -126,7 +126,11 @@ def unroll(
     current = trajectories
     for step in range(num_steps):
         at = (current.weights, current.gradient, current.states, current.problems.inputs, current.prepared)
-        done = checkpoint(optimizer.step, *at, use_reentrant=False) if remat else optimizer.step(*at)
+        done = (
+            checkpoint(optimizer.step, *at, use_reentrant=False, preserve_rng_state=False)
+            if remat
+            else optimizer.step(*at)
+        )
         if observe is not None:
             observe(step, current, done)
         weights = done.weights

@@ -16,7 +16,7 @@ from cases import METHODS, small_run
 import metatele
 from metatele.config import preset
 from metatele.errors import CheckpointError, ConfigError, DivergedError, NotExactError, RunFolderError, SaveError
-from metatele.training.run import METRICS_NAME, PREVIOUS_NAME, STATE_NAME, read_state, train
+from metatele.training.run import METRICS_NAME, PREVIOUS_NAME, STATE_NAME, begun, read_state, train
 from metatele.training.trainer import MetaTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,8 +182,7 @@ def test_killed_processes_resume_to_the_same_bits(tmp_path):
     finish(run_script(tmp_path / "whole"))
     kills = 0
     for attempt in range(40):
-        begun = (tmp_path / "killed" / STATE_NAME).exists()
-        process = run_script(tmp_path / "killed", *(["--resume"] if begun else []))
+        process = run_script(tmp_path / "killed", *(["--resume"] if begun(tmp_path / "killed") else []))
         deadline = time.monotonic() + 2.0 + 0.37 * attempt
         while time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.01)

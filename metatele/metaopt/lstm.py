@@ -354,7 +354,10 @@ class StackedLSTM(nn.Module):
             tensor([5., 5.])
         """
         pairs = [*zip(self.weights, self.biases, strict=True), (self.head_weight, self.head_bias)]
-        self._tapes = {weight: _Tape(self._earlier.get(weight)) for weight, _ in pairs}
+        # What a CUDA graph is captured with is its own from then on.
+        captured = self.head_bias.is_cuda and torch.cuda.is_current_stream_capturing()
+        earlier = {} if captured else self._earlier
+        self._tapes = {weight: _Tape(earlier.get(weight)) for weight, _ in pairs}
         try:
             yield
             for weight, bias in pairs:
@@ -369,7 +372,9 @@ class StackedLSTM(nn.Module):
             for tape in self._tapes.values():
                 tape.closed = True
                 tape.rounded = tape.bias_gradient = None
-            self._earlier, self._tapes = self._tapes, None
+            if not captured:
+                self._earlier = self._tapes
+            self._tapes = None
 
     def __getstate__(self) -> dict[str, object]:
         """Everything but an open window, so that copies and pickles carry parameters alone."""

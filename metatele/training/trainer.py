@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from metatele.metaopt import EquivariantOptimizer, MetaOptimizer, Stepped
 from metatele.tasks import Problems, Regression
 from metatele.training.curves import held_out_score, learned_curves
 from metatele.training.processes import Processes
-from metatele.unroll import Trajectories, start, unroll, window_loss
+from metatele.training.static import StaticWindow
+from metatele.unroll import Observer, Trajectories, start, unroll, window_loss
 
 _WARM_UP = 0.02  # fraction of the run over which a decaying rate first rises
 
@@ -262,6 +264,7 @@ class MetaTrainer(Trainer):
         groups = optimizer.parameter_groups(config.training.local_lr, config.training.teleport_lr)
         super().__init__(config, optimizer, groups, device, processes or Processes())
         self.trajectories = self._fresh(range(config.training.batch))
+        self._static: dict[int, StaticWindow] = {}
         worst = float(self.trajectories.loss.max())
         if not worst < config.training.lost_loss:
             raise ConfigError(
@@ -291,22 +294,44 @@ class MetaTrainer(Trainer):
                 due.append(i)
         return due
 
+    def differentiated(
+        self, at: Trajectories, steps: int, observe: Observer | None = None
+    ) -> tuple[Trajectories, Tensor]:
+        """Where trajectories are after a window, and this process's part of the objective; parameters have gradients.
+
+        Example:
+            >>> from metatele.config import preset
+            >>> trainer = MetaTrainer(preset("quick", batch=2, widths=(3, 4, 2), samples=3, hidden=8))
+            >>> end, objective = trainer.differentiated(trainer.trajectories, steps=10)
+            >>> end.loss.shape, objective.requires_grad
+            (torch.Size([2]), False)
+        """
+        c = self.config.training
+        with nullcontext() if c.remat else self.optimizer.window():
+            end, losses = unroll(self.optimizer, at.detach(), steps, observe, c.lost_loss, c.remat)
+            objective = window_loss(losses, c.objective) * (len(self.share) / c.batch)
+            objective.backward()
+        return end.detach(), objective.detach()
+
     def _unrolled(self, measure: bool) -> Window:
         c = self.config.training
         steps = c.windows[self.update % len(c.windows)]
         last: list[tuple[Trajectories, Stepped]] = []
-        with nullcontext() if c.remat else self.optimizer.window():
-            end, losses = unroll(
-                self.optimizer,
-                self.trajectories.detach(),
-                steps,
-                (lambda k, where, done: last.append((where, done)) if k == steps - 1 else None) if measure else None,
-                c.lost_loss,
-                c.remat,
-            )
-            objective = window_loss(losses, c.objective) * (len(self.share) / c.batch)
-            objective.backward()
-        self.trajectories = end.detach()
+        if measure:  # what is observed is gone in a replay
+
+            def observe(k: int, where: Trajectories, done: Stepped) -> None:
+                if k == steps - 1:
+                    last.append((where, done))
+
+            self.trajectories, objective = self.differentiated(self.trajectories, steps, observe)
+        elif c.graph:
+            if steps not in self._static:
+                parameters = list(self.optimizer.parameters())
+                body = partial(self.differentiated, steps=steps)
+                self._static[steps] = StaticWindow(body, parameters, self.trajectories, self.device.type == "cuda")
+            self.trajectories, objective = self._static[steps](self.trajectories)
+        else:
+            self.trajectories, objective = self.differentiated(self.trajectories, steps)
         lost = ~(self.trajectories.loss < c.lost_loss)
         return Window(objective, lost[None], steps, self._measure(*last[0]) if measure else {})
 
