@@ -255,7 +255,10 @@ def kind(outputs: Tensor, gradient: Tensor) -> str | None:
 
 
 def level(outputs: Tensor, gradient: Tensor, which: str | None = None) -> Tensor:
-    r"""Log of a loss, up to a constant, from what its gradient alone tells: ``[...]``.
+    r"""Log of a mean loss, up to a constant, from what its gradient alone tells: ``[...]``.
+
+    The constant does not depend on the number of samples n, if the loss is a mean over them; of a squared error's sum
+    it grows like ``2 log n``.
 
     Args:
         outputs: y ``[..., o, n]``.
@@ -265,7 +268,7 @@ def level(outputs: Tensor, gradient: Tensor, which: str | None = None) -> Tensor
     Example:
         >>> y, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
         >>> loss = CrossEntropy()
-        >>> torch.allclose(level(y, loss.gradient(y, labels)), (2 * loss.value(y, labels)).log())
+        >>> torch.allclose(level(y, loss.gradient(y, labels)), loss.value(y, labels).log())
         True
     """
     if which is None and outputs.ndim > 2:
@@ -274,11 +277,11 @@ def level(outputs: Tensor, gradient: Tensor, which: str | None = None) -> Tensor
     if which == "cross-entropy":
         labels = gradient.argmin(-2)
         rows, index = (outputs.mT.flatten(0, -2), labels.flatten())
-        found = torch.nn.functional.cross_entropy(rows, index, reduction="none").view(labels.shape).sum(-1)
+        found = torch.nn.functional.cross_entropy(rows, index, reduction="none").view(labels.shape).mean(-1)
     elif which == "logistic":
-        found = torch.nn.functional.softplus(torch.where(gradient < 0, -outputs, outputs)).sum((-2, -1))
+        found = torch.nn.functional.softplus(torch.where(gradient < 0, -outputs, outputs)).sum(-2).mean(-1)
     else:
-        found = gradient.square().sum((-2, -1))
+        found = gradient.square().sum((-2, -1)) * outputs.shape[-1]
     return found.clamp_min(torch.finfo(outputs.dtype).tiny).log()
 
 

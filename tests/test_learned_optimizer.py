@@ -3,7 +3,9 @@
 import copy
 import gc
 import io
+import itertools
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from metatele.activations import ReLU
 from metatele.errors import MetateleError, NotExactError, ShapeMismatchError, UnsupportedModelError
 from metatele.optim.modules import read_sequential
 from metatele.unroll import start, unroll
+
+TRANSFER = Path(__file__).resolve().parent.parent / "checkpoints" / "transfer"
 
 
 def make(method="update-tele", dtype=torch.float32, bias=False, problem=0, **settings):
@@ -497,3 +501,54 @@ def test_higher_needs_its_patched_model():
     model, optimizer, _, _ = make()
     with pytest.raises(MetateleError, match="innerloop_ctx"):
         higher.get_diff_optim(optimizer, model.parameters())
+
+
+def perceptron(*widths, seed=0):
+    torch.manual_seed(seed)
+    layers = [layer for d, o in itertools.pairwise(widths) for layer in (nn.Linear(d, o), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_that_rises_from_outside_is_learned_again(seed):
+    model = perceptron(10, 32, 3, seed=seed)
+    x, y, losses = torch.randn(200, 10), torch.randn(200, 3), []
+    optimizer = metatele.LearnedOptimizer(model, TRANSFER)
+    for step in range(150):
+        if step == 50:
+            y = torch.randn(200, 3)
+        optimizer.zero_grad()
+        losses.append(nn.functional.mse_loss(model(x), y))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[149] < 0.25 * losses[50]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_clipping_does_not_look_like_a_rise_of_the_loss(seed):
+    teacher, model = perceptron(10, 20, 3, seed=10 + seed), perceptron(10, 32, 32, 3, seed=seed)
+    x = torch.randn(200, 10)
+    y = teacher(x).detach()
+    optimizer = metatele.LearnedOptimizer(model, TRANSFER)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y, reduction="sum")
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert loss < 2e-3
+    assert optimizer.param_groups[0]["rolled_back"] < 10
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_small_last_batch_does_not_look_like_a_rise_of_the_loss(seed):
+    teacher, model = perceptron(10, 20, 4, seed=10 + seed), perceptron(10, 32, 32, 4, seed=seed)
+    x = torch.randn(1832, 10)
+    y = teacher(3 * x).detach()
+    optimizer = metatele.LearnedOptimizer(model, TRANSFER)
+    for _ in range(40):
+        for batch in torch.randperm(1832).split(600):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+    assert nn.functional.mse_loss(model(x), y) < 3e-3

@@ -58,6 +58,7 @@ _LEAK = 0.02  # by which that lowest rises with every step
 _FAR = 4.0  # times ‖D‖² of the last look, up to which D is not shortened
 _FASTEST = 10.0  # log of the largest step size
 _FEWEST = 32  # samples of the smallest mini-batches of meta-training
+_YIELD = math.log(4)  # rise of what the loss is compared with, whenever a step is shortened right after another
 _SHORTEN = 0.1  # what is left of a step after which the loss had grown too much
 
 # An output is a·tanh((y + o)/2) + b of a number y: o, a and b for the change of the log of the step size, the logs
@@ -393,7 +394,10 @@ def _shortened(
     shrunk = before.pace * before.pace.new_tensor([1.0, _SHORTEN, 1.0, _SHORTEN])
     level = after.level
     # Another batch does not tell how good the old point was: an easy one must not stop all later steps.
-    kept = torch.where(leapt if same else ~torch.isfinite(now), before.level[:, 1], now)
+    # A rise that goes on when steps are shortened again and again is not theirs: targets or weights were changed.
+    again = (before.last[..., 1] == 0).all(-1)
+    reference = before.level[:, 1] + torch.where(again, _YIELD, 0.0)
+    kept = torch.where(leapt if same else ~torch.isfinite(now), reference, now)
     kept = torch.where(shorten, kept, level[:, 1])
     lowest = torch.where(leapt, before.level[:, 2], level[:, 2])
     states = after.but(  # What is left of the step becomes the velocity, and is the last change.
@@ -515,8 +519,10 @@ class EquivariantOptimizer(nn.Module):
         if states.age == 0:
             states = states.but(level=torch.stack([now, now, now], -1))
         before, looks = states, states.looks
-        # Two mini-batches differ anyway. What is not finite is not smaller than anything either.
-        most = math.log(self.config.growth) * (1 if same else 4)
+        # Two mini-batches differ anyway, small ones more. What is not finite is not smaller than anything either.
+        most = math.log(self.config.growth)
+        if not same:
+            most = 4 * most - math.log(_weight(seen.data))
         well = now - states.level[:, 1] <= most
         if looks:
             assert close is not None

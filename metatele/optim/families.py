@@ -225,7 +225,7 @@ class Equivariant(Family):
         # Part of the way, or part of the layers, would not keep the outputs.
         if not at.stored and self.meta.opens(self.mlp) and all(rate == 1 for rate in at.rates):
             return self._opened(at)
-        seen = self._seen(at, states)
+        seen = self._seen(at)
         done = self.meta.step(seen, states, spend=True)
         samples = seen.data.shape[-1]
         if done.states.averaged == 2 and samples < _FEW and not self._warned:  # the second that differs
@@ -271,14 +271,13 @@ class Equivariant(Family):
         self._last = None
         self._watch(None)
 
-    def _seen(self, at: Situation, states: EquivariantStates | None) -> Observation:
+    def _seen(self, at: Situation) -> Observation:
         """What the passes saw."""
         gradients = [
             (g[0] if len(g) == 1 else torch.cat([g[0], g[1].unsqueeze(-1)], -1))[None]
             for g in self._by_layer(at.gradients)
         ]
-        # Of these losses what is asked for does not depend on the gradient's scale.
-        ends = self.capture.ends(at.dtype, states is None or states.kind not in ("cross-entropy", "logistic"))
+        ends = self.capture.ends(at.dtype)
         if ends is None:
             raise self._missing("a step")
         data, outputs, error = (t[None] for t in ends)

@@ -327,20 +327,16 @@ class PassCapture:
         """Whether :meth:`layers` knows all of every pass."""
         return all(p.squares for p in self.passes)
 
-    def ends(self, dtype: torch.dtype, scaled: bool = True) -> tuple[Tensor, Tensor, Tensor] | None:
+    def ends(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
         """Inputs ``[d, n]``, output ``[o, n]`` of the last layer and the gradient there; ``None`` if there are none.
 
-        Args:
-            dtype: Of all.
-            scaled: Scale the gradient as in :meth:`columns`.
+        The gradient is as recorded: one that was clipped since would tell of another loss.
         """
         kept = [p for p in self.passes if p.inputs[0].numel()]
         if not kept:
             return None
         outputs = self._joined(p.output for p in kept if p.output is not None).to(dtype)
         gradient = self._joined(sum_of(p.gradients[-1]) for p in kept).to(dtype)
-        if scaled:
-            gradient = gradient * self._scale(self._joined(p.inputs[-1] for p in kept).to(dtype), gradient)
         return self._joined(p.inputs[0] for p in kept).to(dtype).T, outputs.T, gradient.T
 
     def _scale(self, last: Tensor, gradient: Tensor) -> Tensor | float:
