@@ -110,7 +110,7 @@ class NaiveLearner:
         if self.config.radius_decay:
             T = T / (1 + t / self.config.radius_decay)
         if self.config.parametrisation == "first-order":
-            eye = torch.eye(k, dtype=T.dtype)
+            eye = torch.eye(k, dtype=T.dtype, device=T.device)
             return eye + T, eye - T
         return torch.matrix_exp(T), torch.matrix_exp(-T)
 

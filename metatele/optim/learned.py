@@ -34,8 +34,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Flat family: a teleport that changes the network's output on its batch by more than ``max_drift``, or to
     something not finite, is not made: the local move alone is kept, and ``rolled_back`` in the first
-    parameter group counts it. ``drift`` there is that of the last teleport. Equivariant family: nothing drifts; a
-    step after which the loss has grown several times is shortened, and ``rolled_back`` counts that.
+    parameter group counts it. ``drift`` there is that of the last teleport. Equivariant family: pulled-back teleports
+    do not drift, so ``max_drift`` and ``drift`` have no part; the first step alone may, by 30 % on its batch. A step
+    after which the loss has grown several times is shortened, and ``rolled_back`` counts that, at the level of rounding
+    too.
 
     Args:
         model: ``nn.Sequential`` of ``Linear`` and activations; for a flat checkpoint with its shapes.
@@ -43,7 +45,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             (used as it is, and moved to the model's device).
         lr: Factor on the local update, a number or a 0-d tensor; 1 is what was trained.
         params: The parameters to optimize, as for any torch optimizer; all of the model's by default.
-        max_drift: Largest accepted relative change of the output by a teleport.
+        max_drift: Largest accepted relative change of the output by a teleport of the flat family.
 
     Raises:
         ShapeMismatchError: The model does not have the checkpoint's shape.
