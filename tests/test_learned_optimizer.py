@@ -552,3 +552,10 @@ def test_a_small_last_batch_does_not_look_like_a_rise_of_the_loss(seed):
             nn.functional.mse_loss(model(x[batch]), y[batch]).backward()
             optimizer.step()
     assert nn.functional.mse_loss(model(x), y) < 3e-3
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused():
+    model = perceptron(4, 5, 3)
+    optimizer = metatele.LearnedOptimizer(model, TRANSFER)
+    with pytest.raises(ShapeMismatchError, match="another kind of optimizer"):
+        optimizer.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metatele import checkpoint as checkpoints
-from metatele.errors import MetateleError
+from metatele.errors import MetateleError, ShapeMismatchError
 from metatele.metaopt import EquivariantOptimizer, MetaOptimizer
 from metatele.optim.families import Situation, family_of
 from metatele.optim.modules import read_sequential
@@ -167,6 +167,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             ShapeMismatchError: The state is another optimizer's.
         """
+        if any(self.defaults.keys() - group.keys() for group in state_dict["param_groups"]):
+            raise ShapeMismatchError("the state is of another kind of optimizer")
         for stored in state_dict["state"].values():
             self.family.check_stored({name: tuple(value.shape) for name, value in stored.items() if name != "step"})
         super().load_state_dict(state_dict)
