@@ -1,5 +1,6 @@
 """Meta-gradients are right, three ways; windows cut history; memory stays flat."""
 
+import contextlib
 import gc
 
 import pytest
@@ -9,6 +10,7 @@ from naive import NaiveLearner, torch_gate_order
 
 from metatele.config import TaskConfig
 from metatele.errors import ConfigError
+from metatele.metaopt import StackedLSTM
 from metatele.tasks import Regression
 from metatele.unroll import start, unroll, window_loss
 
@@ -194,3 +196,30 @@ def test_steps_computed_anew_have_the_same_derivatives_to_the_bit(variant):
         losses = unroll(optimizer, begin, 5, lost_loss=1e6, remat=remat)[1]
         gradients.append(torch.autograd.grad(window_loss(losses, "mean-log"), parameters))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_windows_of_other_sizes_follow_each_other():
+    """The memory that windows share is let go where it does not fit."""
+    lstm = StackedLSTM(3, 4, 2, 2, torch.Generator().manual_seed(0))
+    for batch, precision in ((5, "float32"), (2, "float32"), (7, "bf16"), (7, "float32")):
+        lstm.precision = precision
+        found = []
+        for window in (lstm.window, contextlib.nullcontext):
+            lstm.zero_grad()
+            with window():
+                state, total = lstm.initial_state(batch), torch.zeros(())
+                for step in range(12):
+                    output, state = lstm((step + 1) * torch.ones(batch, 3), state)
+                    total = total + output.square().sum()
+                total.backward()
+            found.append([p.grad.clone() for p in lstm.parameters()])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-2 if precision == "bf16" else 1e-4, atol=1e-2)
+
+
+def test_a_backward_pass_after_its_window_is_refused():
+    lstm = StackedLSTM(3, 4, 2, 1, torch.Generator().manual_seed(0))
+    with lstm.window():
+        output, _ = lstm(torch.ones(5, 3), lstm.initial_state(5))
+    with pytest.raises(RuntimeError, match="inside the window"):
+        output.sum().backward()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from metatele.errors import ConfigError, ShapeMismatchError
 
 PRECISIONS = ("float32", "tf32", "bf16")
+_FEW = 4  # trajectories for which one slow function is faster than several fast ones
 _BLOCK = 10  # steps whose inputs lie in one piece of memory; the paper's window
 
 
@@ -38,24 +39,37 @@ class _Rows:
 
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
+        self._rows: list[Tensor] = []
+        self._parts: dict[tuple[int, tuple[int, ...]], tuple[Tensor, ...]] = {}
+
+    def begin(self, batch: int, width: int, like: Tensor) -> None:
+        """Keep the memory of the window before if it fits: fresh memory costs as much as what is done with it."""
+        if self._blocks:
+            old = self._blocks[0]
+            if (old.shape[1:], old.dtype, old.device) != ((batch, width), like.dtype, like.device):
+                self._blocks, self._rows, self._parts = [], [], {}
 
     def row(self, step: int, batch: int, width: int, like: Tensor) -> Tensor:
         """Memory for a step, in the dtype of ``like``."""
-        if step == 0 and self._blocks:  # of the window before: fresh memory costs as much as what is done with it
-            old = self._blocks[0]
-            if (old.shape[1:], old.dtype, old.device) != ((batch, width), like.dtype, like.device):
-                self._blocks = []
-        while len(self._blocks) * _BLOCK <= step:
+        while len(self._rows) <= step:
             self._blocks.append(like.new_empty(_BLOCK, batch, width))
+            self._rows.extend(self._blocks[-1].unbind())
         if self._blocks[0].shape[1] != batch:
             raise ShapeMismatchError(f"a window began with batch {self._blocks[0].shape[1]}, got {batch}")
-        return self._blocks[step // _BLOCK][step % _BLOCK]
+        return self._rows[step]
+
+    def parts(self, step: int, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Columns of a step's memory."""
+        found = self._parts.get((step, sizes))
+        if found is None:
+            found = self._parts[step, sizes] = self._rows[step].split(list(sizes), -1)
+        return found
 
     def joined(self, steps: list[int]) -> Tensor:
         """The given steps, one after another, ``[steps · B, width]``."""
         if len(steps) <= _BLOCK and steps == list(range(len(steps))):
             return self._blocks[0][: len(steps)].flatten(0, 1)  # no copy
-        return torch.cat([self._blocks[step // _BLOCK][step % _BLOCK] for step in steps])
+        return torch.cat([self._rows[step] for step in steps])
 
 
 class _Tape:
@@ -76,6 +90,9 @@ class _Tape:
 
     def input(self, batch: int, weight: Tensor) -> tuple[int, Tensor]:
         """Number of the next step, and memory for its inputs."""
+        if not self.steps:
+            self.inputs.begin(batch, weight.shape[1], weight)
+            self.output_gradients.begin(batch, weight.shape[0], weight)
         self.steps += 1
         return self.steps - 1, self.inputs.row(self.steps - 1, batch, weight.shape[1], weight)
 
@@ -119,7 +136,8 @@ class _Operands(NamedTuple):
         if h is None:
             joined.copy_(x)
         else:
-            left, right = joined.split([x.shape[1], h.shape[1]], -1)
+            sizes = (x.shape[1], h.shape[1])
+            left, right = self.tape.inputs.parts(step, sizes) if self.tape is not None else joined.split(sizes, -1)
             left.copy_(x)
             right.copy_(h)
         return step, joined
@@ -135,11 +153,19 @@ class _Operands(NamedTuple):
         """The same where nothing is kept for a derivative."""
         return self.product((x if h is None else torch.cat([x, h], -1)).to(self.weight.dtype), bias)
 
-    def memory(self, step: int, like: Tensor) -> Tensor:
-        """Where a step's output gradient ``[B, outputs]`` may be written before :meth:`backward` reads it."""
+    def memory(self, step: int, like: Tensor) -> tuple[Tensor, ...]:
+        """Where a step's output gradient ``[B, 4k]`` may be written before :meth:`backward` reads it.
+
+        Returns:
+            All of it, its quarters, and the first three of them together.
+        """
+        k = like.shape[1] // 4
         if self.tape is None or like.dtype != self.weight.dtype or step in self.tape.met:
-            return torch.empty_like(like)
-        return self.tape.output_gradients.row(step, like.shape[0], like.shape[1], like)
+            grad = torch.empty_like(like)
+            return grad, *grad.split(k, -1), grad[:, : 3 * k]
+        rows = self.tape.output_gradients
+        grad = rows.row(step, like.shape[0], like.shape[1], like)
+        return grad, *rows.parts(step, (k, k, k, k)), rows.parts(step, (3 * k, k))[0]
 
     def backward(
         self, step: int, grad: Tensor, joined: Tensor, split: int, needs: tuple[bool, bool, bool, bool]
@@ -195,19 +221,25 @@ def _tf32(wanted: bool) -> Iterator[None]:
 
 
 def _tanh(x: Tensor) -> Tensor:
-    """``2 sigmoid(2x) - 1``; torch's sigmoid is several times faster than its tanh on a CPU."""
+    """``2 sigmoid(2x) - 1`` where there is much; torch's sigmoid is several times faster than its tanh on a CPU."""
+    if len(x) <= _FEW:
+        return x.tanh()
     return (x + x).sigmoid_().mul_(2).sub_(1)
 
 
 def _cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden state, cell, activated gates (written over the gates) and the squashed cell."""
     i, f, o, candidate = gates.chunk(4, -1)
-    candidate.mul_(2)
-    activated = gates.sigmoid_()
-    candidate.mul_(2).sub_(1)  # its tanh, as below
+    if len(gates) <= _FEW:
+        candidate.tanh_()
+        gates[:, : 3 * cell.shape[1]].sigmoid_()
+    else:
+        candidate.mul_(2)
+        gates.sigmoid_()
+        candidate.mul_(2).sub_(1)  # its tanh, as above
     new_cell = torch.addcmul(f * cell, i, candidate)
     squashed = _tanh(new_cell)
-    return o * squashed, new_cell, activated, squashed
+    return o * squashed, new_cell, gates, squashed
 
 
 class _Layer(torch.autograd.Function):
@@ -234,13 +266,11 @@ class _Layer(torch.autograd.Function):
         activated = activated.to(cell.dtype)
         i, f, o, candidate = activated.split(size, -1)
         through = torch.ops.aten.tanh_backward(grad_hidden * o, squashed).add_(grad_cell)
-        grad = operands.memory(ctx.step, activated)
-        to_i, to_f, to_o, to_candidate = grad.split(size, -1)
+        grad, to_i, to_f, to_o, to_candidate, sigmoids = operands.memory(ctx.step, activated)
         torch.mul(through, candidate, out=to_i)
         torch.mul(through, cell, out=to_f)
         torch.mul(grad_hidden, squashed, out=to_o)
         torch.mul(through, i, out=to_candidate)
-        sigmoids = grad[:, : 3 * size]
         torch.ops.aten.sigmoid_backward.grad_input(sigmoids, activated[:, : 3 * size], grad_input=sigmoids)
         torch.ops.aten.tanh_backward.grad_input(to_candidate, candidate, grad_input=to_candidate)
         x, h, to_cell, weight, bias, _ = ctx.needs_input_grad
