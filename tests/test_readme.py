@@ -50,8 +50,9 @@ def test_commands_run_in_order(checkout):
     assert len(found) >= 5
     for long, command in found:
         if long:
-            program = re.match(r"(torchrun \S+ )?(python (-m )?\S+( fig\d+)?)", command)
-            run(f"{program.group(2)} --help", checkout)
+            command = re.sub(r"^torchrun .*?(?=\S+\.py)", "python ", command)
+            program = re.match(r"python (-m )?\S+( fig\d+)?", command)
+            run(f"{program.group()} --help", checkout)
         else:
             run(command, checkout)
     assert (checkout / "runs" / "quick" / "checkpoint" / "model.safetensors").is_file()

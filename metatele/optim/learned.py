@@ -167,10 +167,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             ShapeMismatchError: The state is another optimizer's.
         """
-        if any(self.defaults.keys() - group.keys() for group in state_dict["param_groups"]):
-            raise ShapeMismatchError("the state is of another kind of optimizer")
         for stored in state_dict["state"].values():
             self.family.check_stored({name: tuple(value.shape) for name, value in stored.items() if name != "step"})
+        if any("max_drift" not in group for group in state_dict["param_groups"]):
+            raise ShapeMismatchError("the state is of another kind of optimizer")
         super().load_state_dict(state_dict)
         self.family.forget()
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
