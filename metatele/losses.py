@@ -275,9 +275,8 @@ def level(outputs: Tensor, gradient: Tensor, which: str | None = None) -> Tensor
         return torch.stack([level(y, g) for y, g in zip(outputs, gradient, strict=True)])
     which = which or kind(outputs, gradient)
     if which == "cross-entropy":
-        labels = gradient.argmin(-2)
-        rows, index = (outputs.mT.flatten(0, -2), labels.flatten())
-        found = torch.nn.functional.cross_entropy(rows, index, reduction="none").view(labels.shape).mean(-1)
+        # A column's one negative entry is its label's; none is left where the label's probability rounds to one.
+        found = (outputs.mT.log_softmax(-1) * (gradient.mT < 0)).sum((-2, -1)) / -outputs.shape[-1]
     elif which == "logistic":
         found = torch.nn.functional.softplus(torch.where(gradient < 0, -outputs, outputs)).sum(-2).mean(-1)
     else:

@@ -272,6 +272,14 @@ def test_level_is_the_log_of_the_loss():
         torch.testing.assert_close(level(y, 2 / 28 * (y - target)), (4 / 4 * mean).log())
 
 
+def test_a_sample_whose_label_is_certain_to_rounding_counts_as_no_loss():
+    y, labels = torch.tensor([[0.0, 2.0], [300.0, 0.0], [1.0, 0.0]]), torch.tensor([1, 1])
+    loss = CrossEntropy()
+    gradient = loss.gradient(y, labels)
+    assert (gradient[:, 0] == 0).all()
+    torch.testing.assert_close(level(y, gradient, "cross-entropy"), loss.value(y, labels).log())
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("batch_size", [0, 11])
 def test_a_lost_trajectory_leaves_the_others_alone(bad, batch_size, monkeypatch):

@@ -123,33 +123,28 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _advance(self) -> None:
-        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+        found = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         parameters = [p for linear in self.family.capture.linears for p in linear._parameters.values() if p is not None]
-        for p in parameters:
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError("LearnedOptimizer does not support sparse gradients")
-        if all(p.grad is None or id(p) not in rates for p in parameters):
+        gradients = [p.grad for p in parameters]
+        if any(g is not None and g.is_sparse for g in gradients):
+            raise RuntimeError("LearnedOptimizer does not support sparse gradients")
+        rates = [found.pop(id(p), None) for p in parameters]
+        if all(g is None or rate is None for g, rate in zip(gradients, rates, strict=True)):
             return
-        if len({id(p) for p in parameters} & self._known) < len(self._known):
+        if found:
             raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
         home = self.param_groups[0]["params"][0]
-        moving = [p.grad is not None and id(p) in rates and float(rates[id(p)]) != 0 for p in parameters]
+        used = [0.0 if g is None or rate is None else rate for g, rate in zip(gradients, rates, strict=True)]
         stored = {name: t for name, t in self.state.get(home, {}).items() if name != "step"}
-        if not any(moving):
+        if not any(used):
             self._write(home, self.family.idle(stored), advance=0)
             return
         device, first = parameters[0].device, next(self.meta.parameters())
         if first.device != device:
             self.meta.to(device)  # the model was moved after the optimizer was made
         dtype = first.dtype
-        used = [float(rates[id(p)]) if m else 0.0 for p, m in zip(parameters, moving, strict=True)]
         kept = self.family.advance(Situation(parameters, used, stored, self.param_groups[0], dtype))
         self._write(home, kept, advance=1)
-
-    @property
-    def _known(self) -> set[int]:
-        """Identities of the parameters in all groups."""
-        return {id(p) for group in self.param_groups for p in group["params"]}
 
     def _write(self, home: Tensor, kept: dict[str, Tensor], advance: int) -> None:
         # Every parameter has an entry, which tools that save state parameter by parameter ask for; the
