@@ -86,6 +86,23 @@ def test_torchrun_restarts_a_run_where_it_was(tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "run", 1e-3)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux does")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, torch\n"
+        "from metatele.training.processes import joined\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "with joined() as processes:\n"
+        "    torch.optim.Adam([torch.ones(1, requires_grad=True)])\n"
+        "    processes.gathered(torch.ones(1))\n"
+        "    assert len(os.listdir('/proc/self/task')) > before\n"
+        "assert len(os.listdir('/proc/self/task')) == before\n"
+    )
+    done = started(2, tmp_path / "unused", program=str(program))
+    assert done.returncode == 0, done.stderr
+
+
 def test_mistakes_are_one_sentence_in_every_process(tmp_path):
     few = [f if f != "5" else "2" for f in FLAT]
     done = started(3, tmp_path / "few", *few)

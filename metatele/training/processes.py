@@ -6,6 +6,7 @@ meta-update makes their gradients, and with them the next parameters, the same t
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,6 +112,9 @@ def joined() -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Processes()
         return
+    # Its default arguments are the group there is when it is imported. torch.optim does that: then they would keep the
+    # group's threads alive past the end, where one that drops a tensor while Python ends aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         store, rank, count = next(rendezvous("env://"))
         # torchrun keeps its store when it starts processes again: addresses of dead ones must not be found there.
