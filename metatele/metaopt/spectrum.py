@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_TILE = 8  # columns that a processor multiplies at once: a product with 80 takes less time than one with 78
+
 
 class Turn(NamedTuple):
     """``gᵀg`` of one spectrum with its damping and power: ``U Vᵀ + c I``, or one matrix.
@@ -93,7 +95,7 @@ class Spectrum(NamedTuple):
         values = values.clamp_min(0)
         if keep > 0 and k > whole:
             large = int((values >= keep).sum(-1).max())
-            columns = large + large // 8 + 1
+            columns = -(-(large + large // 8 + 1) // _TILE) * _TILE
             if 2 * columns <= k:
                 rest = values[..., : k - columns].mean(-1, keepdim=True)
                 return Spectrum(values[..., k - columns :], vectors[..., k - columns :], rest, scale)
