@@ -666,7 +666,8 @@ def main() -> None:
             result["faults"] = [dataclasses.asdict(fault) for fault in found]
             broken += [f"{fault.name}: {what}" for fault in found for what in fault.broken]
     print("\n".join(["broken promises:", *broken]) if broken else "all promises held")
-    save(args.json, {**result, "broken": broken})
+    stored = json.dumps({**result, "broken": broken}).replace(f"{work}/", "")  # messages name this machine's folder
+    save(args.json, json.loads(stored))
     raise SystemExit(1 if broken else 0)
 
 

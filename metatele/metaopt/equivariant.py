@@ -207,21 +207,14 @@ class EquivariantStates:
         return self.age + 1 == self.until
 
     def tensors(self, since: EquivariantStates | None = None) -> dict[str, Tensor]:
-        """Plain tensors by name, for files; only those not the same as in earlier states, if these are given.
-
-        The first of ``counters`` is the age. Given states one step younger, they are left out if nothing else in them
-        has changed.
-        """
-        found: dict[str, Tensor] = {}
-        mine, theirs = self.__dict__, {} if since is None else since.__dict__
-        if since is None or since.age + 1 != self.age or any(mine[name] != theirs[name] for name in _COUNTED):
-            look = -1 if self.kind is None else KINDS.index(self.kind)
-            found["counters"] = torch.tensor(
-                [self.age, self.until, self.averaged, look, *self.renew], dtype=torch.float64
-            )
-        for name in _TENSORS:
-            value = mine[name]
-            if value is theirs.get(name):
+        """Plain tensors by name, for files; only those not the same as in earlier states, if these are given."""
+        look = -1 if self.kind is None else KINDS.index(self.kind)
+        found = {
+            "counters": torch.tensor([self.age, self.until, self.averaged, look, *self.renew], dtype=torch.float64)
+        }
+        for name in (*_JOINT, *_PER_LAYER, *_SPECTRA):
+            value = getattr(self, name)
+            if since is not None and value is getattr(since, name):
                 continue
             for number, part in enumerate(value if isinstance(value, list) else [value]):
                 key = f"{name}_{number}" if isinstance(value, list) else name
@@ -229,9 +222,7 @@ class EquivariantStates:
                     found |= {f"{key}_{field}": t for field, t in part._asdict().items()}
                 else:
                     found[key] = part
-        if self.lstm is not theirs.get("lstm"):
-            found |= {"lstm_hidden": self.lstm.hidden[0], "lstm_cell": self.lstm.cell[0]}
-        return found
+        return found | {"lstm_hidden": self.lstm.hidden[0], "lstm_cell": self.lstm.cell[0]}
 
     @staticmethod
     def from_tensors(found: dict[str, Tensor]) -> EquivariantStates:
@@ -265,8 +256,6 @@ _JOINT = (
     *("log_rate", "unit", "pace", "bent", "last", "squares", "slope", "predicted", "level", "reach"),
     *("stretch", "limit", "length", "fingerprint", "spread"),
 )
-_TENSORS = (*_JOINT, *_PER_LAYER, *_SPECTRA)
-_COUNTED = ("until", "averaged", "kind", "renew")
 
 
 class EquivariantStep(NamedTuple):

@@ -2,6 +2,7 @@ r"""Second moments by their eigenpairs, and the teleports made of them."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ class Spectrum(NamedTuple):
         Args:
             moment: The matrices.
             keep: Of a matrix with more than ``whole`` rows, eigenvalues below ``keep * s`` may be replaced by their
-                mean: V then has at most half as many columns as rows.
+                mean: V then has at most half as many columns as rows, and a multiple of 8.
             last: The spectrum of a matrix that was nearly the same. If it has fewer columns, they are turned by one
                 step of subspace iteration, which takes a fraction of the time; eigenvalues near ``keep`` then come
                 out too small by some per cent.
@@ -95,7 +96,7 @@ class Spectrum(NamedTuple):
         values = values.clamp_min(0)
         if keep > 0 and k > whole:
             large = int((values >= keep).sum(-1).max())
-            columns = -(-(large + large // 8 + 1) // _TILE) * _TILE
+            columns = math.ceil((large + large // 8 + 1) / _TILE) * _TILE
             if 2 * columns <= k:
                 rest = values[..., : k - columns].mean(-1, keepdim=True)
                 return Spectrum(values[..., k - columns :], vectors[..., k - columns :], rest, scale)

@@ -236,20 +236,13 @@ class Equivariant(Family):
                 stacklevel=6,
             )
         at.group["rolled_back"] += int(done.shortened)
-        parts: list[Tensor] = []
-        for change, biased in zip(done.changes, self.mlp.biases, strict=True):
-            rows = change[0]
-            parts += (rows[:, :-1], rows[:, -1]) if biased else (rows,)
-        if all(rate == 1 for rate in at.rates):
-            torch._foreach_add_(list(at.parameters), parts)
-        else:
-            for p, rate, part in zip(at.parameters, at.rates, parts, strict=True):
+        pairs = zip(self._by_layer(at.parameters), self._by_layer(at.rates), done.changes, strict=True)
+        for parameters, rates, change in pairs:
+            d = parameters[0].shape[1]
+            for p, rate, part in zip(parameters, rates, (change[0, :, :d], change[0, :, -1]), strict=False):
                 if rate:
                     p.add_(part, alpha=rate)
         kept = done.states.tensors(since=states)
-        if "counters" not in kept:  # another step is all there is to count
-            kept["counters"] = at.stored["counters"]
-            kept["counters"][0] += 1
         self._last = kept["counters"], kept["counters"]._version, done.states
         self._watch(done.states)
         return kept

@@ -203,7 +203,6 @@ class PassCapture:
     def __init__(self, linears: list[nn.Linear], accumulated: bool = True, every: bool = False) -> None:
         self.linears, self.accumulated, self.every = linears, accumulated, every
         self.watched = linears if every else list(dict.fromkeys((linears[0], linears[-1])))
-        self._number: dict[nn.Module, int] = {linear: i for i, linear in enumerate(self.watched)}
         self._pending: dict[int, list[tuple[_Kept, int, Tensor]]] = {}  # by backward pass
         self.passes: list[_Kept] = []
         self._current: _Kept | None = None
@@ -241,7 +240,7 @@ class PassCapture:
         owner = None if self._owner is None else self._owner()
         if owner is None or not owner.teleport_due or not torch.is_grad_enabled() or _is_transformed(output):
             return
-        layer = self._number[module]
+        layer = next(i for i, linear in enumerate(self.watched) if linear is module)
         # A forward pass inside a backward one recomputes what checkpointing had dropped.
         if layer == 0 and _backward_number() < 0:
             parameters = (p for linear in self.linears for p in linear._parameters.values())
