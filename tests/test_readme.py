@@ -55,7 +55,7 @@ def test_commands_run_in_order(checkout):
             run(f"{program.group()} --help", checkout)
         else:
             run(command, checkout)
-    assert (checkout / "runs" / "quick" / "checkpoint" / "model.safetensors").is_file()
+    assert (checkout / "runs" / "first" / "checkpoint" / "model.safetensors").is_file()
     assert (checkout / "results" / "quick" / "loss.png").is_file()
 
 
