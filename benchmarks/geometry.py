@@ -24,10 +24,10 @@ sys.path[:0] = [str(ROOT)]
 
 from common import environment, save  # noqa: E402
 
-from metatele.activations import LeakyReLU  # noqa: E402
 from metatele.geometry import Curvature, Landscape, Sharpness, curvatures  # noqa: E402
-from metatele.losses import CrossEntropy  # noqa: E402
-from metatele.mlp import MLP  # noqa: E402
+from metatele.perceptron.activations import LeakyReLU  # noqa: E402
+from metatele.perceptron.losses import CrossEntropy  # noqa: E402
+from metatele.perceptron.mlp import MLP  # noqa: E402
 
 NETWORKS, DIRECTIONS, SAMPLES = 100, 200, 200
 

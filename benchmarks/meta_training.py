@@ -31,7 +31,7 @@ from common import environment, save  # noqa: E402
 from naive import NaiveLearner  # noqa: E402
 
 from metatele.config import preset  # noqa: E402
-from metatele.metaopt import MetaOptimizer  # noqa: E402
+from metatele.learned import MetaOptimizer  # noqa: E402
 from metatele.tasks import Regression  # noqa: E402
 from metatele.training.trainer import MetaTrainer  # noqa: E402
 

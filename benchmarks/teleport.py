@@ -28,12 +28,12 @@ sys.path[:0] = [str(ROOT)]
 
 from common import environment, save  # noqa: E402
 
-from metatele.activations import LeakyReLU  # noqa: E402
 from metatele.data import ImageSet  # noqa: E402
 from metatele.experiments import fig5  # noqa: E402
 from metatele.geometry import Landscape  # noqa: E402
-from metatele.losses import CrossEntropy  # noqa: E402
-from metatele.mlp import MLP  # noqa: E402
+from metatele.perceptron.activations import LeakyReLU  # noqa: E402
+from metatele.perceptron.losses import CrossEntropy  # noqa: E402
+from metatele.perceptron.mlp import MLP  # noqa: E402
 from metatele.teleport import GradientNormAscent  # noqa: E402
 from metatele.training.replicas import Replicas  # noqa: E402
 

@@ -38,7 +38,7 @@ from naive import NaiveLearner, NaiveLSTM, torch_gate_order  # noqa: E402
 
 from metatele.command_line import whole_number  # noqa: E402
 from metatele.config import PRESETS, RunConfig, preset  # noqa: E402
-from metatele.metaopt import MetaOptimizer, StackedLSTM  # noqa: E402
+from metatele.learned import MetaOptimizer, StackedLSTM  # noqa: E402
 from metatele.tasks import Problems, Regression  # noqa: E402
 from metatele.training.curves import learned_curves  # noqa: E402
 from metatele.training.trainer import MetaTrainer  # noqa: E402

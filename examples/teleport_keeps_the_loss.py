@@ -5,8 +5,8 @@ python examples/teleport_keeps_the_loss.py
 
 import torch
 
-from metatele.activations import LeakyReLU
-from metatele.mlp import MLP
+from metatele.perceptron.activations import LeakyReLU
+from metatele.perceptron.mlp import MLP
 from metatele.symmetry import Exact, exponential, random_algebra, sweep
 
 generator = torch.Generator().manual_seed(0)

@@ -8,20 +8,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from metatele._moved import install
 from metatele._version import __version__
 
 if TYPE_CHECKING:
     from metatele.checkpoint import Checkpoint, load, save
-    from metatele.metaopt import MetaOptimizer
+    from metatele.learned import MetaOptimizer
     from metatele.optim.learned import LearnedOptimizer
     from metatele.optim.teleport import TeleportOptimizer, teleport_
     from metatele.teleport import GradientNormAscent, Random, Rescaling, Whitening
+
+install()
 
 _HOME = {
     "Checkpoint": "metatele.checkpoint",
     "GradientNormAscent": "metatele.teleport",
     "LearnedOptimizer": "metatele.optim.learned",
-    "MetaOptimizer": "metatele.metaopt",
+    "MetaOptimizer": "metatele.learned",
     "Random": "metatele.teleport",
     "Rescaling": "metatele.teleport",
     "TeleportOptimizer": "metatele.optim.teleport",

@@ -30,7 +30,7 @@ from metatele.config import (
 )
 from metatele.errors import CheckpointError, MetateleError
 from metatele.files import existing_folder, replace_folder
-from metatele.metaopt import EquivariantOptimizer, MetaOptimizer
+from metatele.learned import EquivariantOptimizer, MetaOptimizer
 
 FORMAT = 1
 CONFIG_NAME, MODEL_NAME = "config.json", "model.safetensors"

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from metatele.metaopt import EquivariantOptimizer, EquivariantStates, Observation
-from metatele.metaopt.observation import parted
-from metatele.mlp import Pass, attach_gradient
+from metatele.learned import EquivariantOptimizer, EquivariantStates, Observation
+from metatele.learned.equivariant.observation import parted
+from metatele.perceptron.mlp import Pass, attach_gradient
 from metatele.tasks import Fitting
 
 

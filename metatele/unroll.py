@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from metatele.errors import ConfigError
-from metatele.metaopt import MetaOptimizer, MoveStates, Stepped
-from metatele.mlp import attach_gradient
+from metatele.learned import MetaOptimizer, MoveStates, Stepped
+from metatele.perceptron.mlp import attach_gradient
 from metatele.tasks import Problems
 
 

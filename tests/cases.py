@@ -3,7 +3,7 @@
 import torch
 
 from metatele.config import MethodConfig, TaskConfig, preset
-from metatele.metaopt import MetaOptimizer
+from metatele.learned import MetaOptimizer
 from metatele.tasks import Regression
 
 TASK = TaskConfig(widths=(4, 5, 3), samples=4)

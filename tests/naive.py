@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metatele.metaopt import MetaOptimizer, StackedLSTM
+from metatele.learned import MetaOptimizer, StackedLSTM
 
 
 class NaiveLSTM(nn.Module):

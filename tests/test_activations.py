@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from metatele.activations import Identity, LeakyReLU, ReLU, Sigmoid, SiLU, Softplus, Tanh, activation
 from metatele.errors import ConfigError, NotExactError
+from metatele.perceptron.activations import Identity, LeakyReLU, ReLU, Sigmoid, SiLU, Softplus, Tanh, activation
 
 ALL = [Identity(), LeakyReLU(0.1), LeakyReLU(2.0), ReLU(), Tanh(), Sigmoid(), Softplus(), SiLU()]
 POINTS = torch.tensor([-3.1, -1.3, -0.2, 0.3, 1.7, 4.0], dtype=torch.float64)

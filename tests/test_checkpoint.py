@@ -15,8 +15,8 @@ from cases import METHODS, small_optimizer, small_problems, small_run
 
 import metatele
 from metatele import checkpoint
-from metatele.config import ConfigError, MethodConfig, RunConfig, TaskConfig, from_dict, preset, to_dict
-from metatele.errors import CheckpointError, SaveError
+from metatele.config import MethodConfig, RunConfig, TaskConfig, from_dict, preset, to_dict
+from metatele.errors import CheckpointError, ConfigError, SaveError
 from metatele.files import replace_folder, write_atomically
 
 

@@ -9,12 +9,12 @@ from cases import METHODS, small_run
 from torch import nn
 
 import metatele
-from metatele.activations import LeakyReLU
 from metatele.config import TRANSFER, transfer
 from metatele.data import load_images
 from metatele.geometry import Curvature, Landscape, Sharpness
-from metatele.losses import CrossEntropy
-from metatele.mlp import MLP
+from metatele.perceptron.activations import LeakyReLU
+from metatele.perceptron.losses import CrossEntropy
+from metatele.perceptron.mlp import MLP
 from metatele.tasks import Regression
 from metatele.training.baselines import baseline_curves
 from metatele.training.curves import learned_curves

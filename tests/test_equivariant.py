@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 import metatele
-from metatele.activations import LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
 from metatele.config import EquivariantConfig, MixtureConfig
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
-from metatele.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError, kind, level
-from metatele.metaopt import ConstantOptimizer, EquivariantOptimizer, Observation
-from metatele.metaopt.equivariant import _Close
-from metatele.metaopt.observation import joined, parted
-from metatele.metaopt.spectrum import Spectrum
-from metatele.mlp import MLP, Pass, Weights
+from metatele.learned import ConstantOptimizer, EquivariantOptimizer, Observation
+from metatele.learned.equivariant.observation import joined, parted
+from metatele.learned.equivariant.optimizer import _Close
+from metatele.learned.equivariant.spectrum import Spectrum
+from metatele.perceptron.activations import LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
+from metatele.perceptron.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError, kind, level
+from metatele.perceptron.mlp import MLP, Pass, Weights
 from metatele.rollout import Rollout, losses_of
 from metatele.tasks.fitting import Fitting, Mixture, usual_weights
 
@@ -73,7 +73,7 @@ def permuted(mlp, flat, orders):
 @pytest.mark.parametrize("batch_size", [0, 4])
 @pytest.mark.parametrize("opening", [False, True])
 def test_steps_commute_with_permutations_of_hidden_units(mlp, batch_size, opening, monkeypatch):
-    monkeypatch.setattr("metatele.metaopt.equivariant._WARM", 2)  # on mini-batches the controller pauses at once
+    monkeypatch.setattr("metatele.learned.equivariant.optimizer._WARM", 2)  # it pauses at once
     optimizer, fitting = trained(opening=opening, hold=3), problems(mlp, batch_size=batch_size)
     random = torch.Generator().manual_seed(1)
     orders = [torch.randperm(k, generator=random) for k in mlp.hidden_widths]
@@ -123,7 +123,7 @@ def test_steps_commute_with_rescaling_but_for_a_floor(inputs, hidden, monkeypatc
         return mlp.flatten(Weights((W[0] * hidden / inputs, W[1] / hidden, W[2]), (None,) * 3))
 
     other = dataclasses.replace(fitting, inputs=inputs * fitting.inputs, initial=scaled(fitting.initial))
-    monkeypatch.setattr("metatele.metaopt.equivariant._FLOOR", 0.0)
+    monkeypatch.setattr("metatele.learned.equivariant.optimizer._FLOOR", 0.0)
     plain, moved = steps(trained(), fitting), steps(trained(), other)
     expected = scaled(plain.weights)
     assert (moved.weights - expected).norm() < 1e-7 * (expected - other.initial).norm()
@@ -284,8 +284,8 @@ def test_a_sample_whose_label_is_certain_to_rounding_counts_as_no_loss():
 @pytest.mark.parametrize("batch_size", [0, 11])
 def test_a_lost_trajectory_leaves_the_others_alone(bad, batch_size, monkeypatch):
     if batch_size:  # the same batch, but the controller does not know
-        monkeypatch.setattr("metatele.metaopt.equivariant._WARM", 1)
-        monkeypatch.setattr("metatele.metaopt.equivariant._fingerprint", lambda data: torch.rand(4))
+        monkeypatch.setattr("metatele.learned.equivariant.optimizer._WARM", 1)
+        monkeypatch.setattr("metatele.learned.equivariant.optimizer._fingerprint", lambda data: torch.rand(4))
     optimizer, fitting = trained(), problems(MLPS[1])
     head = optimizer.lstm.head_weight.requires_grad_()
     found = []
@@ -537,7 +537,7 @@ def test_steps_of_a_model_are_those_of_the_functional_unroll(widths, bias, openi
 
 @pytest.mark.parametrize("loss", ["mse", "cross-entropy"])
 def test_pauses_of_a_model_are_those_of_the_functional_unroll(loss, monkeypatch):
-    monkeypatch.setattr("metatele.metaopt.equivariant._WARM", 2)
+    monkeypatch.setattr("metatele.learned.equivariant.optimizer._WARM", 2)
     widths, settings = (6, 5, 7, 3), {"opening": True, "hold": 3}
     model, (x, y) = network(widths).double(), [t.double() for t in data(widths)]
     mlp, function, kind_of = MLP(widths, Tanh(), True), nn.functional.mse_loss, MeanSquaredError()
@@ -600,7 +600,7 @@ def batches(x, y, step):
 
 
 def test_a_state_loaded_between_a_pass_and_its_step_looks_one_step_later(monkeypatch):
-    monkeypatch.setattr("metatele.metaopt.equivariant._WARM", 2)
+    monkeypatch.setattr("metatele.learned.equivariant.optimizer._WARM", 2)
     widths = (4, 9, 3)
     (x, y), model = data(widths), network(widths)
     optimizer = metatele.LearnedOptimizer(model, trained(opening=False, hold=4).float())
@@ -620,7 +620,7 @@ def test_a_state_loaded_between_a_pass_and_its_step_looks_one_step_later(monkeyp
 
 @pytest.mark.parametrize("saved_at", range(2, 9))
 def test_a_state_goes_on_to_the_same_bits_in_an_optimizer_that_went_elsewhere(saved_at, monkeypatch):
-    monkeypatch.setattr("metatele.metaopt.equivariant._WARM", 2)
+    monkeypatch.setattr("metatele.learned.equivariant.optimizer._WARM", 2)
     widths = (4, 9, 7, 3)
     (x, y), model = data(widths), network(widths)
     optimizer = metatele.LearnedOptimizer(model, trained(hold=4).float())
@@ -692,7 +692,7 @@ def test_the_data_in_another_order_are_the_same_batch():
 
 
 def test_an_input_buffer_may_be_filled_again_before_the_step(monkeypatch):
-    monkeypatch.setattr("metatele.metaopt.equivariant._WARM", 2)
+    monkeypatch.setattr("metatele.learned.equivariant.optimizer._WARM", 2)
     found = []
     for filled in (False, True):
         (x, y), model = data((4, 9, 3)), network((4, 9, 3))

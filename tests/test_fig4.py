@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from metatele.activations import LeakyReLU
 from metatele.data import load_images
 from metatele.errors import ConfigError, DivergedError, SingularInputError
 from metatele.experiments import fig4
 from metatele.experiments.__main__ import main
 from metatele.geometry import Curvature, Landscape, Sharpness
-from metatele.losses import CrossEntropy
-from metatele.mlp import MLP, Weights
+from metatele.perceptron.activations import LeakyReLU
+from metatele.perceptron.losses import CrossEntropy
+from metatele.perceptron.mlp import MLP, Weights
 from metatele.symmetry import truncated_inverse
 from metatele.teleport import Ascent, GradientNormAscent, MatchedRandom
 from metatele.training.replicas import Arm, Replicas

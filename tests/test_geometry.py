@@ -10,7 +10,6 @@ import metatele.geometry.curvature as curvature_module
 import metatele.geometry.sharpness as sharpness_module
 import metatele.geometry.spectrum as spectrum_module
 from metatele import TeleportOptimizer, teleport_
-from metatele.activations import Identity, LeakyReLU, ReLU, Sigmoid, SiLU, Softplus, Tanh
 from metatele.errors import ConfigError, NotExactError, ShapeMismatchError, SingularInputError
 from metatele.geometry import (
     Curvature,
@@ -23,8 +22,9 @@ from metatele.geometry import (
     largest_eigenvalues,
     log_volume,
 )
-from metatele.losses import CrossEntropy, Differentiable, FixedGradient, MeanSquaredError, SquaredError
-from metatele.mlp import MLP
+from metatele.perceptron.activations import Identity, LeakyReLU, ReLU, Sigmoid, SiLU, Softplus, Tanh
+from metatele.perceptron.losses import CrossEntropy, Differentiable, FixedGradient, MeanSquaredError, SquaredError
+from metatele.perceptron.mlp import MLP
 from metatele.symmetry import Exact, exponential, sweep
 from metatele.teleport import Ascent
 
@@ -746,7 +746,7 @@ def test_landscapes_refuse_what_does_not_fit():
         ((x.long(), y, SquaredError()), "inputs must be floating-point numbers"),
         ((x, torch.full((7,), 3), CrossEntropy()), "class indices must lie from 0 to 2, got 3 to 3"),
         ((x, torch.zeros(7), CrossEntropy()), "class indices of dtype torch.int64"),
-        ((x, y, nn.functional.mse_loss), "loss must be one of metatele.losses"),
+        ((x, y, nn.functional.mse_loss), "loss must be one of metatele.perceptron.losses"),
         ((x, y.tolist(), SquaredError()), "targets must be a tensor, got list"),
     ):
         with pytest.raises(ConfigError, match=words):

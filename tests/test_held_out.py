@@ -10,8 +10,8 @@ import metatele
 from metatele.config import transfer
 from metatele.errors import ConfigError, RunFolderError
 from metatele.experiments import transfer as experiment
-from metatele.losses import CrossEntropy, SquaredError
-from metatele.mlp import MLP
+from metatele.perceptron.losses import CrossEntropy, SquaredError
+from metatele.perceptron.mlp import MLP
 from metatele.tasks.fitting import Fitting
 from metatele.tasks.held_out import CLASSIFICATIONS, REGRESSIONS
 from metatele.training import baselines
@@ -39,7 +39,7 @@ def test_held_out_problems_are_reproducible_and_as_they_say(name):
 
 
 def fitting(batch_size=0, seed=0):
-    from metatele.activations import Tanh
+    from metatele.perceptron.activations import Tanh
 
     random = torch.Generator().manual_seed(seed)
     mlp = MLP((5, 6, 3), Tanh(), True)

@@ -13,9 +13,9 @@ from cases import METHODS, TASK, small_optimizer, small_problems
 from torch import nn
 
 import metatele
-from metatele.activations import ReLU
 from metatele.errors import MetateleError, NotExactError, ShapeMismatchError, UnsupportedModelError
-from metatele.optim.modules import read_sequential
+from metatele.network.sequential import read_sequential
+from metatele.perceptron.activations import ReLU
 from metatele.unroll import start, unroll
 
 TRANSFER = Path(__file__).resolve().parent.parent / "checkpoints" / "transfer"

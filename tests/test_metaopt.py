@@ -11,9 +11,9 @@ from naive import NaiveLSTM
 
 from metatele.config import MethodConfig, TaskConfig
 from metatele.errors import ConfigError, NotExactError, ShapeMismatchError
-from metatele.metaopt import LearnedTeleport, MetaOptimizer, StackedLSTM
-from metatele.metaopt.moves import Rate, capped
-from metatele.metaopt.preprocessing import asinh, log_sign, preprocessing, raw
+from metatele.learned import LearnedTeleport, MetaOptimizer, StackedLSTM
+from metatele.learned.flat.moves import Rate, capped
+from metatele.learned.flat.preprocessing import asinh, log_sign, preprocessing, raw
 from metatele.tasks import Regression
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from metatele.activations import LeakyReLU, Softplus, Tanh
 from metatele.errors import ConfigError, ShapeMismatchError
-from metatele.losses import CrossEntropy, Differentiable, MeanSquaredError, SquaredError
-from metatele.mlp import MLP, Pass, attach_gradient
+from metatele.perceptron.activations import LeakyReLU, Softplus, Tanh
+from metatele.perceptron.losses import CrossEntropy, Differentiable, MeanSquaredError, SquaredError
+from metatele.perceptron.mlp import MLP, Pass, attach_gradient
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import metatele
-from metatele.activations import LeakyReLU, ReLU, Tanh
 from metatele.config import EquivariantConfig
 from metatele.errors import ConfigError
-from metatele.metaopt import EquivariantOptimizer, Opening
-from metatele.metaopt.spectrum import Spectrum
-from metatele.mlp import MLP, Pass
+from metatele.learned import EquivariantOptimizer, Opening
+from metatele.learned.equivariant.spectrum import Spectrum
+from metatele.perceptron.activations import LeakyReLU, ReLU, Tanh
+from metatele.perceptron.mlp import MLP, Pass
 from metatele.tasks.fitting import usual_weights
 
 

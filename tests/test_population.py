@@ -10,12 +10,12 @@ import scipy.stats
 import torch
 from torch import nn
 
-from metatele.activations import LeakyReLU, Tanh
 from metatele.data import load_images
 from metatele.errors import ConfigError, RunFolderError
 from metatele.experiments.__main__ import main
 from metatele.experiments.table1 import partial, pearson
-from metatele.mlp import MLP
+from metatele.perceptron.activations import LeakyReLU, Tanh
+from metatele.perceptron.mlp import MLP
 from metatele.random import generator
 from metatele.training import population as module
 from metatele.training.population import Population

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from metatele.activations import LeakyReLU
 from metatele.data import ImageSet, load_images
 from metatele.errors import ConfigError, RunFolderError
 from metatele.experiments.__main__ import main
 from metatele.experiments.images import interval
 from metatele.experiments.optimizers_beyond import teleports, verdict
 from metatele.geometry import Landscape
-from metatele.losses import CrossEntropy
-from metatele.mlp import MLP
+from metatele.perceptron.activations import LeakyReLU
+from metatele.perceptron.losses import CrossEntropy
+from metatele.perceptron.mlp import MLP
 from metatele.random import generator
 from metatele.teleport import GradientNormAscent, in_sequence
 from metatele.training.replicas import Arm, Replicas

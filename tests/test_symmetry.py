@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metatele.activations import Identity, LeakyReLU, ReLU, Sigmoid, SiLU, Softplus, Tanh
 from metatele.errors import ConfigError, NotExactError, ShapeMismatchError, SingularInputError
-from metatele.mlp import MLP
+from metatele.perceptron.activations import Identity, LeakyReLU, ReLU, Sigmoid, SiLU, Softplus, Tanh
+from metatele.perceptron.mlp import MLP
 from metatele.symmetry import (
     PARAMETRISATIONS,
     Approximate,

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from metatele.activations import Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from metatele.errors import ConfigError, NotExactError
 from metatele.geometry import GradientNorm, Landscape, Objective, objective
-from metatele.losses import CrossEntropy, FixedGradient, SquaredError
-from metatele.mlp import MLP
+from metatele.perceptron.activations import Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
+from metatele.perceptron.losses import CrossEntropy, FixedGradient, SquaredError
+from metatele.perceptron.mlp import MLP
 from metatele.symmetry import Approximate, Exact, Pair, Rescaling, exponential, sweep
 from metatele.teleport import Ascent, GradientNormAscent, Random, Whitening, in_sequence, transport
 from metatele.teleport import Rescaling as Rescale

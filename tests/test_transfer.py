@@ -14,7 +14,7 @@ from metatele.cli.evaluate import main as evaluate
 from metatele.cli.train import main as train_main
 from metatele.config import TransferConfig, from_dict, stored_config, to_dict, transfer
 from metatele.errors import CheckpointError, ConfigError, RunFolderError
-from metatele.metaopt import EquivariantOptimizer
+from metatele.learned import EquivariantOptimizer
 from metatele.rollout import losses_of
 from metatele.tasks.held_out import REGRESSIONS
 from metatele.training.baselines import Baseline, run_candidates

@@ -10,7 +10,7 @@ from naive import NaiveLearner, torch_gate_order
 
 from metatele.config import TaskConfig
 from metatele.errors import ConfigError
-from metatele.metaopt import StackedLSTM
+from metatele.learned import StackedLSTM
 from metatele.tasks import Regression
 from metatele.unroll import start, unroll, window_loss
 

@@ -127,8 +127,8 @@ def run(args: Any) -> dict[str, Any]:
     """All arms and seeds in one program; the content of ``results.json``."""
     import torch
 
-    from metatele.activations import LeakyReLU
-    from metatele.mlp import MLP
+    from metatele.perceptron.activations import LeakyReLU
+    from metatele.perceptron.mlp import MLP
     from metatele.training.replicas import Replicas
 
     at = args.epochs // 2 if args.at is None else args.at

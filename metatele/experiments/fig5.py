@@ -75,8 +75,8 @@ def arms(settings: str, train_samples: int) -> list[Arm]:
 
 def run(args: Any) -> dict[str, Any]:
     """All arms and seeds in one program; the content of ``results.json``."""
-    from metatele.activations import LeakyReLU
-    from metatele.mlp import MLP
+    from metatele.perceptron.activations import LeakyReLU
+    from metatele.perceptron.mlp import MLP
     from metatele.training.replicas import Replicas
 
     data, device = common.prepare(args, common.folder(args.experiment, args))

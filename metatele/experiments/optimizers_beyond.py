@@ -93,8 +93,8 @@ def _split(data: ImageSet) -> ImageSet:
 
 def run(args: Any) -> dict[str, Any]:
     """Tune, then measure; the content of ``results.json``."""
-    from metatele.activations import LeakyReLU
-    from metatele.mlp import MLP
+    from metatele.perceptron.activations import LeakyReLU
+    from metatele.perceptron.mlp import MLP
     from metatele.training.replicas import Replicas
 
     data, device = common.prepare(args, common.folder("optimizers-beyond", args))

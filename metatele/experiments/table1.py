@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train and measure all networks; the content of ``results.json``."""
     import torch
 
-    from metatele.activations import LeakyReLU
     from metatele.checkpoint import versions
-    from metatele.mlp import MLP
+    from metatele.perceptron.activations import LeakyReLU
+    from metatele.perceptron.mlp import MLP
     from metatele.training.population import Population
 
     out = common.folder("table1", args)

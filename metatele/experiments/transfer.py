@@ -25,8 +25,8 @@ from metatele.experiments import images as common
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from metatele.activations import Activation
-    from metatele.metaopt import EquivariantOptimizer
+    from metatele.learned import EquivariantOptimizer
+    from metatele.perceptron.activations import Activation
     from metatele.tasks import Fitting
 
 OURS, FLAT, WHITENING = "metatele transfer", "LSTM(update,tele)", "Whitening + GD"
@@ -93,7 +93,7 @@ def standard(problems: Fitting, tuning: Fitting) -> Iterator[tuple[str, dict[str
     """Name, chosen settings and losses of every optimizer that is not learned."""
     import torch
 
-    from metatele.metaopt import ConstantOptimizer
+    from metatele.learned import ConstantOptimizer
     from metatele.rollout import losses_of
     from metatele.training.baselines import EVERYWHERE, run_candidates, tune
 
@@ -159,8 +159,8 @@ class Classifying:
     """
 
     def __init__(self, name: str, images: Any) -> None:
-        from metatele.activations import ReLU
-        from metatele.mlp import MLP
+        from metatele.perceptron.activations import ReLU
+        from metatele.perceptron.mlp import MLP
         from metatele.tasks.held_out import CLASSIFICATIONS
 
         self.name, self.images, self.kind = name, images, CLASSIFICATIONS[name]
@@ -169,7 +169,7 @@ class Classifying:
         self.steps = self.kind.epochs * self.given.batches
 
     def _problems(self, stream: str, count: int, seed: int) -> Fitting:
-        from metatele.losses import CrossEntropy
+        from metatele.perceptron.losses import CrossEntropy
         from metatele.random import generator
         from metatele.tasks import Fitting
         from metatele.tasks.fitting import usual_weights
@@ -180,7 +180,7 @@ class Classifying:
 
     def scores(self, flat: Tensor) -> list[list[float]]:
         """Training loss, test loss and test accuracy of each network."""
-        from metatele.losses import CrossEntropy
+        from metatele.perceptron.losses import CrossEntropy
 
         images = self.images
         parts = ((images.train_images, images.train_labels), (images.test_images, images.test_labels))
@@ -232,7 +232,7 @@ class Classifying:
 
     def standard(self) -> list[dict[str, Any]]:
         """All methods but ours."""
-        from metatele.metaopt import ConstantOptimizer
+        from metatele.learned import ConstantOptimizer
         from metatele.training.baselines import EVERYWHERE, run_candidates
 
         methods, last = [], self.kind.epochs
@@ -272,7 +272,7 @@ def milliseconds(task: dict[str, Any], learned: EquivariantOptimizer) -> dict[st
     from torch import nn
 
     import metatele
-    from metatele.metaopt import ConstantOptimizer
+    from metatele.learned import ConstantOptimizer
     from metatele.training.baselines import EVERYWHERE
 
     if task["kind"] == "regression":
@@ -392,9 +392,9 @@ def _on_large_data(optimizer: EquivariantOptimizer) -> float:
     """Mean log of the loss relative to the initial one, half way and at the end of runs on data like images."""
     import torch
 
-    from metatele.activations import ReLU
-    from metatele.losses import CrossEntropy
-    from metatele.mlp import MLP
+    from metatele.perceptron.activations import ReLU
+    from metatele.perceptron.losses import CrossEntropy
+    from metatele.perceptron.mlp import MLP
     from metatele.random import generator
     from metatele.rollout import losses_of
     from metatele.tasks import Fitting
@@ -510,7 +510,7 @@ def _task(
 
 def _loaded(folder: Path) -> EquivariantOptimizer:
     from metatele import checkpoint
-    from metatele.metaopt import EquivariantOptimizer
+    from metatele.learned import EquivariantOptimizer
 
     optimizer = checkpoint.load(folder).optimizer
     assert isinstance(optimizer, EquivariantOptimizer)

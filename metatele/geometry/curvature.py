@@ -25,12 +25,13 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from metatele.activations import Activation
 from metatele.errors import ConfigError, NotExactError, SingularInputError
 from metatele.geometry.landscape import RANK, Landscape, Point
 from metatele.geometry.objectives import Objective
-from metatele.mlp import MLP, Weights, affine
-from metatele.symmetry import has_full_rank, pseudo_inverse, with_ones
+from metatele.network.bias import with_ones
+from metatele.perceptron.activations import Activation
+from metatele.perceptron.mlp import MLP, Weights, affine
+from metatele.symmetry import has_full_rank, pseudo_inverse
 
 _CHUNK_BYTES = 64 << 20  # of hidden units and their derivatives in one chunk
 
@@ -326,8 +327,8 @@ def curvatures(
         pre: See :func:`derivatives`.
 
     Example:
-        >>> from metatele.activations import Identity
-        >>> from metatele.losses import SquaredError
+        >>> from metatele.perceptron.activations import Identity
+        >>> from metatele.perceptron.losses import SquaredError
         >>> mlp = MLP((1, 1, 1), Identity())  # γ = (v exp(t), u exp(-t)): the hyperbola through (v, u)
         >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
         >>> curvatures(scene, mlp.unflatten(torch.tensor([1.0, 1.0])), [torch.ones(1, 1, 1)]).kappa  # 1/√2
@@ -383,8 +384,8 @@ class Curvature(Objective):
         truncate: The data may be rank deficient; see :func:`derivatives`.
 
     Example:
-        >>> from metatele.activations import LeakyReLU
-        >>> from metatele.losses import SquaredError
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
         >>> _ = torch.manual_seed(0)
         >>> mlp = MLP((5, 4, 3), LeakyReLU(0.1))
         >>> scene = Landscape(mlp, torch.randn(5, 4), torch.randn(3, 4), SquaredError())

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from metatele.errors import ConfigError, NotExactError, ShapeMismatchError, SingularInputError
-from metatele.losses import Loss
-from metatele.mlp import MLP, Pass, Weights
+from metatele.network.bias import with_ones
+from metatele.perceptron.losses import Loss
+from metatele.perceptron.mlp import MLP, Pass, Weights
 from metatele.symmetry import (
     Action,
     Exact,
@@ -21,7 +22,6 @@ from metatele.symmetry import (
     inverse_factor,
     truncated_inverse,
     walk,
-    with_ones,
 )
 
 RANK = 1e-6  # relative: layer inputs below it, in double precision, are rank deficient
@@ -44,8 +44,8 @@ class Landscape:
 
     Example:
         >>> import torch
-        >>> from metatele.activations import Identity
-        >>> from metatele.losses import SquaredError
+        >>> from metatele.perceptron.activations import Identity
+        >>> from metatele.perceptron.losses import SquaredError
         >>> line = Landscape(MLP((1, 1), Identity()), torch.ones(1, 1), torch.zeros(1, 1), SquaredError())
         >>> line.at(torch.tensor([[3.0], [5.0]])).value
         tensor([ 4.5000, 12.5000])
@@ -61,7 +61,8 @@ class Landscape:
         """Check that the parts fit each other."""
         if not isinstance(self.loss, Loss):
             raise ConfigError(
-                f"loss must be one of metatele.losses (a function goes into Differentiable), got {self.loss!r}"
+                "loss must be one of metatele.perceptron.losses (a function goes into Differentiable), "
+                f"got {self.loss!r}"
             )
         for name in ("inputs", "targets"):
             if not isinstance(getattr(self, name), Tensor):

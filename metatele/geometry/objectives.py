@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from metatele.geometry.landscape import Point
-from metatele.mlp import Weights
+from metatele.perceptron.mlp import Weights
 
 
 class Objective(ABC):
@@ -45,10 +45,10 @@ class GradientNorm(Objective):
 
     Example:
         >>> import torch
-        >>> from metatele.activations import Identity
+        >>> from metatele.perceptron.activations import Identity
         >>> from metatele.geometry import Landscape
-        >>> from metatele.losses import SquaredError
-        >>> from metatele.mlp import MLP
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> from metatele.perceptron.mlp import MLP
         >>> parabola = Landscape(MLP((1, 1), Identity()), torch.tensor([[2.0]]), torch.zeros(1, 1), SquaredError())
         >>> GradientNorm().value_and_gradient(parabola.at(torch.tensor([3.0])))  # (4w)² and its derivative
         (tensor(144.), tensor([96.]))

@@ -18,8 +18,8 @@ from torch import Tensor
 from metatele.errors import ConfigError
 from metatele.geometry.landscape import Landscape, Point
 from metatele.geometry.objectives import Objective
-from metatele.losses import Differentiable
-from metatele.mlp import MLP, affine, product
+from metatele.perceptron.losses import Differentiable
+from metatele.perceptron.mlp import MLP, affine, product
 
 DISPLACEMENTS = tuple(round(0.001 + 0.01 * i, 3) for i in range(20))  # the paper's, for MNIST
 _CHUNK_BYTES = 8 << 20  # of the hidden units of one chunk; about what a core's cache holds
@@ -41,8 +41,8 @@ class Sharpness(Objective):
         seed: Of the directions.
 
     Example:
-        >>> from metatele.activations import Identity
-        >>> from metatele.losses import SquaredError
+        >>> from metatele.perceptron.activations import Identity
+        >>> from metatele.perceptron.losses import SquaredError
         >>> line = Landscape(MLP((1, 1), Identity()), torch.ones(1, 1), torch.zeros(1, 1), SquaredError())
         >>> phi = Sharpness(displacements=(2.0,), directions=1000)  # d = ±1: mean of ½(w ± 2)² = ½w² + 2
         >>> round(float(phi.value(line.at(torch.tensor([1.0])))), 1)

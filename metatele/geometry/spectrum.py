@@ -21,8 +21,8 @@ from torch import Tensor
 
 from metatele.errors import ConfigError
 from metatele.geometry.landscape import Landscape, Point
-from metatele.losses import Differentiable
-from metatele.mlp import MLP
+from metatele.perceptron.losses import Differentiable
+from metatele.perceptron.mlp import MLP
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,8 +50,8 @@ def hessian(landscape: Landscape, flat: Tensor) -> Tensor:
         ConfigError: Weights, data or loss of a network are not finite.
 
     Example:
-        >>> from metatele.activations import Identity
-        >>> from metatele.losses import SquaredError
+        >>> from metatele.perceptron.activations import Identity
+        >>> from metatele.perceptron.losses import SquaredError
         >>> line = Landscape(MLP((2, 1), Identity()), torch.tensor([[1.0], [2.0]]), torch.zeros(1, 1), SquaredError())
         >>> hessian(line, torch.zeros(2))  # x xᵀ
         tensor([[1., 2.],
@@ -88,8 +88,8 @@ def largest_eigenvalues(
             Lanczos' method did not reach the tolerance.
 
     Example:
-        >>> from metatele.activations import Identity
-        >>> from metatele.losses import SquaredError
+        >>> from metatele.perceptron.activations import Identity
+        >>> from metatele.perceptron.losses import SquaredError
         >>> x = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
         >>> line = Landscape(MLP((3, 1), Identity()), x, torch.zeros(1, 3), SquaredError())
         >>> largest_eigenvalues(line, torch.zeros(3), 2)  # of XXᵀ
@@ -124,8 +124,8 @@ def count_above(
         ConfigError: As of :func:`largest_eigenvalues`, or ``epsilon`` is not finite.
 
     Example:
-        >>> from metatele.activations import Identity
-        >>> from metatele.losses import SquaredError
+        >>> from metatele.perceptron.activations import Identity
+        >>> from metatele.perceptron.losses import SquaredError
         >>> x = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
         >>> line = Landscape(MLP((3, 1), Identity()), x, torch.zeros(1, 3), SquaredError())
         >>> count_above(line, torch.zeros(3), 2.0)  # 9 and 4, not 1
@@ -165,8 +165,8 @@ def log_volume(landscape: Landscape, flat: Tensor, k: int, *, tolerance: float =
         ConfigError: As of :func:`largest_eigenvalues`.
 
     Example:
-        >>> from metatele.activations import Identity
-        >>> from metatele.losses import SquaredError
+        >>> from metatele.perceptron.activations import Identity
+        >>> from metatele.perceptron.losses import SquaredError
         >>> x = torch.diag(torch.tensor([0.0, 2.0, 3.0]))
         >>> line = Landscape(MLP((3, 1), Identity()), x, torch.zeros(1, 3), SquaredError())
         >>> log_volume(line, torch.zeros(3), 2), log_volume(line, torch.zeros(3), 3)  # log 9·4, log 0

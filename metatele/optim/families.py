@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from metatele.errors import MetateleError, ShapeMismatchError
-from metatele.metaopt import EquivariantOptimizer, EquivariantStates, LSTMState, MetaOptimizer, MoveStates, Observation
-from metatele.metaopt.observation import Layers, inner
-from metatele.mlp import MLP
-from metatele.optim.modules import PassCapture, describe
-from metatele.symmetry import drift, with_ones
+from metatele.learned import EquivariantOptimizer, EquivariantStates, LSTMState, MetaOptimizer, MoveStates, Observation
+from metatele.learned.equivariant.observation import Layers, inner
+from metatele.network.bias import with_ones
+from metatele.network.capture import PassCapture
+from metatele.network.sequential import describe
+from metatele.perceptron.mlp import MLP
+from metatele.symmetry import drift
 
 _T = TypeVar("_T")
 _FEW = 16  # samples of a mini-batch, below which the equivariant family is no good

@@ -17,10 +17,11 @@ import torch
 from higher.optim import DifferentiableOptimizer
 
 from metatele.errors import MetateleError
-from metatele.metaopt import MetaOptimizer
+from metatele.learned import MetaOptimizer
+from metatele.network.capture import PassCapture
+from metatele.network.sequential import read_sequential
 from metatele.optim.families import read_states
 from metatele.optim.learned import LearnedOptimizer
-from metatele.optim.modules import PassCapture, read_sequential
 
 
 class DifferentiableLearnedOptimizer(DifferentiableOptimizer):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from metatele import checkpoint as checkpoints
 from metatele.errors import MetateleError, ShapeMismatchError
-from metatele.metaopt import EquivariantOptimizer, MetaOptimizer
+from metatele.learned import EquivariantOptimizer, MetaOptimizer
+from metatele.network.sequential import read_sequential
 from metatele.optim.families import Situation, family_of
-from metatele.optim.modules import read_sequential
 
 
 class LearnedOptimizer(torch.optim.Optimizer):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metatele.geometry import Landscape
-from metatele.mlp import MLP
+from metatele.perceptron.mlp import MLP
 from metatele.teleport import Teleport, transport
 
 STRATEGIES = ("keep", "reset", "transport")

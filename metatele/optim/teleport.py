@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError, UnsupportedModelError
 from metatele.geometry import GradientNorm, Landscape, Objective, objective
-from metatele.losses import Differentiable, FixedGradient
+from metatele.network.capture import PassCapture
+from metatele.network.sequential import flat_modules, read_sequential
 from metatele.optim.conjugate import Conjugation
-from metatele.optim.modules import PassCapture, flat_modules, read_sequential
 from metatele.optim.state import ADAPTIVE, STRATEGIES, carry_state, metric_of
+from metatele.perceptron.losses import Differentiable, FixedGradient
 from metatele.symmetry import action
 from metatele.teleport import Ascent, GradientNormAscent, Report, Teleport, TeleportMove, Whitening
 

@@ -13,7 +13,6 @@ from metatele.symmetry.actions import (
     drift,
     sweep,
     walk,
-    with_ones,
 )
 from metatele.symmetry.group import (
     PARAMETRISATIONS,
@@ -63,5 +62,4 @@ __all__ = [
     "sweep",
     "truncated_inverse",
     "walk",
-    "with_ones",
 ]

@@ -28,9 +28,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from metatele.activations import Activation
 from metatele.errors import ConfigError, NotExactError, ShapeMismatchError
-from metatele.mlp import MLP, Weights, affine
+from metatele.network.bias import with_ones
+from metatele.perceptron.activations import Activation
+from metatele.perceptron.mlp import MLP, Weights, affine
 from metatele.symmetry.group import GroupElement
 from metatele.symmetry.least_squares import (
     DampedInverse,
@@ -173,7 +174,7 @@ class Action(ABC):
             SingularInputError: The exact action met rank-deficient inputs.
 
         Example:
-            >>> from metatele.activations import LeakyReLU
+            >>> from metatele.perceptron.activations import LeakyReLU
             >>> from metatele.symmetry.group import exponential
             >>> H = torch.eye(3, dtype=torch.float64)
             >>> pair = Pair(V=torch.ones(2, 3).double(), U=torch.ones(1, 2).double())
@@ -188,11 +189,6 @@ class Action(ABC):
             change = (moved.output(inputs, activation) - before).norm(dim=(-2, -1))
             drift = change / before.norm(dim=(-2, -1)).clamp_min(torch.finfo(before.dtype).tiny)
         return Acted(moved, drift)
-
-
-def with_ones(inputs: Tensor) -> Tensor:
-    """A row of ones below the inputs ``[..., d, n]``: what a bias sees."""
-    return torch.cat([inputs, torch.ones_like(inputs[..., :1, :])], -2)
 
 
 @dataclass(frozen=True)
@@ -389,7 +385,7 @@ def sweep(
         New weights; drift is reported by :func:`drift`.
 
     Example:
-        >>> from metatele.activations import LeakyReLU
+        >>> from metatele.perceptron.activations import LeakyReLU
         >>> from metatele.symmetry.group import exponential
         >>> mlp = MLP((4, 3, 3, 2), LeakyReLU(0.1))
         >>> generator = torch.Generator().manual_seed(0)

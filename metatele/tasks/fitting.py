@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from metatele.activations import Activation, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from metatele.config import MixtureConfig
-from metatele.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError
-from metatele.mlp import MLP, Pass
+from metatele.perceptron.activations import Activation, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
+from metatele.perceptron.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError
+from metatele.perceptron.mlp import MLP, Pass
 from metatele.random import generator
 
 

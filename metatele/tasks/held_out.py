@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metatele.activations import LeakyReLU, ReLU, SiLU, Tanh
-from metatele.losses import Loss, MeanSquaredError, SquaredError
-from metatele.mlp import MLP
+from metatele.perceptron.activations import LeakyReLU, ReLU, SiLU, Tanh
+from metatele.perceptron.losses import Loss, MeanSquaredError, SquaredError
+from metatele.perceptron.mlp import MLP
 from metatele.random import generator
 from metatele.tasks.fitting import Fitting, usual_weights
 

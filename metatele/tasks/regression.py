@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from metatele.activations import activation
 from metatele.config import TaskConfig
-from metatele.losses import SquaredError
-from metatele.mlp import MLP
+from metatele.perceptron.activations import activation
+from metatele.perceptron.losses import SquaredError
+from metatele.perceptron.mlp import MLP
 from metatele.random import generator
 from metatele.tasks.fitting import Fitting
 

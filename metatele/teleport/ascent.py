@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metatele.errors import ConfigError
 from metatele.geometry import GradientNorm, Landscape, Objective, Point
-from metatele.mlp import Weights
+from metatele.perceptron.mlp import Weights
 from metatele.symmetry import PARAMETRISATIONS, Action, Pair
 from metatele.teleport.move import Leg, TeleportMove, finite_radius
 
@@ -178,9 +178,9 @@ def GradientNormAscent(
         max_drift: See :class:`TeleportMove`.
 
     Example:
-        >>> from metatele.activations import LeakyReLU
-        >>> from metatele.losses import SquaredError
-        >>> from metatele.mlp import MLP
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> from metatele.perceptron.mlp import MLP
         >>> _ = torch.manual_seed(0)
         >>> mlp = MLP((5, 4, 3), LeakyReLU(0.1))
         >>> landscape = Landscape(mlp, torch.randn(5, 4), torch.randn(3, 4), SquaredError())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metatele.errors import ConfigError, SingularInputError
 from metatele.geometry import Point
-from metatele.mlp import Weights
+from metatele.perceptron.mlp import Weights
 from metatele.symmetry import PARAMETRISATIONS, GroupElement
 from metatele.teleport.move import Leg, TeleportMove, finite_radius
 
@@ -60,10 +60,10 @@ class Whitening(TeleportMove):
         refresh: Steps between two computations of g, for ``conjugate``.
 
     Example:
-        >>> from metatele.activations import LeakyReLU
+        >>> from metatele.perceptron.activations import LeakyReLU
         >>> from metatele.geometry import Landscape
-        >>> from metatele.losses import SquaredError
-        >>> from metatele.mlp import MLP
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> from metatele.perceptron.mlp import MLP
         >>> _ = torch.manual_seed(0)
         >>> mlp = MLP((8, 4, 2), LeakyReLU(0.1))
         >>> X = torch.randn(8, 4).double()
@@ -126,10 +126,10 @@ class Rescaling(TeleportMove):
         radius: Largest ``|log s|``.
 
     Example:
-        >>> from metatele.activations import LeakyReLU
+        >>> from metatele.perceptron.activations import LeakyReLU
         >>> from metatele.geometry import Landscape
-        >>> from metatele.losses import SquaredError
-        >>> from metatele.mlp import MLP
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> from metatele.perceptron.mlp import MLP
         >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
         >>> landscape = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
         >>> Rescaling()(landscape, torch.tensor([8.0, 2.0])).weights
@@ -203,10 +203,10 @@ class Random(TeleportMove):
         generator: Of random numbers; torch's own if not given.
 
     Example:
-        >>> from metatele.activations import Tanh
+        >>> from metatele.perceptron.activations import Tanh
         >>> from metatele.geometry import Landscape
-        >>> from metatele.losses import SquaredError
-        >>> from metatele.mlp import MLP
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> from metatele.perceptron.mlp import MLP
         >>> _ = torch.manual_seed(0)
         >>> landscape = Landscape(MLP((5, 4, 3), Tanh()), torch.randn(5, 4), torch.randn(3, 4), SquaredError())
         >>> report = Random(radius=0.01, action="auto")(landscape, 0.5 * torch.randn(32)).report

@@ -37,10 +37,10 @@ class MatchedRandom(TeleportMove):
         max_drift: As everywhere, but infinite if not given: the change is chosen.
 
     Example:
-        >>> from metatele.activations import LeakyReLU
+        >>> from metatele.perceptron.activations import LeakyReLU
         >>> from metatele.geometry import Landscape
-        >>> from metatele.losses import SquaredError
-        >>> from metatele.mlp import MLP
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> from metatele.perceptron.mlp import MLP
         >>> _ = torch.manual_seed(0)
         >>> mlp, X, Y = MLP((5, 4, 3), LeakyReLU(0.1)), torch.randn(5, 40), torch.randn(3, 40)
         >>> landscape = Landscape(mlp, X, Y, SquaredError())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metatele.errors import ConfigError
 from metatele.geometry import GradientNorm, Landscape, Objective, Point
-from metatele.mlp import MLP
+from metatele.perceptron.mlp import MLP
 from metatele.symmetry import ACTIONS, PARAMETRISATIONS, Action, Exact, GroupElement, action, sweep
 
 

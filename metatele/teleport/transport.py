@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metatele.mlp import MLP
+from metatele.perceptron.mlp import MLP
 from metatele.teleport.move import Leg
 
 
@@ -24,9 +24,9 @@ def transport(mlp: MLP, path: Sequence[Leg], flat: Tensor, velocity: Tensor) -> 
         velocity: ``v``, ``[..., P]``.
 
     Example:
-        >>> from metatele.activations import LeakyReLU
+        >>> from metatele.perceptron.activations import LeakyReLU
         >>> from metatele.geometry import Landscape
-        >>> from metatele.losses import SquaredError
+        >>> from metatele.perceptron.losses import SquaredError
         >>> from metatele.teleport import Rescaling
         >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
         >>> w = torch.tensor([8.0, 2.0])

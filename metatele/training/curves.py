@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metatele.metaopt import EquivariantOptimizer, MetaOptimizer
+from metatele.learned import EquivariantOptimizer, MetaOptimizer
 from metatele.rollout import losses_of
 from metatele.tasks import Problems
 from metatele.unroll import start, unroll

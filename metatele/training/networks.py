@@ -9,8 +9,8 @@ from torch import Tensor
 
 from metatele.data import ImageSet
 from metatele.errors import ConfigError
-from metatele.losses import CrossEntropy
-from metatele.mlp import MLP, Weights
+from metatele.perceptron.losses import CrossEntropy
+from metatele.perceptron.mlp import MLP, Weights
 from metatele.random import generator
 
 _CHUNK_BYTES = 64 << 20  # of one layer's outputs in one evaluation pass

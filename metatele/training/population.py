@@ -23,7 +23,7 @@ from metatele.data import ImageSet
 from metatele.errors import ConfigError, RunFolderError
 from metatele.files import write_atomically
 from metatele.geometry import Landscape
-from metatele.mlp import MLP
+from metatele.perceptron.mlp import MLP
 from metatele.random import generator
 from metatele.training.networks import Networks
 
@@ -43,7 +43,7 @@ class Population(Networks):
         device: Where.
 
     Example:
-        >>> from metatele.activations import LeakyReLU
+        >>> from metatele.perceptron.activations import LeakyReLU
         >>> from metatele.data import load_images
         >>> population = Population(load_images(), MLP((64, 16, 10), LeakyReLU(0.1)), range(3), lr=0.1)
         >>> before, _ = population.measured("test")

@@ -22,7 +22,7 @@ from torch import Tensor
 from metatele.data import ImageSet
 from metatele.errors import ConfigError
 from metatele.geometry import Landscape
-from metatele.mlp import MLP, Pass, Weights
+from metatele.perceptron.mlp import MLP, Pass, Weights
 from metatele.random import generator
 from metatele.teleport import MatchedRandom, Report, TeleportMove
 from metatele.training.networks import Networks
@@ -118,7 +118,7 @@ class Replicas(Networks):
         device: Where.
 
     Example:
-        >>> from metatele.activations import LeakyReLU
+        >>> from metatele.perceptron.activations import LeakyReLU
         >>> from metatele.data import load_images
         >>> arms = [Arm("SGD", torch.optim.SGD, {"lr": 0.1})]
         >>> replicas = Replicas(load_images(), MLP((64, 16, 10), LeakyReLU(0.1)), arms, seeds=range(2))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metatele.config import RunConfig, TransferConfig, to_dict
 from metatele.errors import CheckpointError, ConfigError, DivergedError
-from metatele.metaopt import EquivariantOptimizer, MetaOptimizer, Stepped
+from metatele.learned import EquivariantOptimizer, MetaOptimizer, Stepped
 from metatele.tasks import Problems, Regression
 from metatele.training.curves import held_out_score, learned_curves
 from metatele.training.processes import Processes

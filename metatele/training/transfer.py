@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metatele.config import TransferConfig
 from metatele.errors import ConfigError
-from metatele.metaopt import EquivariantOptimizer, EquivariantStates
+from metatele.learned import EquivariantOptimizer, EquivariantStates
 from metatele.rollout import Rollout, losses_of
 from metatele.tasks import Mixture
 from metatele.training.processes import Processes

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from metatele.errors import MetateleError
-from metatele.metaopt.spectrum import Spectrum
-from metatele.mlp import MLP, Pass
-from metatele.symmetry import Approximate, Exact, GroupElement, Pair, Site, drift, sweep, with_ones
+from metatele.learned.equivariant.spectrum import Spectrum
+from metatele.network.bias import with_ones
+from metatele.perceptron.mlp import MLP, Pass
+from metatele.symmetry import Approximate, Exact, GroupElement, Pair, Site, drift, sweep
 
 _DAMPING, _POWER = 0.01, 0.88  # λ and p
 _FIT = 1e-6  # relative damping of the least squares: nearly collinear units would get huge weights without
@@ -52,7 +53,7 @@ class Opening:
         max_drift: Largest relative change of the outputs on the batch; a teleport with a larger one is refused.
 
     Example:
-        >>> from metatele.activations import LeakyReLU
+        >>> from metatele.perceptron.activations import LeakyReLU
         >>> _ = torch.manual_seed(0)
         >>> mlp, x = MLP((20, 20, 20), LeakyReLU(0.1)), torch.rand(20, 20)
         >>> w = torch.rand(1, mlp.num_parameters)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metatele.mlp import Pass, Weights
-from metatele.symmetry import with_ones
+from metatele.network.bias import with_ones
+from metatele.perceptron.mlp import Pass, Weights
 
 
 class Layers(NamedTuple):

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metatele.activations import Activation
 from metatele.errors import ConfigError, ShapeMismatchError
-from metatele.losses import Loss, SquaredError
+from metatele.perceptron.activations import Activation
+from metatele.perceptron.losses import Loss, SquaredError
 
 
 class Weights(NamedTuple):
@@ -62,7 +62,7 @@ class MLP:
         biases: Whether layers have a bias: one answer for all, or one for each layer.
 
     Example:
-        >>> from metatele.activations import LeakyReLU
+        >>> from metatele.perceptron.activations import LeakyReLU
         >>> mlp = MLP((3, 4, 2), LeakyReLU(0.1))
         >>> flat = torch.zeros(5, mlp.num_parameters)  # five networks
         >>> mlp.forward(mlp.unflatten(flat), torch.ones(5, 3, 7)).shape
@@ -173,7 +173,7 @@ class MLP:
         r"""Loss :math:`½‖Y - W_L h_{L-1}‖²_F` and its gradient; see :meth:`value_and_gradient`.
 
         Example:
-            >>> from metatele.activations import Identity
+            >>> from metatele.perceptron.activations import Identity
             >>> mlp = MLP((1, 1), Identity())
             >>> w = mlp.unflatten(torch.tensor([3.0]))
             >>> mlp.squared_error(w, torch.tensor([[2.0]]), torch.tensor([[1.0]]))
@@ -219,7 +219,7 @@ class Pass:
         errors: ``∂L/∂z_1 … ∂L/∂z_L``, after :meth:`backward`.
 
     Example:
-        >>> from metatele.activations import Identity
+        >>> from metatele.perceptron.activations import Identity
         >>> line = MLP((1, 1), Identity())
         >>> done = Pass(line, line.unflatten(torch.tensor([3.0])), torch.tensor([[2.0]]))
         >>> done.backward(torch.tensor([[1.0]]), SquaredError())

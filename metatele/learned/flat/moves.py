@@ -1,7 +1,7 @@
 r"""The two moves a trajectory alternates, ``w ← g·(w + f)``, learned and plain.
 
 A move is a module with a memory: it reads the gradient, and either returns the local update f or
-carries out the teleport g. :class:`~metatele.metaopt.optimizer.MetaOptimizer` composes one of each.
+carries out the teleport g. :class:`~metatele.learned.flat.optimizer.MetaOptimizer` composes one of each.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from metatele.config import MethodConfig
 from metatele.errors import ConfigError
-from metatele.metaopt.lstm import LSTMState, StackedLSTM
-from metatele.metaopt.preprocessing import preprocessing
-from metatele.mlp import MLP
+from metatele.learned.flat.preprocessing import preprocessing
+from metatele.learned.lstm import LSTMState, StackedLSTM
+from metatele.perceptron.mlp import MLP
 from metatele.symmetry import PARAMETRISATIONS, Exact, GroupElement, action, exponential, sweep
 
 _SINGULAR = 1e-12  # diagonal ratio of a QR factor; inputs are factorised in double precision

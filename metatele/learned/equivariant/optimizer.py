@@ -2,7 +2,7 @@ r"""A learned optimizer for perceptrons of any shape: teleport, step, pull back.
 
 Layer l computes ``z = W h`` (a bias is a column of W, for an input that is always 1) and receives the error
 ``δ = ∂L/∂z``. Two teleports turn its coordinates, ``g_h`` made of the second moments of h and ``g_δ`` of those of δ
-(:class:`~metatele.metaopt.spectrum.Spectrum`), a step is made there and pulled back:
+(:class:`~metatele.learned.equivariant.spectrum.Spectrum`), a step is made there and pulled back:
 
 .. math::
     D = (g_δ^T g_δ)\, ∇W\, (g_h^T g_h), \qquad
@@ -16,7 +16,7 @@ a step commutes with permutations of hidden units, and the loss may be multiplie
 On mini-batches the LSTM pauses: its outputs, and the matrices ``gᵀg`` made with them, serve several steps.
 
 Before the first step the network itself is moved once along its symmetry
-(:class:`~metatele.metaopt.opening.Opening`).
+(:class:`~metatele.learned.equivariant.opening.Opening`).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ import torch
 from torch import Tensor, nn
 
 from metatele.config import SENSES, EquivariantConfig
-from metatele.losses import KINDS, kind, level
-from metatele.metaopt.lstm import LSTMState, StackedLSTM
-from metatele.metaopt.observation import Layers, Observation, inner
-from metatele.metaopt.opening import Opening
-from metatele.metaopt.spectrum import Spectrum, Turn
-from metatele.mlp import MLP
+from metatele.learned.equivariant.observation import Layers, Observation, inner
+from metatele.learned.equivariant.opening import Opening
+from metatele.learned.equivariant.spectrum import Spectrum, Turn
+from metatele.learned.lstm import LSTMState, StackedLSTM
+from metatele.perceptron.losses import KINDS, kind, level
+from metatele.perceptron.mlp import MLP
 from metatele.random import generator
 
 FEATURES = sum(SENSES.values())
@@ -418,7 +418,7 @@ def _shortened(
 
 
 class EquivariantOptimizer(nn.Module):
-    """See the module; works on every :class:`~metatele.mlp.MLP`.
+    """See the module; works on every :class:`~metatele.perceptron.mlp.MLP`.
 
     Args:
         config: Sizes, and what is learned.
@@ -428,10 +428,10 @@ class EquivariantOptimizer(nn.Module):
         opening: The teleport before the first step.
 
     Example:
-        >>> from metatele.activations import Tanh
-        >>> from metatele.losses import MeanSquaredError
-        >>> from metatele.metaopt.observation import parted
-        >>> from metatele.mlp import MLP, Pass
+        >>> from metatele.perceptron.activations import Tanh
+        >>> from metatele.perceptron.losses import MeanSquaredError
+        >>> from metatele.learned.equivariant.observation import parted
+        >>> from metatele.perceptron.mlp import MLP, Pass
         >>> _ = torch.manual_seed(0)
         >>> optimizer, mlp = EquivariantOptimizer(EquivariantConfig()), MLP((3, 8, 2), Tanh(), True)
         >>> w, x, y, states = torch.randn(5, mlp.num_parameters), torch.randn(3, 9), torch.randn(2, 9), None
@@ -480,7 +480,7 @@ class EquivariantOptimizer(nn.Module):
         looks on mini-batches a matrix made of them.
 
         Example:
-            >>> from metatele.activations import ReLU
+            >>> from metatele.perceptron.activations import ReLU
             >>> mlp = MLP((100, 100, 100), ReLU())
             >>> EquivariantOptimizer.state_bytes(mlp) / mlp.num_parameters
             32.0

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from metatele.config import MethodConfig, TaskConfig
 from metatele.errors import NotExactError, ShapeMismatchError
-from metatele.metaopt.lstm import LSTMState, StackedLSTM
-from metatele.metaopt.moves import LearnedRate, LearnedTeleport, LearnedUpdate, LocalMove, capped, direction
-from metatele.metaopt.preprocessing import preprocessing
-from metatele.mlp import MLP
+from metatele.learned.flat.moves import LearnedRate, LearnedTeleport, LearnedUpdate, LocalMove, capped, direction
+from metatele.learned.flat.preprocessing import preprocessing
+from metatele.learned.lstm import LSTMState, StackedLSTM
+from metatele.perceptron.mlp import MLP
 from metatele.random import generator
 from metatele.tasks import Regression
 

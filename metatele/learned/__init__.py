@@ -1,0 +1,26 @@
+"""Meta-optimizers: learned local moves, learned teleport moves, and their compositions."""
+
+from metatele.learned.equivariant.observation import Observation
+from metatele.learned.equivariant.opening import Opened, Opening
+from metatele.learned.equivariant.optimizer import ConstantOptimizer, EquivariantOptimizer, EquivariantStates
+from metatele.learned.flat.moves import LearnedRate, LearnedTeleport, LearnedUpdate, LocalMove
+from metatele.learned.flat.optimizer import MetaOptimizer, MoveStates, Stepped
+from metatele.learned.lstm import LSTMState, StackedLSTM
+
+__all__ = [
+    "ConstantOptimizer",
+    "EquivariantOptimizer",
+    "EquivariantStates",
+    "LSTMState",
+    "LearnedRate",
+    "LearnedTeleport",
+    "LearnedUpdate",
+    "LocalMove",
+    "MetaOptimizer",
+    "MoveStates",
+    "Observation",
+    "Opened",
+    "Opening",
+    "StackedLSTM",
+    "Stepped",
+]

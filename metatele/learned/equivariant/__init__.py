@@ -1,0 +1,1 @@
+"""A learned optimizer for networks of any shape: teleport, step, pull back."""

@@ -1,0 +1,1 @@
+"""Any module: its layers, and what its passes show of them."""

@@ -1,0 +1,121 @@
+r"""One use of a matrix-shaped parameter in a pass, reduced to moments where it is seen.
+
+A layer that computes ``z = W h`` receives ``h [i, n]``, one column for each sample and position, and gets back
+``δ = ∂L/∂z [o, n]``; then ``Σ δhᵀ = ∂L/∂W``. A bias is one more column of W, and one more row of h, which is always 1
+(:mod:`metatele.network.bias`). Whole activations are not kept: what is asked for later is their second moments.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WIDEST = 1024  # rows up to which a second moment is kept whole
+RANK = 64  # columns of a wider one's factor
+
+
+class Moment(NamedTuple):
+    r"""A second moment, whole or as ``M = F Fᵀ + ρ I``, which takes memory linear in its rows.
+
+    Attributes:
+        tensor: M ``[..., k, k]``, or F ``[..., k, r]``.
+        rest: ρ ``[..., 1, 1]``; ``None`` if the tensor is M.
+    """
+
+    tensor: Tensor
+    rest: Tensor | None = None
+
+    @staticmethod
+    def of(columns: Tensor, widest: int = WIDEST, rank: int = RANK) -> Moment:
+        """``x xᵀ`` of columns ``[..., k, n]``; of more than ``widest`` rows as a factor of ``rank`` columns.
+
+        A factor keeps the largest eigenvalues, from no more than ``8 rank`` random combinations of the columns where
+        there are more; what it leaves out is spread evenly, so the trace is kept.
+
+        Example:
+            >>> Moment.of(torch.tensor([[1.0, 1.0], [0.0, 2.0]])).tensor
+            tensor([[2., 2.],
+                    [2., 4.]])
+            >>> M = Moment.of(torch.ones(4, 3), widest=2, rank=2)
+            >>> M.tensor.shape, round(float(M.trace), 3)
+            (torch.Size([4, 2]), 12.0)
+        """
+        if columns.shape[-2] <= widest:
+            return Moment(columns @ columns.mT)
+        trace = columns.square().sum((-2, -1))
+        most = 8 * rank
+        if columns.shape[-1] > most:
+            random = torch.Generator().manual_seed(columns.shape[-1])
+            signs = torch.randint(2, (columns.shape[-1], most), generator=random).to(columns) * 2 - 1
+            columns = columns @ (signs / most**0.5)
+        return Moment(columns, torch.zeros_like(trace)[..., None, None])._compressed(rank, trace)
+
+    @property
+    def rows(self) -> int:
+        """K."""
+        return self.tensor.shape[-2]
+
+    @property
+    def trace(self) -> Tensor:
+        """``tr M``, ``[...]``."""
+        if self.rest is None:
+            return self.tensor.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return self.tensor.square().sum((-2, -1)) + self.rows * self.rest[..., 0, 0]
+
+    @property
+    def dense(self) -> Tensor:
+        """M ``[..., k, k]``."""
+        if self.rest is None:
+            return self.tensor
+        eye = torch.eye(self.rows, dtype=self.tensor.dtype, device=self.tensor.device)
+        return self.tensor @ self.tensor.mT + self.rest * eye
+
+    def scaled(self, factor: Tensor | float) -> Moment:
+        """``c M`` for c ``[...]``, zero or positive."""
+        c = torch.as_tensor(factor, dtype=self.tensor.dtype, device=self.tensor.device)[..., None, None]
+        return Moment(self.tensor * c) if self.rest is None else Moment(self.tensor * c.sqrt(), self.rest * c)
+
+    def plus(self, other: Moment) -> Moment:
+        """``M + M'``, with as many columns as the larger of the factors has."""
+        if self.rest is None or other.rest is None:
+            return Moment(self.dense + other.dense)
+        joined = Moment(torch.cat([self.tensor, other.tensor], -1), self.rest + other.rest)
+        return joined._compressed(max(self.tensor.shape[-1], other.tensor.shape[-1]), joined.trace)
+
+    def mixed(self, new: Moment, share: float) -> Moment:
+        """``(1 - share) M + share M'``."""
+        if self.rest is None and new.rest is None:
+            return Moment(self.tensor.lerp(new.tensor, share))
+        return self.scaled(1 - share).plus(new.scaled(share))
+
+    def map(self, function: object) -> Moment:
+        """The same with a function applied to its tensors."""
+        assert callable(function)
+        return Moment(function(self.tensor), None if self.rest is None else function(self.rest))
+
+    def _compressed(self, rank: int, trace: Tensor) -> Moment:
+        """The factor with its ``rank`` largest directions; what is left of the trace is spread evenly."""
+        F = self.tensor
+        if F.shape[-1] > rank:
+            _, V = torch.linalg.eigh(F.mT @ F)
+            F = F @ V[..., -rank:]
+        rest = (trace - F.square().sum((-2, -1))).clamp_min(0) / self.rows
+        return Moment(F, rest[..., None, None])
+
+
+class Use(NamedTuple):
+    """What a matrix-shaped parameter received and got back in the passes of one step.
+
+    Attributes:
+        inputs: ``Σ hhᵀ / n``, with a last row and column for a bias; ``None`` if it was not asked for.
+        errors: ``Σ δδᵀ``, up to a factor; ``None`` if it was not asked for.
+        square: Mean ``z²``, ``[B]``; ``None`` if it was not asked for.
+        columns: n.
+    """
+
+    inputs: Moment | None
+    errors: Moment | None
+    square: Tensor | None
+    columns: int

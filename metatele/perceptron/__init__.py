@@ -1,0 +1,1 @@
+"""Batched functional perceptrons: shapes, activations with inverse and derivatives, losses, passes by hand."""
