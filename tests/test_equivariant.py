@@ -15,9 +15,10 @@ import metatele
 from metatele.config import EquivariantConfig, MixtureConfig
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
 from metatele.learned import ConstantOptimizer, EquivariantOptimizer, Observation
-from metatele.learned.equivariant.observation import joined, parted
+from metatele.learned.equivariant.observation import Wants, joined, parted
 from metatele.learned.equivariant.optimizer import _Close
 from metatele.learned.equivariant.spectrum import Spectrum
+from metatele.network.bias import with_ones
 from metatele.perceptron.activations import LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
 from metatele.perceptron.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError, kind, level
 from metatele.perceptron.mlp import MLP, Pass, Weights
@@ -283,10 +284,9 @@ def test_a_sample_whose_label_is_certain_to_rounding_counts_as_no_loss():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("batch_size", [0, 11])
 def test_a_lost_trajectory_leaves_the_others_alone(bad, batch_size, monkeypatch):
-    if batch_size:  # the same batch, but the controller does not know
+    if batch_size:
         monkeypatch.setattr("metatele.learned.equivariant.optimizer._WARM", 1)
-        monkeypatch.setattr("metatele.learned.equivariant.optimizer._fingerprint", lambda data: torch.rand(4))
-    optimizer, fitting = trained(), problems(MLPS[1])
+    optimizer, fitting = trained(), problems(MLPS[1], samples=22 if batch_size else 11, batch_size=batch_size)
     head = optimizer.lstm.head_weight.requires_grad_()
     found = []
     for value in (fitting.inputs[1, 0, 0].clone(), bad):
@@ -392,21 +392,21 @@ def test_constant_settings_are_whitening_with_gradient_descent():
     after = begin.advanced(optimizer)
     moved = joined(mlp.unflatten(after.weights - begin.weights))
     seen = Observation.of(begin.done)
-    layers = seen.layers()
-    for layer, (gradient, h) in enumerate(zip(seen.gradients, layers.inputs, strict=True)):
-        S = h @ h.mT / h.shape[-1]
+    for gradient, use, h, step in zip(seen.gradients, seen.uses({0, 1, 2}), begin.done.hidden, moved, strict=True):
+        h, S = with_ones(h), use.inputs.tensor
+        torch.testing.assert_close(S, h @ h.mT / 11)
         s = S.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         D = gradient @ torch.linalg.inv(S + damping * s * torch.eye(S.shape[-1]))
-        change = (D @ h).square().mean((-2, -1)) / (layers.squares[:, layer] + 0.01)
-        torch.testing.assert_close(moved[layer], -rate * D / change.sqrt()[:, None, None], rtol=1e-6, atol=1e-10)
+        change = (D @ h).square().mean((-2, -1)) / (use.square + 0.01)
+        torch.testing.assert_close(step, -rate * D / change.sqrt()[:, None, None], rtol=1e-6, atol=1e-10)
 
 
 def test_what_the_controller_does_not_see_does_not_matter():
     optimizer, fitting = trained(blind=("slopes", "loss", "clock")), problems(MLPS[0])
     current = steps(optimizer, fitting, 3)
     seen = Observation.of(current.done)
-    close = _Close.of(seen.gradients, current.states, seen.layers())
-    seen = optimizer._features(close, current.states, current.states.predicted, True)
+    close = _Close.of(seen.gradients, current.states, seen.uses({0, 1}))
+    seen = optimizer._features(close, seen, current.states, current.states.predicted, True)
     blind = [0, 1, 3, 4, 10]
     assert (seen[..., blind] == 0).all()
     assert seen.shape == (3, 2, 16)
@@ -812,3 +812,35 @@ def test_a_spectrum_that_single_precision_does_not_give_comes_from_double(monkey
     expected = Spectrum.of((A @ A.T).double())
     monkeypatch.setattr(torch.linalg, "eigh", unsteady)
     torch.testing.assert_close(Spectrum.of(A @ A.T).values, expected.values.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [0, 12])
+@pytest.mark.parametrize("pauses", [True, False])
+def test_a_step_reads_what_it_said_it_wants_and_nothing_else(batch_size, pauses):
+    optimizer, fitting = trained(hold=4), problems(MLPS[1], samples=24, batch_size=batch_size)
+    whole = current = Rollout.begin(fitting)
+    asked = []
+    for _ in range(40):
+        states = current.states
+        wants = Wants.everything(3) if states is None else states.wants(optimizer.config, pauses)
+        seen, read = Observation.of(current.done), []
+
+        def uses(wanted, seen=seen, read=read):
+            read.append(frozenset(wanted))
+            return seen.uses(wanted)
+
+        def fingerprint(seen=seen, read=read):
+            read.append("fingerprint")
+            return seen.fingerprint()
+
+        changes, states, _ = optimizer.step(seen._replace(uses=uses, fingerprint=fingerprint), states, pauses)
+        assert ("fingerprint" in read) == wants.fingerprint
+        assert [r for r in read if r != "fingerprint"] == ([wants.layers] if wants.squares else [])
+        asked.append(len(wants.layers))
+        weights = current.weights + fitting.mlp.flatten(parted(changes, fitting.mlp.biases))
+        loss, done = fitting.visit(weights, current.age + 1)
+        current = Rollout(fitting, weights, loss, done, states, current.age + 1)
+        whole = whole.advanced(optimizer, pauses)
+    assert torch.equal(current.weights, whole.weights)
+    assert asked[:2] == [3, 3]
+    assert sum(asked) < 3 * 40

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from metatele.errors import MetateleError, ShapeMismatchError
 from metatele.learned import EquivariantOptimizer, EquivariantStates, LSTMState, MetaOptimizer, MoveStates, Observation
-from metatele.learned.equivariant.observation import Layers, inner
+from metatele.learned.equivariant.observation import inner
 from metatele.network.bias import with_ones
 from metatele.network.capture import PassCapture
 from metatele.network.sequential import describe
+from metatele.network.use import Fingerprint, Moment, Use
 from metatele.perceptron.mlp import MLP
 from metatele.symmetry import drift
 
@@ -229,7 +230,7 @@ class Equivariant(Family):
             return self._opened(at)
         seen = self._seen(at)
         done = self.meta.step(seen, states, spend=True)
-        samples = seen.data.shape[-1]
+        samples = seen.samples
         if done.states.averaged == 2 and samples < _FEW and not self._warned:  # the second that differs
             self._warned = True
             warnings.warn(
@@ -283,19 +284,33 @@ class Equivariant(Family):
         if ends is None:
             raise self._missing("a step")
         data, outputs, error = (t[None] for t in ends)
-        return Observation(gradients, data, outputs, error, lambda: self._layers(at))
+        return Observation(
+            gradients,
+            data.shape[-1],
+            lambda: Fingerprint.of(data),
+            outputs,
+            error,
+            lambda wanted: self._uses(at, wanted),
+            lambda: self._sizes(at),
+        )
 
-    def _layers(self, at: Situation) -> Layers:
+    def _uses(self, at: Situation, wanted: Collection[int]) -> list[Use]:
         """What the passes saw of all layers."""
         found = self.capture.layers(at.dtype)
         assert found is not None
+        uses = []
+        columns = zip(found.inputs, found.gradients, found.squares, self.mlp.biases, strict=True)
+        for layer, (h, e, square, biased) in enumerate(columns):
+            n, inputs, errors = h.shape[-1], None, None
+            if layer in wanted:
+                inputs, errors = Moment.of((with_ones(h) if biased else h)[None]).over(n), Moment.of(e[None])
+            uses.append(Use(inputs, errors, square[None], n))
+        return uses
+
+    def _sizes(self, at: Situation) -> Tensor:
+        """``‖W‖²`` of each layer with its bias."""
         squares = inner(*([[p.to(at.dtype)[None] for p in at.parameters]] * 2))[0]
-        return Layers(
-            [(with_ones(h) if b else h)[None] for h, b in zip(found.inputs, self.mlp.biases, strict=True)],
-            [e[None] for e in found.gradients],
-            torch.stack(found.squares)[None],
-            torch.stack([torch.stack(s).sum() for s in self._by_layer(squares.unbind())])[None],
-        )
+        return torch.stack([torch.stack(s).sum() for s in self._by_layer(squares.unbind())])[None]
 
     def __getstate__(self) -> dict[str, Any]:
         """The memories travel as the optimizer's state."""

@@ -23,9 +23,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -33,10 +32,11 @@ import torch
 from torch import Tensor, nn
 
 from metatele.config import SENSES, EquivariantConfig
-from metatele.learned.equivariant.observation import Layers, Observation, inner
+from metatele.learned.equivariant.observation import Observation, Wants, inner
 from metatele.learned.equivariant.opening import Opening
 from metatele.learned.equivariant.spectrum import Spectrum, Turn
 from metatele.learned.lstm import LSTMState, StackedLSTM
+from metatele.network.use import Moment, Use
 from metatele.perceptron.losses import KINDS, kind, level
 from metatele.perceptron.mlp import MLP
 from metatele.random import generator
@@ -91,13 +91,6 @@ def _log(x: Tensor) -> Tensor:
     return x.clamp_min(_TINY).log()
 
 
-@lru_cache(maxsize=32)
-def _ramps(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Ones, and a line from -1 to 1, ``[2, rows]``."""
-    ramp = torch.linspace(-1, 1, rows, dtype=dtype, device=device)
-    return torch.stack([torch.ones_like(ramp), ramp])
-
-
 def _best(after: Tensor, before: Tensor) -> Tensor:
     """Log of where a parabola has its minimum, from its slopes at 1 and at 0; large if it has none ahead."""
     return -(1 - after / torch.where(before == 0, _TINY, before)).clamp_min(0.1).log()
@@ -136,6 +129,7 @@ class EquivariantStates:
         errors: The same of the errors.
         renew: Age at which each layer's spectra are computed anew.
         fingerprint: Of the last batch that was compared, ``[4]``.
+        same: Whether the last batch that was looked at was the one before it.
         factors: The numbers of ``pace`` for each layer, each ``[B, 1, 1]``; ``None`` until they are needed.
         error_turns: As they are in use, for each layer; ``None`` until they are needed.
         input_turns: The same.
@@ -168,6 +162,7 @@ class EquivariantStates:
     errors: list[Spectrum]
     renew: list[int]
     fingerprint: Tensor
+    same: bool = False
     factors: list[tuple[Tensor, ...]] | None = None
     error_turns: list[Turn] | None = None
     input_turns: list[Turn] | None = None
@@ -198,7 +193,7 @@ class EquivariantStates:
 
     @property
     def looks(self) -> bool:
-        """Whether the controller looks at the next step, which then asks for :class:`Layers`."""
+        """Whether the controller looks at the next step, which then asks what was seen of all layers."""
         return self.age >= self.until
 
     @property
@@ -206,11 +201,38 @@ class EquivariantStates:
         """Whether it looks at the step after the next one, and will ask what the next one did."""
         return self.age + 1 == self.until
 
+    def wants(self, config: EquivariantConfig, pauses: bool = True) -> Wants:
+        """What the next step will read of the passes before it.
+
+        Moments are taken in where spectra are due, and by running averages now and then; of a batch that is the last
+        one again the averages know all, and one expects the next to be like the last in that.
+
+        Args:
+            config: Of the optimizer.
+            pauses: Whether it may skip looks.
+        """
+        if not self.looks:
+            return Wants(frozenset(), self.looks_next, False)
+        taken = set()
+        averaged = _counted(self, self.same, config)
+        wait, rest = _wait(averaged, config, pauses), _wait(averaged, config)
+        for layer, v in enumerate(self.velocity):
+            period = _period(v.shape[-2:], rest, config)
+            # Moments of the one batch are asked for with the spectra; running averages need not take in every batch.
+            stride = max(1, min(period // 4, _STRIDE, self.age // 4) // rest) * rest
+            if self.age >= self.renew[layer] or (
+                not self.same and (self.age - (_WARM if rest > 1 else 0)) % stride < wait
+            ):
+                taken.add(layer)
+        return Wants(frozenset(taken), True, True)
+
     def tensors(self, since: EquivariantStates | None = None) -> dict[str, Tensor]:
         """Plain tensors by name, for files; only those not the same as in earlier states, if these are given."""
         look = -1 if self.kind is None else KINDS.index(self.kind)
         found = {
-            "counters": torch.tensor([self.age, self.until, self.averaged, look, *self.renew], dtype=torch.float64)
+            "counters": torch.tensor(
+                [self.age, self.until, self.averaged, look, *self.renew, self.same], dtype=torch.float64
+            )
         }
         for name in (*_JOINT, *_PER_LAYER, *_SPECTRA):
             value = getattr(self, name)
@@ -236,7 +258,8 @@ class EquivariantStates:
         def spectra(name: str) -> list[Spectrum]:
             return [Spectrum(*(found[f"{name}_{i}_{key}"] for key in Spectrum._fields)) for i in layers]
 
-        age, until, averaged, look, *renew = map(int, found["counters"].tolist())
+        age, until, averaged, look, *rest = map(int, found["counters"].tolist())
+        renew, same = rest[: len(layers)], any(rest[len(layers) :])  # which earlier versions did not keep
         return EquivariantStates(
             age=age,
             until=until,
@@ -244,6 +267,7 @@ class EquivariantStates:
             kind=None if look < 0 else KINDS[look],
             lstm=LSTMState((found["lstm_hidden"],), (found["lstm_cell"],)),
             renew=renew,
+            same=same,
             **{name: spectra(name) for name in _SPECTRA},  # type: ignore[arg-type]
             **{name: [found[f"{name}_{i}"] for i in layers] for name in _PER_LAYER},  # type: ignore[arg-type]
             **{name: found[name] for name in _JOINT},  # type: ignore[arg-type]
@@ -287,58 +311,76 @@ class _Close(NamedTuple):
 
     Attributes:
         gradients: ``∂L/∂W`` of each layer.
-        layers: What was seen of them, where the controller looks.
+        uses: What was seen of them, where the controller looks.
         length: ``log ‖∇W‖²``, ``[B, layers]``.
         ahead: ``⟨∇W, V⟩``.
         along: ``⟨∇W, D⟩`` with D of the step before.
     """
 
     gradients: list[Tensor]
-    layers: Layers | None
+    uses: list[Use]
     length: Tensor
     ahead: Tensor
     along: Tensor
 
     @staticmethod
     @torch.no_grad()
-    def of(gradients: list[Tensor], states: EquivariantStates, layers: Layers | None = None) -> _Close:
+    def of(gradients: list[Tensor], states: EquivariantStates, uses: Sequence[Use] = ()) -> _Close:
         """At the point that a step is made from; gradients that are not finite count as zero."""
         length = inner(gradients, gradients)
         if not bool(torch.isfinite(length).all()):
             gradients = _sound(gradients)
             length = inner(gradients, gradients)
         ahead, along = inner(gradients, states.velocity), inner(gradients, states.direction)
-        return _Close(gradients, layers, _log(length), ahead, along)
+        return _Close(gradients, list(uses), _log(length), ahead, along)
 
 
 def _sound(gradients: list[Tensor]) -> list[Tensor]:
     return [torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in gradients]
 
 
-def _averaged(old: Tensor, new: Tensor, share: float) -> Tensor:
-    """Running average of matrices ``[..., k, k]``; one that is not finite does not count."""
-    mixed = old.lerp(new, share)
-    if bool(torch.isfinite(mixed.diagonal(dim1=-2, dim2=-1).sum())):
+def _averaged(old: Moment, new: Moment, share: float) -> Moment:
+    """Running average of moments; one that is not finite does not count."""
+    mixed = old.mixed(new, share)
+    if bool(torch.isfinite(mixed.trace.sum())):
         return mixed
     for candidate in (new, old):  # in place of those that are not finite either
-        sound = torch.isfinite(mixed).all(-1, keepdim=True).all(-2, keepdim=True)
-        mixed = torch.where(sound, mixed, candidate)
+        sound = torch.isfinite(mixed.tensor).all(-1, keepdim=True).all(-2, keepdim=True)
+        mixed = Moment(torch.where(sound, mixed.tensor, candidate.tensor))
     return mixed
 
 
-@torch.no_grad()
-def _fingerprint(data: Tensor) -> Tensor:
-    """Four sums by which a batch ``[B, d, n]`` is known again, whatever the order of its samples."""
-    rows = _ramps(data.shape[-2], data.dtype, data.device) @ data
-    squares = rows.square().sum((0, 2))
-    # A sum may cancel: what counts is how large it is beside the largest there could be.
-    share = rows.sum((0, 2)) / (squares * (data.shape[0] * data.shape[-1])).sqrt().clamp_min(_TINY)
-    return torch.cat([share, _log(squares)]).nan_to_num(0.0, 0.0, 0.0)
+def _counted(states: EquivariantStates, same: bool, config: EquivariantConfig) -> int:
+    """Batches in the averages after the next one."""
+    return 1 if same or states.age == 0 or config.averaging == 0 else states.averaged + 1
 
 
-def _weight(inputs: Tensor) -> float:
-    """Of a mini-batch ``[B, d, n]`` in running averages and steps: less than 1 where no batch of meta-training is."""
-    return min(1.0, inputs.shape[-1] / _FEWEST)
+def _wait(averaged: int, config: EquivariantConfig, pauses: bool = True) -> int:
+    """Steps to the controller's next look."""
+    return config.hold if pauses and averaged > _WARM else 1
+
+
+def _period(sides: Sequence[int], rest: int, config: EquivariantConfig) -> int:
+    """Steps between two spectra of a layer with so many outputs and inputs.
+
+    The work for a spectrum grows with the cube of the width, that for a step with its square.
+    """
+    return max(_SLOW, 3 * rest, math.ceil((max(sides) / config.small) ** 2))
+
+
+def _weight(samples: int) -> float:
+    """Of a mini-batch in running averages and steps: less than 1 where no batch of meta-training is."""
+    return min(1.0, samples / _FEWEST)
+
+
+def _normed(moment: Moment) -> Moment:
+    """Divided by its trace."""
+    return Moment(moment.tensor / moment.trace[..., None, None].clamp_min(_TINY))
+
+
+def _squares(uses: Sequence[Use]) -> Tensor:
+    """Mean squares of the layers' outputs, ``[B, layers]``."""
+    return torch.stack([use.square for use in uses if use.square is not None], -1)
 
 
 def _left(gradients: list[Tensor], states: EquivariantStates) -> tuple[EquivariantStates, list[Tensor]]:
@@ -509,11 +551,13 @@ class EquivariantOptimizer(nn.Module):
         """
         close, same = None, False
         if states is None or states.looks:
-            layers = seen.layers()
-            states, same = self._observed(seen, layers, states, pauses)
-            close = _Close.of(seen.gradients, states, layers)
+            layers = len(seen.gradients)
+            wanted = (Wants.everything(layers) if states is None else states.wants(self.config, pauses)).layers
+            uses = seen.uses(wanted)
+            states, same = self._observed(seen, uses, wanted, states, pauses)
+            close = _Close.of(seen.gradients, states, uses)
         elif states.looks_next:
-            states = states.but(fingerprint=_fingerprint(seen.data))
+            states = states.but(fingerprint=seen.fingerprint().numbers())
             close = _Close.of(seen.gradients, states)
         now = level(seen.outputs, seen.error, states.kind)
         if states.age == 0:
@@ -522,11 +566,11 @@ class EquivariantOptimizer(nn.Module):
         # Two mini-batches differ anyway, small ones more. What is not finite is not smaller than anything either.
         most = math.log(self.config.growth)
         if not same:
-            most = 4 * most - math.log(_weight(seen.data))
+            most = 4 * most - math.log(_weight(seen.samples))
         well = now - states.level[:, 1] <= most
         if looks:
             assert close is not None
-            states, D = self._controlled(close, states, now, same)
+            states, D = self._controlled(close, seen, states, now, same)
             well = well & torch.isfinite(states.limit.sum(-1))
             calm = not same and bool(well.all())
         else:
@@ -566,7 +610,7 @@ class EquivariantOptimizer(nn.Module):
             D = [d.detach() for d in D]
             new = states.but(age=states.age + 1, velocity=V, direction=D)
             if looks:
-                new = new.but(until=states.age + self._wait(states.averaged, pauses))
+                new = new.but(until=states.age + _wait(states.averaged, self.config, pauses))
             if close is not None:
                 kept = now if looks else states.level[:, 1]
                 new = new.but(level=torch.stack([states.level[:, 0], kept, lowest], -1))
@@ -580,17 +624,13 @@ class EquivariantOptimizer(nn.Module):
             new, changes = _shortened(before, new, changes, shorten, leapt, now, same)
         return EquivariantStep(changes, new, shorten)
 
-    def _wait(self, averaged: int, pauses: bool = True) -> int:
-        """Steps to the controller's next look."""
-        return self.config.hold if pauses and averaged > _WARM else 1
-
     def _controlled(
-        self, close: _Close, states: EquivariantStates, now: Tensor, same: bool
+        self, close: _Close, seen: Observation, states: EquivariantStates, now: Tensor, same: bool
     ) -> tuple[EquivariantStates, list[Tensor]]:
         """States with new controls, and D of each layer with them."""
         if states.age == 0:
             states = states.but(length=close.length)
-        controls, lstm = self._control(self._features(close, states, now, same), states)
+        controls, lstm = self._control(self._features(close, seen, states, now, same), states)
         bent = torch.stack([*controls.damping, *controls.power], -1)
         states, half = _left(close.gradients, states.but(lstm=lstm, bent=bent, error_turns=None, input_turns=None))
         D, sizes = [], []
@@ -599,8 +639,7 @@ class EquivariantOptimizer(nn.Module):
             turned, size = inputs.from_right(d, damping, power)
             D.append(turned)
             sizes.append(size / d.shape[-2])
-        assert close.layers is not None
-        squares = close.layers.squares.nan_to_num(1.0, 1.0, 1.0) + _FLOOR
+        squares = _squares(close.uses).nan_to_num(1.0, 1.0, 1.0) + _FLOOR
         found = (torch.stack(sizes, -1) / squares).clamp_min(_TINY).sqrt()
         sound = torch.isfinite(found) & (found > 2 * _TINY**0.5)
         fresh = states.unit <= 0  # no gradient has reached the layer yet
@@ -611,7 +650,7 @@ class EquivariantOptimizer(nn.Module):
         log_rate = torch.minimum(log_rate, math.log(self.config.reach) - reach).clamp(max=_FASTEST)
         rate = log_rate.exp() * states.unit
         if states.age and not same:
-            rate = rate * _weight(close.layers.inputs[0])
+            rate = rate * _weight(seen.samples)
         beta, nu = controls.momentum, controls.nesterov
         # The change is V + ν(βV - ηD - V) = a V + b D, V the new velocity.
         pace = torch.stack([beta, -rate, 1 - nu + nu * beta, -nu * rate], -1)
@@ -625,43 +664,45 @@ class EquivariantOptimizer(nn.Module):
 
     @torch.no_grad()
     def _observed(
-        self, seen: Observation, layers: Layers, states: EquivariantStates | None, pauses: bool
+        self,
+        seen: Observation,
+        uses: list[Use],
+        wanted: frozenset[int],
+        states: EquivariantStates | None,
+        pauses: bool,
     ) -> tuple[EquivariantStates, bool]:
         """States with the moments of a batch taken in, and whether it is the batch of the step before."""
-        fingerprint = _fingerprint(seen.data)
+        fingerprint = seen.fingerprint().numbers()
         if states is None:
             states = self._initial(seen, fingerprint)
         pairs = zip(fingerprint.tolist(), states.fingerprint.tolist(), strict=True)
         same = states.age > 0 and all(abs(a - b) < 1e-5 for a, b in pairs)
-        decay = 0.0 if same or states.age == 0 else 1 - (1 - self.config.averaging) * _weight(layers.inputs[0])
-        averaged = 1 if decay == 0 else states.averaged + 1
-        # Averages and spectra are the same with pauses or without.
-        wait, rest = self._wait(averaged, pauses), self._wait(averaged)
+        first = same or states.age == 0
+        decay = 0.0 if first else 1 - (1 - self.config.averaging) * _weight(seen.samples)
+        averaged = _counted(states, same, self.config)
         # A running average that begins with equal weights.
         share = max(1 - decay, 1 / averaged)
+        # Averages and spectra are the same with pauses or without.
+        wait, rest = _wait(averaged, self.config, pauses), _wait(averaged, self.config)
         renewed: dict[str, Any] = {name: [] for name in ("input_moments", "error_moments", "inputs", "errors", "renew")}
-        for layer, (h, e) in enumerate(zip(layers.inputs, layers.errors, strict=True)):
-            # The work for a spectrum grows with the cube of the width, that for a step with its square.
-            period = max(_SLOW, 3 * rest, math.ceil((max(h.shape[-2], e.shape[-2]) / self.config.small) ** 2))
+        for layer, (use, gradient) in enumerate(zip(uses, seen.gradients, strict=True)):
+            period = _period(gradient.shape[-2:], rest, self.config)
             due = states.age >= states.renew[layer]
-            # Moments of the one batch are asked for with the spectra; running averages need not take in every batch.
-            stride = max(1, min(period // 4, _STRIDE, states.age // 4) // rest) * rest
-            if due or (not same and (states.age - (_WARM if rest > 1 else 0)) % stride < wait):
-                S, G = h @ h.mT / h.shape[-1], e @ e.mT
-                G = G / G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(_TINY)
+            if layer in wanted and (due or not same) and use.inputs is not None and use.errors is not None:
+                S, G = Moment(use.inputs.dense), _normed(Moment(use.errors.dense))
                 if states.age and share < 1:
-                    S = _averaged(states.input_moments[layer], S, share)
-                    G = _averaged(states.error_moments[layer], G, share)
+                    S = _averaged(Moment(states.input_moments[layer]), S, share)
+                    G = _averaged(Moment(states.error_moments[layer]), G, share)
             else:
-                S, G = states.input_moments[layer], states.error_moments[layer]
-            renewed["input_moments"].append(S)
-            renewed["error_moments"].append(G)
+                S, G = Moment(states.input_moments[layer]), Moment(states.error_moments[layer])
+            renewed["input_moments"].append(S.tensor)
+            renewed["error_moments"].append(G.tensor)
             for name, moment in (("inputs", S), ("errors", G)):
                 last = getattr(states, name)[layer] if states.age else None
                 if due or last is None:
                     # Moments of the whole data are worth more digits than averages over batches.
                     whole = _WHOLE if same or last is None else _WHOLE_AVERAGED
-                    renewed[name].append(Spectrum.of(moment, self.config.keep, last, whole))
+                    renewed[name].append(Spectrum.of(moment.tensor, self.config.keep, last, whole))
                 else:
                     renewed[name].append(last)
             renewed["renew"].append(states.age + min(period, states.age // 4 + 1) if due else states.renew[layer])
@@ -675,7 +716,7 @@ class EquivariantOptimizer(nn.Module):
                 ],
                 -1,
             )
-        states = states.but(averaged=averaged, fingerprint=fingerprint, spread=spread, **renewed)
+        states = states.but(averaged=averaged, fingerprint=fingerprint, same=same, spread=spread, **renewed)
         if states.age % _LOOK < wait:
             states = states.but(kind=kind(seen.outputs, seen.error))
         return states, same
@@ -718,11 +759,9 @@ class EquivariantOptimizer(nn.Module):
     # --- control
 
     @torch.no_grad()
-    def _features(self, close: _Close, states: EquivariantStates, now: Tensor, same: bool) -> Tensor:
+    def _features(self, close: _Close, seen: Observation, states: EquivariantStates, now: Tensor, same: bool) -> Tensor:
         """Numbers about each layer, ``[B, layers, FEATURES]``, free of units and of the order of units."""
-        assert close.layers is not None
-        inputs = close.layers.inputs
-        layers, n = len(inputs), inputs[0].shape[-1]
+        layers = len(close.uses)
         a, b = states.last.unbind(-1)
         ahead = a * close.ahead + b * close.along  # ⟨∇W, last change⟩
         size = _log(states.squares)
@@ -737,7 +776,7 @@ class EquivariantOptimizer(nn.Module):
                 shared[1],
                 shared[2],
                 *states.spread.unbind(-1),
-                (size - _log(close.layers.sizes)) / 2,
+                (size - _log(seen.sizes())) / 2,
                 states.reach,
                 (close.length - states.length) / 2,
             ],
@@ -750,12 +789,12 @@ class EquivariantOptimizer(nn.Module):
                 [
                     math.log(states.age + 1) / 3,
                     float(same),
-                    math.log(n / h.shape[-2]) / 2,
+                    math.log(use.columns / gradient.shape[-1]) / 2,
                     float(layer == 0),
                     float(layer == layers - 1),
                     layers - 3.0,
                 ]
-                for layer, h in enumerate(inputs)
+                for layer, (use, gradient) in enumerate(zip(close.uses, seen.gradients, strict=True))
             ],
             dtype=now.dtype,
             device=now.device,
