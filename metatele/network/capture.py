@@ -13,7 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ class Wanted:
         product: ``Σ δhᵀ`` of the last layer, to compare it with its gradient at the step.
         fingerprint: Sums by which the data are known again.
         moments: Numbers of the layers whose second moments are.
-        squares: Mean squares of the outputs of those layers.
+        squares: Mean squares of every layer's outputs.
         dtype: What moments and sums are computed in.
         widest: Rows up to which a moment is kept whole.
         rank: Columns of the factor of a wider one.
@@ -51,11 +51,10 @@ class Wanted:
     widest: int = WIDEST
     rank: int = RANK
 
-
     @property
     def anything(self) -> bool:
         """Whether a pass is looked at."""
-        return self.data or self.ends or self.fingerprint or bool(self.moments)
+        return self.data or self.ends or self.fingerprint or self.squares or bool(self.moments)
 
 
 NOTHING = Wanted()
@@ -106,7 +105,7 @@ def _is_ordinary(tensor: Any) -> bool:
     return (
         type(tensor) is Tensor
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
         and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
     )
 
@@ -174,13 +173,15 @@ class Capture:
         self._counted: list[_Use] = []
         self._current: dict[int, _Pass] = {}  # by thread: DataParallel has one for each device
         self._number = 0
-        self._forwards = 0
+        self._called = False
         self._heard: set[int] = set()
 
     # --- life
 
     def attach(self, owner: Any) -> None:
         """Listen to the layers for as long as ``owner`` lives."""
+        for linear in self.linears:
+            _tidy(linear)
         handles = [
             linear.register_forward_hook(_Hook(self, layer), with_kwargs=True)
             for layer, linear in enumerate(self.linears)
@@ -216,7 +217,7 @@ class Capture:
 
     def see(self, layer: int, given: Any, output: Tensor) -> None:
         """A layer was called."""
-        self._forwards += 1
+        self._called = True
         wanted = self.wanted
         if not wanted.anything or not isinstance(given, Tensor):
             return
@@ -242,10 +243,10 @@ class Capture:
         if last and passed is None:  # the last layer was called on its own
             self._number += 1
             passed = _Pass(self._number)
-        if not output.requires_grad or not (whole or last):
+        if not output.requires_grad or not (whole or last or wanted.squares):
             return
         use = _Use(layer, wanted, given.detach() if whole or (last and wanted.product) else None, of=passed)
-        if whole and wanted.squares:  # at once: an activation may work in place
+        if wanted.squares:  # at once: an activation may work in place
             use.square = output.detach().square().mean()
         use.columns = output.numel() // max(1, output.shape[-1])
         if passed is not None:
@@ -299,7 +300,7 @@ class Capture:
 
     def clear(self) -> None:
         """Forget what was seen."""
-        self._counted, self._pending, self._current, self._forwards = [], {}, {}, 0
+        self._counted, self._pending, self._current = [], {}, {}
 
     # --- what was seen
 
@@ -324,10 +325,10 @@ class Capture:
         """Why no pass counts, for a message."""
         if self.seen:
             return "the batch was empty"
-        if not self._forwards:
+        if not self._called:
             return (
-                "no layer of the model was called since the last step or zero_grad: it may run under another name, as a "
-                "compiled or exported graph, in functional_call or F.linear"
+                "no layer of the model has been called since the optimizer was made: its weights are used elsewhere, "
+                "in F.linear, functional_call or an exported graph, say"
             )
         if self._pending:
             return "the loss reached no output of the last layer, as one of derivatives alone does not"
@@ -342,7 +343,7 @@ class Capture:
         uses = [self._use(layer) for layer in range(len(self.linears))]
         if self.group is None:
             return uses
-        return _over_ranks(uses, self.group)
+        return _over_ranks(uses, self.wanted.rank, self.group)
 
     def _use(self, layer: int) -> Use:
         """Sums over the uses of one layer, normalised."""
@@ -352,13 +353,16 @@ class Capture:
         errors = _sum(e for use in mine for e in use.errors)
         if self.group is not None and inputs is None and layer in self.wanted.moments:  # an empty share of a batch
             linear = self.linears[layer]
-            rows = linear.in_features + (linear.bias is not None)
-            inputs, errors = (Moment.zero(k, self.wanted, linear.weight.device) for k in (rows, linear.out_features))
+            rows, empty = (
+                linear.in_features + (linear.bias is not None),
+                linear.weight.new_empty(0, dtype=self.wanted.dtype),
+            )
+            inputs, errors = (Moment.zero(k, empty, self.wanted.widest) for k in (rows, linear.out_features))
         squares = [(use.square.to(use.wanted.dtype), use.columns) for use in mine if use.square is not None]
         square = None
         if squares:
-            square = torch.stack([s * (n / columns) for s, n in squares]).sum()[None]
-        return Use(None if inputs is None else inputs.scaled(1 / columns), errors, square, columns)
+            square = squares[0][0] if len(squares) == 1 else sum_of([s * (n / columns) for s, n in squares])
+        return Use(None if inputs is None else inputs.over(max(1, columns)), errors, square, columns)
 
     def fingerprint(self) -> Fingerprint | None:
         """Of the first layer's inputs in all passes and ranks; ``None`` if it was not asked for."""
@@ -431,7 +435,7 @@ class Capture:
         return 1.0
 
 
-def _over_ranks(uses: list[Use], group: ranks.Group) -> list[Use]:
+def _over_ranks(uses: list[Use], rank: int, group: ranks.Group) -> list[Use]:
     """The same sums over all ranks, which have the same uses of the same layers."""
     device = next((u.inputs.tensor.device for u in uses if u.inputs is not None), torch.device("cpu"))
     counts = torch.tensor([float(u.columns) for u in uses], dtype=torch.float64, device=device)
@@ -439,7 +443,7 @@ def _over_ranks(uses: list[Use], group: ranks.Group) -> list[Use]:
     totals = [int(c) for c in counts.tolist()]
     shares = [u.columns / max(1, n) for u, n in zip(uses, totals, strict=True)]
     inputs = [None if u.inputs is None else u.inputs.scaled(s) for u, s in zip(uses, shares, strict=True)]
-    inputs, errors = ranks.moments_(inputs, group), ranks.moments_([u.errors for u in uses], group)
+    inputs, errors = ranks.moments(inputs, rank, group), ranks.moments([u.errors for u in uses], rank, group)
     squares = [None if u.square is None else u.square * s for u, s in zip(uses, shares, strict=True)]
     ranks.sum_([s for s in squares if s is not None], group)
     return [Use(i, e, s, n) for i, e, s, n in zip(inputs, errors, squares, totals, strict=True)]
@@ -455,6 +459,14 @@ def _sum(moments: Iterable[Moment]) -> Moment | None:
     for moment in moments:
         total = moment if total is None else total.plus(moment)
     return total
+
+
+def _tidy(linear: nn.Linear) -> None:
+    """Take away what hooks have left behind in a copied layer."""
+    for number, hook in list(linear._forward_hooks.items()):
+        if isinstance(getattr(hook, "__self__", None), contextlib.nullcontext):
+            for kept in (linear._forward_hooks, linear._forward_hooks_with_kwargs):
+                kept.pop(number, None)
 
 
 def _remove(handles: list[Any]) -> None:

@@ -6,7 +6,7 @@ a model in one process, and then nothing here does anything. Sums and gathered c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -76,10 +76,10 @@ def gathered(columns: Tensor, group: Group | None) -> Tensor:
     return torch.cat([part[:n] for part, n in zip(parts, numbers, strict=True)]).T
 
 
-def moments_(moments: list[Moment | None], group: Group | None) -> list[Moment | None]:
+def moments(moments: Sequence[Moment | None], rank: int, group: Group | None) -> list[Moment | None]:
     """Sums of second moments over the ranks: whole ones are added, factors of wide ones gathered and compressed."""
     if group is None:
-        return moments
+        return list(moments)
     whole = [m.tensor.clone() for m in moments if m is not None and m.rest is None]
     sum_(whole, group)
     rest = iter(whole)
@@ -90,8 +90,9 @@ def moments_(moments: list[Moment | None], group: Group | None) -> list[Moment |
         elif moment.rest is None:
             found.append(Moment(next(rest)))
         else:
-            shares = gathered(moment.tensor, group), gathered(moment.rest.view(1, 1), group).sum()
-            found.append(Moment(shares[0], shares[1].view(1, 1)).compressed(moment.tensor.shape[-1]))
+            factors, rests = gathered(moment.tensor, group), gathered(moment.rest.view(1, 1), group)
+            total = Moment(factors, rests.sum().view(1, 1))
+            found.append(total.compressed(rank, total.trace))
     return found
 
 

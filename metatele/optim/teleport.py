@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError, UnsupportedModelError
 from metatele.geometry import GradientNorm, Landscape, Objective, objective
-from metatele.network.capture import PassCapture
+from metatele.network.capture import NOTHING, Capture, Wanted
 from metatele.network.sequential import flat_modules, read_sequential
 from metatele.optim.conjugate import Conjugation
 from metatele.optim.state import ADAPTIVE, STRATEGIES, carry_state, metric_of
@@ -153,8 +153,13 @@ class TeleportOptimizer(torch.optim.Optimizer):
         for name, value in _COUNTERS.items():
             base.param_groups[0].setdefault(name, value)
         self._conjugation = Conjugation(move, self._linears) if isinstance(move, Whitening) and conjugate else None
-        self._capture = PassCapture(self._linears)
+        self._capture = Capture(self._linears)
+        self._watch()
         self._capture.attach(self)
+
+    def _watch(self) -> None:
+        """Say what the next passes are to be asked for."""
+        self._capture.wanted = Wanted(data=True, product=True) if self.teleport_due else NOTHING
 
     # --- the wrapped optimizer's own things
 
@@ -221,6 +226,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
             self._conjugation.load_state_dict(averages)
         for name, value in _COUNTERS.items():
             self.base.param_groups[0].setdefault(name, value)
+        self._watch()
 
     # --- steps
 
@@ -253,6 +259,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
         finally:
             self.param_groups[0]["teleport_steps"] += any(moving)
             self._capture.clear()
+            self._watch()
         return loss
 
     def _conjugated(self, closure: Callable[[], Any] | None) -> Any:
@@ -284,6 +291,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
             self.param_groups[0]["teleport_steps"] += 1
             self.param_groups[0]["teleports"] += usable
         self._capture.clear()
+        self._watch()
         return loss
 
     def _squared_gradient(self, like: Tensor) -> Tensor:
@@ -350,13 +358,10 @@ class TeleportOptimizer(torch.optim.Optimizer):
         if self.batches is not None and self.loss_fn is not None:
             dtype = self._flat().dtype
             return [batch_landscape(self.model, x, y, self.loss_fn, dtype) for x, y in self.batches()]
-        if captured is None and self._capture.passes:
+        if captured is None and self._capture.seen:
             return []  # the batch was empty
         if captured is None:
-            raise MetateleError(
-                "a teleport needs the layer inputs, and no gradient was taken through a forward pass of the model "
-                "since the last step or zero_grad"
-            )
+            raise MetateleError(f"a teleport needs the layer inputs, and {self._capture.why_nothing()}")
         inputs, gradient = captured
         stored = next(self.model.parameters()).dtype
         return [Landscape(self._mlp, inputs, gradient, FixedGradient(), None if stored == inputs.dtype else stored)]
@@ -373,6 +378,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
         self.__dict__.update(state)
         super().__setstate__({})
         self._linears, self._mlp = read_sequential(self.model, framed=True)
+        self._watch()
         self._capture.attach(self)
 
     def __repr__(self) -> str:
