@@ -12,7 +12,7 @@ import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -110,6 +110,28 @@ def _is_ordinary(tensor: Any) -> bool:
     )
 
 
+def _look(capture: Capture, layer: int, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    if _is_ordinary(output) and not torch.is_inference_mode_enabled():
+        capture.see(layer, arguments[0] if arguments else next(iter(named.values())), output)
+
+
+_UNCOMPILED: list[Callable[..., None]] = []  # the same, once there is a compiler
+
+
+def _see(*what: Any) -> None:
+    if "torch._dynamo" in sys.modules:
+        if not _UNCOMPILED:
+            _UNCOMPILED.append(torch.compiler.disable(_look))
+        _UNCOMPILED[0](*what)
+    else:
+        _look(*what)
+
+
+# A compiled model calls it between two of its graphs. The mark is the one that torch.compiler.disable sets, which takes
+# more than a second to import where nothing is compiled.
+_see._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
 class _Hook:
     """The hook of one layer. It stays behind when its model is copied or saved: there it is one that does nothing."""
 
@@ -120,15 +142,7 @@ class _Hook:
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         if not torch.compiler.is_exporting():
-            self.see(arguments, named, output)
-
-    def see(self, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        if _is_ordinary(output) and not torch.is_inference_mode_enabled():
-            given = arguments[0] if arguments else next(iter(named.values()))
-            self.capture.see(self.layer, given, output)
-
-    # A compiled model calls it between two of its graphs.
-    see._torchdynamo_disable = True  # type: ignore[attr-defined]
+            _see(self.capture, self.layer, arguments, named, output)
 
     def __reduce__(self) -> Any:
         return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything, does nothing, needs no metatele
@@ -253,7 +267,10 @@ class Capture:
             passed.outputs = output.detach() if wanted.ends else None
             if passed.data is not None and not self._first_moves:
                 passed.data = passed.data.clone()  # nothing else holds on to it, and a loop may use its buffer again
-        output.register_hook(partial(self._came, use))
+        # Of an output with several leading dimensions, a view, a later in-place activation would drop the hook.
+        whole_of = output._base if output._is_view() else None
+        target = output if whole_of is None or whole_of.numel() != output.numel() else whole_of
+        target.register_hook(partial(self._came, use))
 
     @property
     def _first_moves(self) -> bool:
