@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from metatele.errors import MetateleError, ShapeMismatchError
 from metatele.learned import EquivariantOptimizer, EquivariantStates, LSTMState, MetaOptimizer, MoveStates, Observation
 from metatele.learned.equivariant.observation import inner
+from metatele.learned.equivariant.states import read_old
 from metatele.network.bias import with_ones
 from metatele.network.capture import PassCapture
 from metatele.network.sequential import describe
@@ -258,9 +259,10 @@ class Equivariant(Family):
         device = at.parameters[0].device
         if self._last is not None:
             last, version, states = self._last
-            if last is counters and version == counters._version and states.level.device == device:
+            if last is counters and version == counters._version and states.predicted.device == device:
                 return states
-        states = EquivariantStates.from_tensors({name: t.to(device) for name, t in at.stored.items()})
+        found = {name: t.to(device) for name, t in at.stored.items()}
+        states = read_old(found) if "pace" in found else EquivariantStates.from_tensors(found)
         # What is loaded between a pass and its step may ask for what was not kept of it.
         return states if self.capture.complete else states.but(until=max(states.until, states.age + 1))
 
@@ -338,7 +340,11 @@ class Equivariant(Family):
 
     def check_stored(self, found: dict[str, tuple[int, ...]]) -> None:
         """See the base class."""
-        velocity = {name: shape for name, shape in found.items() if name.startswith("velocity_")}
+        velocity = {
+            name.removeprefix("motion.").replace(".", "_"): shape
+            for name, shape in found.items()
+            if name.startswith(("velocity_", "motion.velocity."))
+        }
         sizes = zip(self.mlp.widths[1:], self.mlp.widths, self.mlp.biases, strict=False)
         expected = {f"velocity_{i}": (1, o, d + b) for i, (o, d, b) in enumerate(sizes)}
         if found and set(found) != {"opened"} and velocity != expected:
