@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import metatele
 from metatele.config import EquivariantConfig
-from metatele.errors import ConfigError, MetateleError, UnsupportedModelError
+from metatele.errors import ConfigError, MetateleError, ShapeMismatchError, UnsupportedModelError
 from metatele.learned import EquivariantOptimizer
 from metatele.network.capture import Capture, Wanted
 from metatele.network.sequential import unwrapped
@@ -361,9 +362,53 @@ def test_memories_lie_with_their_parameters():
         entry = optimizer.state[p]
         assert entry["velocity"].shape == entry["direction"].shape == p.shape
         assert float(entry["step"]) == STEPS
-    assert optimizer.state[model[0].weight]["input_moment"].shape == (9, 9)
+    assert optimizer.state[model[0].weight]["moments.inputs.tensor"].shape == (9, 9)
     network_entry = optimizer.param_groups[0]["network"]
     assert network_entry["age"] == STEPS - 1  # the first step was the teleport
+
+
+def test_a_state_that_version_0_1_has_saved_goes_on_to_the_same_bits():
+    """The file holds weights and state after 21 mini-batches, and the weights after 20 more."""
+    saved = torch.load(Path(__file__).parent / "data" / "state-0.1.pt", weights_only=True)
+    random = torch.Generator().manual_seed(3)
+    x, y = torch.randn(240, 4, generator=random), torch.randint(3, (240,), generator=random)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    model.load_state_dict(saved["weights"])
+    optimizer = metatele.LearnedOptimizer(model, "checkpoints/transfer")
+    optimizer.load_state_dict(saved["state"])
+    for step in range(21, 41):
+        at = slice(24 * (step % 10), 24 * (step % 10) + 24)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x[at]), y[at]).backward()
+        optimizer.step()
+    for name, p in model.state_dict().items():
+        torch.testing.assert_close(p, saved["after"][name], rtol=1e-4, atol=1e-5)  # the bits, on the machine it is from
+
+
+def test_the_state_of_another_model_is_refused():
+    saved = torch.load(Path(__file__).parent / "data" / "state-0.1.pt", weights_only=True)["state"]
+    with pytest.raises(ShapeMismatchError, match="does not belong to this model"):
+        optimizer_of(network()).load_state_dict(saved)
+    model = network()
+    optimizer = optimizer_of(model)
+    train(model, optimizer)
+    other = nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
+    with pytest.raises(ShapeMismatchError, match="expected velocity of shape"):
+        optimizer_of(other).load_state_dict(optimizer.state_dict())
+
+
+def test_layers_in_no_group_have_their_memories_too():
+    model = network()
+    optimizer = optimizer_of(model, params=model[2].parameters())
+    train(model, optimizer)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    other = network()
+    other.load_state_dict(model.state_dict())
+    loaded = optimizer_of(other, params=other[2].parameters())
+    loaded.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
+    expected = train(model, optimizer)
+    assert train(twin, twin_optimizer) == expected
+    assert train(other, loaded) == expected
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])

@@ -1,8 +1,9 @@
 """Meta-optimizers: learned local moves, learned teleport moves, and their compositions."""
 
-from metatele.learned.equivariant.observation import Observation
+from metatele.learned.equivariant.observation import Observation, Wants
 from metatele.learned.equivariant.opening import Opened, Opening
-from metatele.learned.equivariant.optimizer import ConstantOptimizer, EquivariantOptimizer, EquivariantStates
+from metatele.learned.equivariant.optimizer import ConstantOptimizer, EquivariantOptimizer
+from metatele.learned.equivariant.states import EquivariantStates
 from metatele.learned.flat.moves import LearnedRate, LearnedTeleport, LearnedUpdate, LocalMove
 from metatele.learned.flat.optimizer import MetaOptimizer, MoveStates, Stepped
 from metatele.learned.lstm import LSTMState, StackedLSTM
@@ -23,4 +24,5 @@ __all__ = [
     "Opening",
     "StackedLSTM",
     "Stepped",
+    "Wants",
 ]

@@ -95,7 +95,13 @@ class Moment(NamedTuple):
         return joined.compressed(max(self.tensor.shape[-1], other.tensor.shape[-1]), joined.trace)
 
     def mixed(self, new: Moment, share: float) -> Moment:
-        """``(1 - share) M + share M'``."""
+        """``(1 - share) M + share M'``.
+
+        Example:
+            >>> Moment(torch.eye(2)).mixed(Moment(torch.ones(2, 2)), 0.25).tensor
+            tensor([[1.0000, 0.2500],
+                    [0.2500, 1.0000]])
+        """
         if self.rest is None and new.rest is None:
             return Moment(self.tensor.lerp(new.tensor, share))
         return self.scaled(1 - share).plus(new.scaled(share))
@@ -108,11 +114,20 @@ class Moment(NamedTuple):
         """The same with a function applied to its tensors."""
         return Moment(function(self.tensor), None if self.rest is None else function(self.rest))
 
+    def where(self, chosen: Tensor, other: Moment) -> Moment:
+        """M where chosen ``[...]`` is true, else the other, of the same kind."""
+        at = chosen[..., None, None]
+        if self.rest is None or other.rest is None:
+            return Moment(torch.where(at, self.dense, other.dense))
+        columns = max(self.tensor.shape[-1], other.tensor.shape[-1])
+        F, other_F = (torch.nn.functional.pad(m.tensor, (0, columns - m.tensor.shape[-1])) for m in (self, other))
+        return Moment(torch.where(at, F, other_F), torch.where(at, self.rest, other.rest))
+
     def compressed(self, rank: int, trace: Tensor) -> Moment:
         """A factor with its ``rank`` largest directions; what is left of the trace is spread evenly."""
         F = self.tensor
         if F.shape[-1] > rank:
-            _, V = torch.linalg.eigh(F.mT @ F)
+            _, V = torch.linalg.eigh((F.mT @ F).nan_to_num(0.0, 0.0, 0.0))  # which refuses what is not finite
             F = F @ V[..., -rank:]
         rest = (trace - F.square().sum((-2, -1))).clamp_min(0) / self.rows
         return Moment(F, rest[..., None, None])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metatele.errors import ShapeMismatchError
 from metatele.learned import EquivariantOptimizer, EquivariantStates, Observation
 from metatele.learned.equivariant.observation import Wants, inner
+from metatele.learned.equivariant.states import read_old
 from metatele.network import bias
 from metatele.network.capture import Wanted
 from metatele.network.use import Moment, Use
@@ -20,6 +21,7 @@ from metatele.perceptron.mlp import MLP
 
 _TOO_FEW = 16  # samples of a mini-batch, below which the family is no good
 _LARGE = 2**30  # bytes of state that are worth a warning
+_MOTION = "motion."  # in the names of the records, where these two are
 _SPLIT = ("velocity", "direction")  # have a column for a bias, which lies with the bias
 NETWORK = "network"  # key of the first parameter group: what belongs to no single parameter
 
@@ -61,7 +63,8 @@ class EquivariantStepper(Stepper):
             self._open(at)
             return
         if states is not None and at.momentum != 1:
-            states = states.but(velocity=[at.momentum * v for v in states.velocity])
+            motion = states.motion._replace(velocity=[at.momentum * v for v in states.motion.velocity])
+            states = states.but(motion=motion)
         seen = self._seen(at, states)
         done = self.meta.step(seen, states, spend=True)
         if done.states.averaged == 2 and seen.samples < _TOO_FEW and not self._warned:  # the second that differs
@@ -158,7 +161,7 @@ class EquivariantStepper(Stepper):
                 wants, kept = self._states.wants(self.meta.config), self.capture.wanted
                 if not (wants.layers <= kept.moments and kept.squares >= wants.squares):
                     self._states = self._states.but(until=max(self._states.until, self._states.age + 1))
-        if self._states is not None and self._states.velocity[0].device != device:
+        if self._states is not None and self._states.motion.velocity[0].device != device:
             self._states = self._states.map(lambda t: t.to(device))
         return self._states
 
@@ -182,6 +185,7 @@ class EquivariantStepper(Stepper):
     def _spread(linear: nn.Linear, layer: dict[str, Tensor]) -> list[tuple[Tensor, str, dict[str, Tensor]]]:
         """What lies with each parameter of a layer."""
         biased = linear.bias is not None
+        layer = {name.removeprefix(_MOTION): t for name, t in layer.items()}
         parts = {name: bias.parted(layer[name], biased) for name in _SPLIT}
         found: list[tuple[Tensor, str, dict[str, Tensor]]] = [
             (linear.weight, "weight", {**layer, **{name: W for name, (W, _) in parts.items()}})
@@ -203,10 +207,11 @@ class EquivariantStepper(Stepper):
             if linear.bias is not None:
                 beside = elsewhere.get(f"{number}.bias") or memory[linear.bias]
                 layer |= {name: bias.joined(layer[name], beside[name]) for name in _SPLIT}
-            layers.append(layer)
+            layers.append({_MOTION + name if name in _SPLIT else name: t for name, t in layer.items()})
         device = self.capture.linears[0].weight.device
         layers = [{name: t.to(device) for name, t in layer.items()} for layer in layers]
-        return EquivariantStates.from_parts({k: v for k, v in network.items() if k != "elsewhere"}, layers)
+        like = torch.empty(0, dtype=next(self.meta.parameters()).dtype, device=device)
+        return EquivariantStates.from_parts({k: v for k, v in network.items() if k != "elsewhere"}, layers, like)
 
     def forget(self) -> None:
         """See the base class."""
@@ -255,8 +260,8 @@ class EquivariantStepper(Stepper):
         velocity = {name: tuple(t.shape) for name, t in old.items() if name.startswith("velocity_")}
         if velocity != expected:
             raise ShapeMismatchError(f"the state does not belong to this model: expected {expected}, got {velocity}")
-        network, layers = EquivariantStates.read_old({k: v for k, v in old.items() if k != "step"}).parts()
-        numbers = {p: number for number, p in parameters.items()}
+        network, layers = read_old({k: v for k, v in old.items() if k != "step"}).parts()
+        numbers: dict[Tensor, Any] = {p: number for number, p in parameters.items()}
         elsewhere: dict[str, dict[str, Tensor]] = {}
         for index, (linear, layer) in enumerate(zip(self.capture.linears, layers, strict=True)):
             for p, name, found in self._spread(linear, layer):

@@ -48,7 +48,8 @@ class _Group:
     def is_common(self, name: str) -> bool:
         """Whether a tensor of the states is one for all trajectories, rather than a row for each."""
         shared = self.at.problems.inputs.dim() == 2
-        return name in ("counters", "fingerprint") or (shared and name.startswith(("input_moments_0", "inputs_0_")))
+        first = ("moments.0.inputs.", "moments.0.input_spectrum.")
+        return name in ("counters", "fingerprint") or (shared and name.startswith(first))
 
 
 def validation_score(

@@ -18,7 +18,7 @@ class Observation(NamedTuple):
     """What a forward and a backward pass of ``[B]`` networks tell.
 
     What is a function is called by a step that needs it alone, and at most once; a step says before the pass what it
-    will need (:meth:`~metatele.learned.equivariant.optimizer.EquivariantStates.wants`).
+    will need (:meth:`~metatele.learned.equivariant.states.EquivariantStates.wants`).
 
     Attributes:
         gradients: ``∂L/∂W`` of each layer ``[B, o, i]``, that of a bias as last column.
