@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import metatele
 from metatele.config import EquivariantConfig
+from metatele.errors import MetateleError
 from metatele.learned import EquivariantOptimizer
 
 BATCH = 24  # of all ranks together
@@ -67,6 +68,32 @@ def trained(case, rank=0, ranks=1):
     return [p.detach().clone() for p in model.parameters()]
 
 
+def refusals():
+    """What the optimizers say of parameters that are split over processes, before and after they were made."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), []
+    sharded, later = network(), network()
+    fully_shard(sharded, mesh=mesh)
+    optimizer = optimizer_of(later)
+    for attempt in (
+        lambda: optimizer_of(sharded),
+        lambda: metatele.TeleportOptimizer(torch.optim.Adam(sharded.parameters()), sharded, at=[0]),
+    ):
+        try:
+            attempt()
+        except MetateleError as error:
+            found.append(str(error))
+    fully_shard(later, mesh=mesh)
+    nn.functional.cross_entropy(later(data()[0]), data()[1]).backward()
+    try:
+        optimizer.step()
+    except MetateleError as error:
+        found.append(str(error))
+    return found
+
+
 def work(rank, ranks, cases, folder):
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     dist.init_process_group(
@@ -78,6 +105,7 @@ def work(rank, ranks, cases, folder):
     )
     try:
         found = {case: trained(case, rank, ranks) for case in cases}
+        found["refusals"] = refusals()
     finally:
         dist.destroy_process_group()
     with open(f"{folder}/{ranks}-{rank}.pkl", "wb") as file:

@@ -29,3 +29,11 @@ def test_all_ranks_have_the_same_weights_to_the_bit(ranks, case):
 def test_they_are_those_of_one_process_that_sees_the_whole_batch(ranks, case):
     for mine, alone in zip(ranks[0][case], trained(case), strict=True):
         torch.testing.assert_close(mine, alone, rtol=1e-6, atol=1e-8)
+
+
+def test_parameters_that_are_split_over_processes_are_refused(ranks):
+    for rank in ranks:
+        learned, teleport, later = rank["refusals"]
+        assert learned.startswith("LearnedOptimizer does not work with parameters that are split over processes")
+        assert teleport.startswith("TeleportOptimizer does not work with parameters that are split over processes")
+        assert "was replaced after the optimizer was made" in later

@@ -193,10 +193,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if any(g is not None and g.is_sparse for g in gradients):
             raise RuntimeError("LearnedOptimizer does not support sparse gradients")
         groups = [found.pop(id(p), None) for p in parameters]
+        if found and any(g is not None for g in gradients):
+            raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
         if all(g is None or group is None for g, group in zip(gradients, groups, strict=True)):
             return
-        if found:
-            raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
         rates = [
             0.0 if g is None or group is None else float(group["lr"])
             for g, group in zip(gradients, groups, strict=True)

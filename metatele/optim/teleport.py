@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError, UnsupportedModelError
 from metatele.geometry import GradientNorm, Landscape, Objective, objective
 from metatele.network.capture import NOTHING, Capture, Wanted
+from metatele.network.ranks import refuse_sharded
 from metatele.network.sequential import flat_modules, read_sequential
 from metatele.optim.conjugate import Conjugation
 from metatele.optim.state import ADAPTIVE, STRATEGIES, carry_state, metric_of
@@ -99,6 +100,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
         move = GradientNormAscent() if teleport is None else teleport
         if not isinstance(move, TeleportMove):
             raise TypeError(f"teleport must be a teleport move, got {type(move).__name__}")
+        refuse_sharded(model.parameters(), "TeleportOptimizer")
         linears, mlp = read_sequential(model, framed=True)
         if not mlp.hidden_widths:
             raise UnsupportedModelError("a teleport needs a hidden layer, and the model has a single Linear")
