@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from metatele.errors import MetateleError, ShapeMismatchError
 from metatele.learned import EquivariantOptimizer, EquivariantStates, LSTMState, MetaOptimizer, MoveStates, Observation
 from metatele.learned.equivariant.observation import inner
-from metatele.learned.equivariant.states import read_old
+from metatele.learned.equivariant.old_states import read_old
 from metatele.network.bias import with_ones
 from metatele.network.capture import PassCapture
 from metatele.network.sequential import describe
