@@ -1,4 +1,4 @@
-"""Memories of the equivariant family as plain tensors: all trajectories, one layer by layer, and as earlier code wrote."""
+"""Memories of the equivariant family as plain tensors: of all trajectories, of each layer, as earlier code wrote."""
 
 from pathlib import Path
 

@@ -305,7 +305,9 @@ class Equivariant(Family):
         for layer, (h, e, square, biased) in enumerate(columns):
             n, inputs, errors = h.shape[-1], None, None
             if layer in wanted:
-                inputs, errors = Moment.of((with_ones(h) if biased else h)[None]).over(n), Moment.of(e[None])
+                dense, rank = self.meta.config.dense, self.meta.config.rank
+                inputs = Moment.of((with_ones(h) if biased else h)[None], dense, rank).over(n)
+                errors = Moment.of(e[None], dense, rank)
             uses.append(Use(inputs, errors, square[None], n))
         return uses
 
