@@ -808,7 +808,7 @@ def test_state_takes_no_more_memory_than_stated(widths):
 
 
 def test_the_state_of_a_wide_layer_is_linear_in_its_width():
-    narrow, wide = (single().state_bytes(MLP((k, 2))) for k in (10000, 20000))
+    narrow, wide = (single().state_bytes(MLP((k, 2), ())) for k in (10000, 20000))
     assert wide < 2.01 * narrow < 2**25
     with warnings.catch_warnings():
         warnings.simplefilter("error")

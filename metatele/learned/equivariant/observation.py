@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metatele.network import bias
 from metatele.network.bias import with_ones
-from metatele.network.use import Fingerprint, Moment, Use
+from metatele.network.use import RANK, WIDEST, Fingerprint, Moment, Use
 from metatele.perceptron.mlp import Pass, Weights
 
 
@@ -42,8 +42,13 @@ class Observation(NamedTuple):
 
     @staticmethod
     @torch.no_grad()
-    def of(done: Pass) -> Observation:
+    def of(done: Pass, dense: int = WIDEST, rank: int = RANK) -> Observation:
         """Of a pass that has been made backwards too.
+
+        Args:
+            done: The pass.
+            dense: Rows up to which moments are matrices.
+            rank: Columns of factors of larger ones.
 
         Example:
             >>> from metatele.perceptron.activations import Tanh
@@ -70,7 +75,8 @@ class Observation(NamedTuple):
             for layer, (h, e, biased) in enumerate(zip(hidden, done.errors, done.mlp.biases, strict=True)):
                 n, inputs, errors = h.shape[-1], None, None
                 if layer in wanted:
-                    inputs, errors = Moment.of(with_ones(h) if biased else h).over(n), Moment.of(e)
+                    inputs = Moment.of(with_ones(h) if biased else h, dense, rank).over(n)
+                    errors = Moment.of(e, dense, rank)
                 found.append(Use(inputs, errors, squares[layer], n))
             return found
 
