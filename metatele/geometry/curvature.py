@@ -1,4 +1,4 @@
-r"""Curvature of the curves ``γ(t) = exp(tM)·w`` on a level set of the loss (PAPER §3, Eq. 5, 47, 51-60).
+r"""Curvature of the curves ``γ(t) = exp(tM)·w`` on a level set (Zhao et al. 2024, Eq. 5, 47, 51-60).
 
 Their derivatives at t = 0 come from carrying the first few derivatives of every quantity through the action,
 layer by layer: products by Leibniz's rule, the activation by Faà di Bruno's. With ``Z = VH``, ``A = f(Z)`` and
@@ -9,7 +9,7 @@ one hidden layer this is
     Y_1 = \frac{MA}{f'}, \quad Y_2 = \frac{M^2A - f''\,Y_1^2}{f'}, \quad
     Y_3 = \frac{M^3A - 3 f''\,Y_1 Y_2 - f'''\,Y_1^3}{f'}
 
-(elementwise; the paper's Eq. 58 and 60 print other coefficients, which lack the 1/j! of a Taylor series). With
+(elementwise). Zhao et al. 2024, Eq. 58, 60 print other coefficients: they lack the 1/j! of a Taylor series. With
 several hidden layers each layer's inputs move as the layers before it are acted on, and so does their
 pseudo-inverse; the curve is that of all layers together.
 """
@@ -308,7 +308,7 @@ def curvatures(
     truncate: bool = False,
     pre: Tensor | None = None,
 ) -> Curvatures:
-    r"""Curvature at t = 0 of ``γ(t) = exp(tM)·w`` (Eq. 47) and its derivative (Eq. 51).
+    r"""Curvature at t = 0 of ``exp(tM)·w`` (Zhao et al. 2024, Eq. 47), and its derivative (Zhao et al. 2024, Eq. 51).
 
     .. math::
         κ = \frac{‖γ''_⊥‖}{‖γ'‖^2}, \qquad
@@ -371,7 +371,7 @@ def _root(square: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Curvature(Objective):
-    """``ψ(w, k)``: mean over k random M of the curvature of ``exp(tM)·w`` at t = 0 (Eq. 5).
+    """``ψ(w, k)``: mean over k random M of the curvature of ``exp(tM)·w`` at t = 0 (Zhao et al. 2024, Eq. 5).
 
     The M are the same for every network and every call. Entries are uniform on [0, 1] and the Frobenius norm is 1,
     as in the reference implementation, one M for each hidden layer, all layers in one curve. Memory is

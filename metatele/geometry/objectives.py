@@ -35,7 +35,7 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class GradientNorm(Objective):
-    r"""``‖∇L(w)‖²``, or with a metric ``‖∇L(w)‖²_A = ∇Lᵀ A ∇L`` (PAPER §5).
+    r"""``‖∇L(w)‖²``, or with a metric ``‖∇L(w)‖²_A = ∇Lᵀ A ∇L`` (Zhao et al. 2024, Eq. 67).
 
     Its derivative is ``2 ∇²L A ∇L``, one Hessian-vector product.
 

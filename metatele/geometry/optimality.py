@@ -1,4 +1,4 @@
-r"""When one teleport is enough, and what a teleport is worth (§3, App. A to C).
+r"""When one teleport is enough, and what a teleport is worth (Zhao et al. 2024, Section 3).
 
 A point is *optimal* if every symmetry A leaves ``‖∇L‖²`` stationary there, which is the same as
 ``[A, R]L = -A‖∇L‖² = 0`` for the gradient flow R (Def. 3.3, Prop. 3.4). One teleport is enough if the gradient

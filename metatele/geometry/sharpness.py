@@ -1,4 +1,4 @@
-r"""Sharpness of a minimum: the loss averaged over random displacements (PAPER §3, Eq. 4).
+r"""Sharpness of a minimum: the loss averaged over random displacements (Zhao et al. 2024, Eq. 4).
 
 Everything that is linear in the displacement is computed once: with ``Z = W₁X`` and ``E = D₁X``, the first
 layer at ``w + t d`` is ``Z + t E``, so the data are multiplied once for every network and once for every
@@ -27,7 +27,7 @@ _CHUNK_BYTES = 8 << 20  # of the hidden units of one chunk; about what a core's 
 
 @dataclass(frozen=True)
 class Sharpness(Objective):
-    r"""``φ(w, T, D) = mean over t ∈ T, d ∈ D of L(w + t d)`` (Eq. 4).
+    r"""``φ(w, T, D) = mean over t ∈ T, d ∈ D of L(w + t d)`` (Zhao et al. 2024, Eq. 4).
 
     The directions are the same for every network and every call, so that differences between networks, or
     between the points of an ascent, are not those of the draw. A displaced loss that is not finite makes φ

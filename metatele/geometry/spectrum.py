@@ -1,4 +1,4 @@
-r"""Sharpness of a minimum from the eigenvalues ``λ₁ ≥ … ≥ λ_P`` of the Hessian (PAPER App. E, Eq. 61, 62).
+r"""Sharpness of a minimum from the eigenvalues ``λ₁ ≥ … ≥ λ_P`` of the Hessian (Zhao et al. 2024, Eq. 61, 62).
 
 .. math::
     φ_1(w, ε) = |\{i : λ_i(∇^2L(w)) > ε\}|, \qquad φ_2(w, k) = \sum_{i=1}^k \log λ_i(∇^2L(w))
@@ -105,7 +105,7 @@ def largest_eigenvalues(
 def count_above(
     landscape: Landscape, flat: Tensor, epsilon: float, *, tolerance: float = 1e-6, seed: int = 0
 ) -> Tensor:
-    """``φ₁(w, ε)``: how many eigenvalues of ``∇²L(w)`` are larger than ε (Eq. 61).
+    """``φ₁(w, ε)``: how many eigenvalues of ``∇²L(w)`` are larger than ε (Zhao et al. 2024, Eq. 61).
 
     The number of eigenvalues that are looked for is doubled until one is not larger. How far they can be trusted
     says :func:`largest_eigenvalues`: one as near to ε as its accuracy may fall on either side.
@@ -147,7 +147,7 @@ def count_above(
 
 @torch.no_grad()
 def log_volume(landscape: Landscape, flat: Tensor, k: int, *, tolerance: float = 1e-6, seed: int = 0) -> Tensor:
-    """``φ₂(w, k)``: sum of the logarithms of the k largest eigenvalues of ``∇²L(w)`` (Eq. 62).
+    """``φ₂(w, k)``: sum of the logarithms of the k largest eigenvalues of ``∇²L(w)`` (Zhao et al. 2024, Eq. 62).
 
     Where one of them is not positive it is ``-inf``, the limit as an eigenvalue falls to zero.
 

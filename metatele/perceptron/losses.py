@@ -57,7 +57,7 @@ class Loss(ABC):
 
 @dataclass(frozen=True)
 class SquaredError(Loss):
-    """``½‖y - t‖²``, summed over outputs and samples (PAPER §4)."""
+    """``½‖y - t‖²``, summed over outputs and samples (Zhao et al. 2024, Section 5.2; its text leaves the ½ out)."""
 
     name: ClassVar[str] = "squared-error"
 

@@ -1,4 +1,4 @@
-r"""Actions of GL(k) on a pair of layers ``(V, U)`` around ``k`` hidden units (PAPER §2).
+r"""Actions of GL(k) on a pair of layers ``(V, U)`` around ``k`` hidden units (Zhao et al. 2024, Eq. 46, 54, 56).
 
 With layer inputs ``H``, ``Z = VH + b`` and activation f:
 
@@ -10,8 +10,8 @@ action               new V                          new U                       
 :class:`Rescaling`   ``g V``, g diagonal > 0        ``U g⁻¹``                     to rounding
 ==================== ============================== ============================= =================
 
-The first two are the paper's Eq. 54 and 46 written as increments. Where the paper's formulas keep
-the loss they agree with these; where they project (``V H H⁺`` or ``U f(Z')f(Z')⁺`` differs from
+The first two are Zhao et al. 2024, Eq. 54 and Zhao et al. 2024, Eq. 46 written as increments. Where the
+paper's formulas keep the loss they agree with these; where they project (``V H H⁺`` or ``U f(Z')f(Z')⁺`` differs from
 ``V`` or ``U``) the increments leave the untouched part in place, so ``g = I`` is always the identity.
 A bias travels with ``V``: it is one more column, whose input is constantly 1.
 """
@@ -193,7 +193,7 @@ class Action(ABC):
 
 @dataclass(frozen=True)
 class Exact(Action):
-    """The exact action (Eq. 54, 56); needs an invertible activation and n ≤ d (d + 1 with bias).
+    """The exact action (Zhao et al. 2024, Eq. 54, 56); needs an invertible activation and n ≤ d (d + 1 with bias).
 
     Args:
         rank_tolerance: Inputs whose QR factor has a diagonal ratio at or below this are refused as
@@ -252,7 +252,7 @@ class Exact(Action):
 
 @dataclass(frozen=True)
 class Approximate(Action):
-    """The approximate action (Eq. 46): any activation and batch, kept in the least-squares sense.
+    """The approximate action (Zhao et al. 2024, Eq. 46): any activation, any batch; outputs kept by least squares.
 
     Exact when ``f(Z')`` has full column rank (no more samples than hidden units), up to the damping.
 

@@ -6,7 +6,7 @@ together with what is used as its inverse.
 =============== =================== ============================ =======================
 name            matrix              inverse                      exact inverse
 =============== =================== ============================ =======================
-``exp``         exp(T)              exp(-T)                      yes (the paper, §4.4)
+``exp``         exp(T)              exp(-T)                      yes
 ``cayley``      (I-T/2)⁻¹(I+T/2)    (I+T/2)⁻¹(I-T/2)             yes
 ``first-order`` I+T                 I-T                          only to O(‖T‖²)
 ``direct``      I+T                 (I+T)⁻¹ by LU                yes

@@ -1,7 +1,7 @@
 r"""Functions of two variables with a known symmetry and optimum.
 
 Each is ``L(w) = ‖u(w)‖²`` for an invertible map u of the plane, so its level sets are circles in u and
-the rotations ``w ↦ u⁻¹(R(θ) u(w))`` keep it (PAPER §5, and §3 for the theory on quadratics).
+the rotations ``w ↦ u⁻¹(R(θ) u(w))`` keep it. The ellipse is the quadratic of Zhao et al. 2024, Section 3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""Quadratics with noisy gradients, and the optimal teleport on them in closed form (§3.1).
+r"""Quadratics with noisy gradients, and the optimal teleport on them in closed form (Zhao et al. 2024, Theorem 3.1).
 
 ``L(w) - L* = ½(w - w*)ᵀH(w - w*)``. In ``u = H^{1/2}(w - w*)`` the level sets are spheres, on which the rotations
 act transitively; the gradient ``H^{1/2}u`` is longest where u, and with it ``w - w*``, is the top eigenvector.

@@ -1,4 +1,4 @@
-"""The paper's inner problem: fit random targets with a small perceptron (PAPER §4)."""
+"""The paper's inner problem: fit random targets with a small perceptron (Zhao et al. 2024, Figure 6)."""
 
 from __future__ import annotations
 
