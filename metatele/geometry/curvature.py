@@ -19,24 +19,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import comb
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metatele.errors import ConfigError, NotExactError, SingularInputError
+from metatele.geometry.jets import (
+    Jet,
+    acted,
+    acted_from_the_right,
+    add,
+    back,
+    difference,
+    padded,
+    pseudo_inverse_jet,
+    through,
+    times,
+    with_ones_jet,
+)
 from metatele.geometry.landscape import RANK, Landscape, Point
 from metatele.geometry.objectives import Objective
 from metatele.network.bias import with_ones
-from metatele.perceptron.activations import Activation
 from metatele.perceptron.mlp import MLP, Weights, affine
 from metatele.symmetry import has_full_rank, pseudo_inverse
 
 _CHUNK_BYTES = 64 << 20  # of hidden units and their derivatives in one chunk
-
-# A quantity along the curve: itself and its derivatives at t = 0, None where one is zero for all curves.
-Jet = list[Tensor | None]
 
 
 class Curvatures(NamedTuple):
@@ -49,114 +57,6 @@ class Curvatures(NamedTuple):
 
     kappa: Tensor
     slope: Tensor | None
-
-
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _scaled(factor: int, a: Tensor) -> Tensor:
-    return a if factor == 1 else factor * a
-
-
-def _times(a: Jet, b: Jet) -> Jet:
-    """Leibniz: ``(ab)⁽ʲ⁾ = Σ C(j, i) a⁽ⁱ⁾ b⁽ʲ⁻ⁱ⁾``."""
-    result: Jet = []
-    for j in range(len(a)):
-        total: Tensor | None = None
-        for i in range(j + 1):
-            left, right = a[i], b[j - i]
-            if left is not None and right is not None:
-                total = _add(total, _scaled(comb(j, i), left @ right))
-        result.append(total)
-    return result
-
-
-def _through(f: Activation, z: Jet) -> Jet:
-    """``f(z)``: Faà di Bruno's rule."""
-    start = z[0]
-    assert start is not None
-    f1, f2, f3 = (f.derivative(start), None, None) if f.piecewise_linear else f.derivatives(start)
-    z1, z2, z3 = (*z[1:], None, None, None)[:3]
-    result: Jet = [f(start), None if z1 is None else f1 * z1]
-    second = None if z2 is None else f1 * z2
-    if f2 is not None and z1 is not None:
-        second = _add(second, f2 * z1.square())
-    result.append(second)
-    third = None if z3 is None else f1 * z3
-    if f2 is not None and f3 is not None and z1 is not None:
-        third = _add(third, f3 * z1 * z1.square())
-        if z2 is not None:
-            third = _add(third, 3 * f2 * z1 * z2)
-    result.append(third)
-    return result[: len(z)]
-
-
-def _back(f: Activation, z: Tensor, b: Jet) -> Jet:
-    """``y`` with ``f(y) = b`` and ``y(0) = z``: Faà di Bruno's rule solved for the derivatives of y."""
-    f1, f2, f3 = (f.derivative(z), None, None) if f.piecewise_linear else f.derivatives(z)
-    y: Jet = [z]
-    for j, target in enumerate(b[1:], 1):
-        assert target is not None  # MA is among its terms
-        first, second = (*y[1:], None, None)[:2]
-        if f2 is not None and first is not None and j == 2:
-            target = target - f2 * first.square()
-        if f2 is not None and f3 is not None and first is not None and second is not None and j == 3:
-            target = target - 3 * f2 * first * second - f3 * first * first.square()
-        y.append(target / f1)
-    return y
-
-
-def _acted(powers: Sequence[Tensor], A: Jet) -> Jet:
-    """``exp(tM) A``, from ``M, M², …``."""
-    result: Jet = []
-    for j in range(len(A)):
-        total = A[j]
-        for i in range(1, j + 1):
-            a = A[j - i]
-            if a is not None:
-                total = _add(total, _scaled(comb(j, i), powers[i - 1] @ a))
-        result.append(total)
-    return result
-
-
-def _inverse(G: Jet) -> Jet:
-    """Inverse matrices: ``P⁽ʲ⁾ = -P Σ_{i≥1} C(j, i) G⁽ⁱ⁾ P⁽ʲ⁻ⁱ⁾``."""
-    start = G[0]
-    assert start is not None
-    first = torch.linalg.inv(start)
-    P: Jet = [first]
-    for j in range(1, len(G)):
-        total: Tensor | None = None
-        for i in range(1, j + 1):
-            g, p = G[i], P[j - i]
-            if g is not None and p is not None:
-                total = _add(total, _scaled(comb(j, i), g @ p))
-        P.append(None if total is None else -(first @ total))
-    return P
-
-
-def _pseudo_inverse(H: Jet) -> Jet:
-    """Of full rank, tall or wide: ``(HᵀH)⁻¹Hᵀ`` or ``Hᵀ(HHᵀ)⁻¹``, in double precision as it squares H."""
-    start = H[0]
-    assert start is not None
-    if all(t is None for t in H[1:]):
-        return [pseudo_inverse(start, rank_tolerance=RANK), *H[1:]]
-    pseudo_inverse(start.detach(), rank_tolerance=RANK)  # refuses what is rank deficient
-    precise: Jet = [None if t is None else t.double() for t in H]
-    turned: Jet = [None if t is None else t.mT for t in precise]
-    if start.shape[-1] >= start.shape[-2]:
-        P = _times(turned, _inverse(_times(precise, turned)))
-    else:
-        P = _times(_inverse(_times(turned, precise)), turned)
-    return [None if t is None else t.to(start.dtype) for t in P]
-
-
-def _joined(W: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """A matrix with a column for the bias, if the layer has one: a derivative's is zero, as the bias stays."""
-    if W is None or bias is None:
-        return W
-    return torch.cat([W, torch.zeros_like(W[..., :1])], -1)
 
 
 def derivatives(
@@ -215,18 +115,18 @@ def derivatives(
         powers = [m]
         while len(powers) < order:
             powers.append(powers[-1] @ m)
-        A = _through(f, Z)
-        B = _acted(powers, A)
-        Y = _back(f, start, B)
-        S: Jet = [None, *(_difference(y, z) for y, z in zip(Y[1:], Z[1:], strict=True))]
-        seen = H if bias is None else _with_ones(H)
+        A = through(f, Z)
+        B = acted(powers, A)
+        Y = back(f, start, B)
+        S: Jet = [None, *(difference(y, z) for y, z in zip(Y[1:], Z[1:], strict=True))]
+        seen = H if bias is None else with_ones_jet(H)
         given = seen[0]
         assert given is not None
         truncated = truncate and layer == 0 and not landscape.full_rank
         # Truncated inputs need not be independent even where they are few.
         tall = given.shape[-1] <= given.shape[-2] and not truncated
         if truncated:
-            moved: Jet = _times(S, [landscape.truncated_inverse.unsqueeze(-3), *still])
+            moved: Jet = times(S, [landscape.truncated_inverse.unsqueeze(-3), *still])
         elif layer == 0 and tall and coordinates:
             try:
                 turn = landscape.inverse_factor.unsqueeze(-3)
@@ -236,16 +136,16 @@ def derivatives(
         elif before is not None and given.shape[-1] >= given.shape[-2]:
             # (gA)⁺ = A⁺g⁻¹ where A has full row rank; the bias's ones are not moved.
             fixed = pseudo_inverse(given, rank_tolerance=RANK)
-            moved = _acted_from_the_right([None, *(None if s is None else s @ fixed for s in S[1:])], before)
+            moved = acted_from_the_right([None, *(None if s is None else s @ fixed for s in S[1:])], before)
         else:
             try:
-                moved = _times(S, _pseudo_inverse(seen))
+                moved = times(S, pseudo_inverse_jet(seen))
             except SingularInputError as error:
                 hint = "; truncate=True takes data of any rank" if layer == 0 and not truncate else ""
                 raise SingularInputError(f"{error}{hint}") from None
         for j in range(order):
             # Behind the first layer the weights already move: they are U g⁻¹ of the layer before.
-            part = _add(moved[j + 1], _joined(W[j + 1], bias))
+            part = add(moved[j + 1], padded(W[j + 1], bias))
             assert part is not None
             parts[j].append(part)
         U, next_bias = weights.matrices[layer + 1].unsqueeze(-3), weights.biases[layer + 1]
@@ -256,48 +156,21 @@ def derivatives(
         if tall:  # f(Z) is met exactly, so the hidden units become g f(Z) and U g⁻¹ makes of them what U made
             H, Z = B, [None if a is None else U @ a for a in A]
         else:
-            change = _times(moved, seen)
-            H = _through(f, [start, *(_add(z, c) for z, c in zip(Z[1:], change[1:], strict=True))])
-            Z = _times(W, H)
+            change = times(moved, seen)
+            H = through(f, [start, *(add(z, c) for z, c in zip(Z[1:], change[1:], strict=True))])
+            Z = times(W, H)
         if next_bias is not None and Z[0] is not None:
             Z[0] = Z[0] + next_bias.unsqueeze(-2).unsqueeze(-1)
     for j in range(order):
-        last = _joined(W[j + 1], weights.biases[-1])
+        last = padded(W[j + 1], weights.biases[-1])
         assert last is not None
         parts[j].append(last)
     return parts
 
 
-def _acted_from_the_right(T: Jet, powers: Sequence[Tensor]) -> Jet:
-    """``T exp(-tM)``, from ``M, M², …``; a last column of T that belongs to a bias is not moved."""
-    k = powers[0].shape[-1]
-    result: Jet = []
-    for j in range(len(T)):
-        total = T[j]
-        for i in range(1, j + 1):
-            t = T[j - i]
-            if t is not None:
-                term = _scaled((-1) ** i * comb(j, i), t[..., :k] @ powers[i - 1])
-                total = _add(total, term if t.shape[-1] == k else _joined(term, term))
-        result.append(total)
-    return result
-
-
 def _shared(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right``, as one product where all networks and curves have the same right side."""
     return left @ (right.flatten(0, -3)[0] if right.shape[:-2].numel() == 1 else right)
-
-
-def _difference(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if b is None else -b if a is None else a - b
-
-
-def _with_ones(H: Jet) -> Jet:
-    start = H[0]
-    assert start is not None
-    ones = torch.ones_like(start[..., :1, :])
-    rest: Jet = [None if t is None else torch.cat([t, torch.zeros_like(t[..., :1, :])], -2) for t in H[1:]]
-    return [torch.cat([start, ones], -2), *rest]
 
 
 def curvatures(
