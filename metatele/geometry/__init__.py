@@ -6,7 +6,7 @@ from metatele.geometry.landscape import Landscape, Point
 from metatele.geometry.objectives import GradientNorm, Objective
 from metatele.geometry.optimality import OptimalityReport, commutator, one_teleport_is_enough
 from metatele.geometry.sharpness import Sharpness
-from metatele.geometry.spectrum import count_above, hessian, largest_eigenvalues, log_volume
+from metatele.geometry.spectrum import EigenSolver, count_above, hessian, largest_eigenvalues, log_volume
 
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (GradientNorm, Sharpness, Curvature)}
 
@@ -22,6 +22,7 @@ __all__ = [
     "OBJECTIVES",
     "Curvature",
     "Curvatures",
+    "EigenSolver",
     "GradientNorm",
     "Landscape",
     "Objective",

@@ -44,8 +44,6 @@ from metatele.network.bias import with_ones
 from metatele.perceptron.mlp import MLP, Weights, affine
 from metatele.symmetry import has_full_rank, pseudo_inverse
 
-_CHUNK_BYTES = 64 << 20  # of hidden units and their derivatives in one chunk
-
 
 class Curvatures(NamedTuple):
     """Curvature of curves and how it changes along them, a value for each network and curve ``[..., curves]``.
@@ -255,6 +253,7 @@ class Curvature(Objective):
         curves: k.
         seed: Of the M.
         truncate: The data may be rank deficient; see :func:`derivatives`.
+        chunk_bytes: Memory of the hidden units and their derivatives that are looked at together.
 
     Example:
         >>> from metatele.perceptron.activations import LeakyReLU
@@ -270,14 +269,16 @@ class Curvature(Objective):
     curves: int = 1
     seed: int = 0
     truncate: bool = False
+    chunk_bytes: int = 64 << 20
     name: ClassVar[str] = "curvature"
 
     def __post_init__(self) -> None:
         """Check settings."""
         if not isinstance(self.curves, int) or not isinstance(self.seed, int):
             raise ConfigError(f"curves and seed must be whole numbers, got {self.curves!r} and {self.seed!r}")
-        if self.curves < 1:
-            raise ConfigError(f"curves must be at least 1, got {self.curves}")
+        for name in ("curves", "chunk_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def draw(self, mlp: MLP, like: Tensor) -> list[Tensor]:
         """The M of each hidden layer ``[curves, k, k]``."""
@@ -319,7 +320,7 @@ class Curvature(Objective):
     def _chunks(self, point: Point) -> Iterator[list[Tensor]]:
         mlp, networks = point.landscape.mlp, point.flat.shape[:-1].numel()
         size = 12 * networks * point.landscape.inputs.shape[-1] * max(mlp.widths[1:]) * point.flat.element_size()
-        group = max(1, _CHUNK_BYTES // size)
+        group = max(1, self.chunk_bytes // size)
         drawn = self.draw(mlp, point.flat)
         for begin in range(0, self.curves, group):
             yield [M[begin : begin + group] for M in drawn]

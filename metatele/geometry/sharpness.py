@@ -22,7 +22,6 @@ from metatele.perceptron.losses import Differentiable
 from metatele.perceptron.mlp import MLP, affine, product
 
 DISPLACEMENTS = tuple(round(0.001 + 0.01 * i, 3) for i in range(20))  # the paper's, for MNIST
-_CHUNK_BYTES = 8 << 20  # of the hidden units of one chunk; about what a core's cache holds
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Sharpness(Objective):
         orthant: Take them from the positive orthant, as the reference implementation does: absolute values
             of the same directions.
         seed: Of the directions.
+        chunk_bytes: Memory of the hidden units that are looked at together; about what a core's cache holds.
 
     Example:
         >>> from metatele.perceptron.activations import Identity
@@ -53,6 +53,7 @@ class Sharpness(Objective):
     directions: int = 200
     orthant: bool = False
     seed: int = 0
+    chunk_bytes: int = 8 << 20
     name: ClassVar[str] = "sharpness"
     needs_loss: ClassVar[bool] = True
 
@@ -67,8 +68,9 @@ class Sharpness(Objective):
         object.__setattr__(self, "displacements", steps)
         if not isinstance(self.directions, int) or not isinstance(self.seed, int):
             raise ConfigError(f"directions and seed must be whole numbers, got {self.directions!r} and {self.seed!r}")
-        if self.directions < 1:
-            raise ConfigError(f"directions must be at least 1, got {self.directions}")
+        for name in ("directions", "chunk_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def value(self, point: Point) -> Tensor:
         """See the class."""
@@ -92,7 +94,7 @@ class Sharpness(Objective):
         scene = _Scene.of(point.landscape, point.flat)
         count, n = scene.pre.shape[0], scene.pre.shape[-1]
         size = 3 * n * max(point.landscape.mlp.widths[1:]) * scene.pre.element_size()
-        fit = max(1, _CHUNK_BYTES // size)
+        fit = max(1, self.chunk_bytes // size)
         networks = min(count, fit)
         moves = min(len(self.displacements), max(1, fit // networks))
         group = min(self.directions, max(1, fit // (networks * moves)))
