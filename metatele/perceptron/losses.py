@@ -18,7 +18,18 @@ from metatele.errors import ConfigError, ShapeMismatchError
 
 
 class Loss(ABC):
-    """A loss ``L(y)`` of outputs ``y`` given targets."""
+    """A loss ``L(y)`` of outputs ``y [..., o, n]``, one column per sample, given targets.
+
+    A subclass gives the value ``[...]``, the gradient ``∂L/∂y`` and products with ``∂²L/∂y²``, both ``[..., o, n]``.
+
+    Attributes:
+        name: As in tables and messages.
+
+    Example:
+        >>> loss: Loss = SquaredError()
+        >>> loss.drift(torch.tensor([[2.0]]), torch.tensor([[3.0]]), torch.zeros(1, 1))  # from 2 to 4.5
+        tensor(1.2500)
+    """
 
     name: ClassVar[str]
 
@@ -57,7 +68,14 @@ class Loss(ABC):
 
 @dataclass(frozen=True)
 class SquaredError(Loss):
-    """``½‖y - t‖²``, summed over outputs and samples (Zhao et al. 2024, Section 5.2; its text leaves the ½ out)."""
+    """``½‖y - t‖²``, summed over outputs and samples, for targets ``[..., o, n]``.
+
+    The inner loss of Zhao et al. 2024, Figure 6, whose text leaves the ½ out.
+
+    Example:
+        >>> SquaredError().value(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))
+        tensor(2.5000)
+    """
 
     name: ClassVar[str] = "squared-error"
 
@@ -76,7 +94,12 @@ class SquaredError(Loss):
 
 @dataclass(frozen=True)
 class MeanSquaredError(Loss):
-    """``mean((y - t)²)`` over outputs and samples, as ``nn.MSELoss``."""
+    """``mean((y - t)²)`` over outputs and samples, as ``nn.MSELoss``, for targets ``[..., o, n]``.
+
+    Example:
+        >>> MeanSquaredError().value(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))
+        tensor(2.5000)
+    """
 
     name: ClassVar[str] = "mse"
 
@@ -95,7 +118,7 @@ class MeanSquaredError(Loss):
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """Mean over samples of ``-log softmax(y)_t`` for class indices t ``[..., n]``.
+    """Mean over samples of ``-log softmax(y)_t`` for class indices t ``[..., n]`` of dtype int64, in nats.
 
     Example:
         >>> loss = CrossEntropy()
@@ -142,6 +165,10 @@ class FixedGradient(Loss):
 
     A teleport that keeps the outputs keeps ``∂L/∂y`` too, whatever the loss. So on an orbit the
     gradient recorded in a backward pass stands for the loss it came from.
+
+    Example:
+        >>> FixedGradient().gradient(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
+        tensor([[3., 4.]])
     """
 
     name: ClassVar[str] = "fixed-gradient"
