@@ -8,10 +8,17 @@ import torch
 from torch import nn
 
 from metatele import TeleportOptimizer, teleport_
-from metatele.errors import ConfigError, NotExactError, ShapeMismatchError, SingularInputError
+from metatele.errors import (
+    ConfigError,
+    NotExactError,
+    ShapeMismatchError,
+    SingularInputError,
+    UnsupportedModelError,
+)
 from metatele.geometry import (
     Curvature,
     EigenSolver,
+    GradientNorm,
     Landscape,
     Sharpness,
     count_above,
@@ -746,3 +753,50 @@ def test_landscapes_refuse_what_does_not_fit():
         scene.at(torch.zeros(32, dtype=torch.float64))
     with pytest.raises(ShapeMismatchError, match=r"weights must be \[..., 32\]"):
         scene.at(torch.zeros(0, 32))
+
+
+# --- modules in place of shapes and weights
+
+
+def test_a_module_gives_a_landscape_its_shape_and_a_point_its_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Sequential(nn.Linear(4, 3, bias=False))).double()
+    x, y = torch.randn(7, 5).double(), torch.randn(7, 3).double()
+    landscape = Landscape(model, x.T, y.T, MeanSquaredError())
+    assert landscape.mlp == MLP((5, 4, 3), Tanh(), (True, False))
+    loss = nn.functional.mse_loss(model(x), y)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    point = landscape.at(model)
+    torch.testing.assert_close(point.value, loss.detach())
+    torch.testing.assert_close(point.gradient, gradient)
+    torch.testing.assert_close(largest_eigenvalues(landscape, model, 2), largest_eigenvalues(landscape, point.flat, 2))
+    assert torch.equal(hessian(landscape, model), hessian(landscape, point.flat))
+    assert bool(GradientNorm().value(point).isclose(gradient.square().sum()))
+
+
+def test_what_is_no_landscape_no_weights_and_no_point_is_named():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    x, y = torch.randn(7, 5), torch.randn(7, 3)
+    with pytest.raises(ShapeMismatchError, match=r"one column per sample, got \[7, 5\], which is one row per sample"):
+        Landscape(model, x, y, MeanSquaredError())
+    with pytest.raises(ConfigError, match=r"mlp must be an MLP or an nn\.Sequential, got str"):
+        Landscape("model", x.T, y.T, MeanSquaredError())
+    with pytest.raises(UnsupportedModelError, match=r"layer '1' \(Dropout\) is not supported"):
+        Landscape(nn.Sequential(nn.Linear(5, 3), nn.Dropout()), x.T, y.T, MeanSquaredError())
+    with pytest.raises(ConfigError, match=r"\(a function goes into Differentiable\), got MSELoss"):
+        Landscape(model, x.T, y.T, nn.MSELoss())
+    landscape = Landscape(model, x.T, y.T, MeanSquaredError())
+    with pytest.raises(ShapeMismatchError, match="the module must be a 5-4-3 tanh with bias, got a 5-3 linear"):
+        landscape.at(nn.Sequential(nn.Linear(5, 3)))
+    for ask in (hessian, lambda *a: largest_eigenvalues(*a, 1), lambda *a: count_above(*a, 0.0)):
+        with pytest.raises(ConfigError, match=r"landscape must be a Landscape, such as .*, got Sequential"):
+            ask(model, x)
+    M = [torch.ones(1, 4, 4)]
+    with pytest.raises(ConfigError, match=r"landscape must be a Landscape, such as .*, got Sequential"):
+        curvatures(model, landscape.at(model).weights, M)
+    with pytest.raises(ConfigError, match=r"weights must be Weights, such as .*, got Sequential"):
+        curvatures(landscape, model, M)
+    for objective in (GradientNorm(), Sharpness(), Curvature()):
+        for ask in (objective.value, objective.value_and_gradient):
+            with pytest.raises(ConfigError, match=r"point must be a Point, such as .*, got Sequential"):
+                ask(model)

@@ -12,7 +12,15 @@ OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (GradientN
 
 
 def objective(name: str) -> Objective:
-    """Objective by name: ``grad-norm``, ``sharpness`` or ``curvature``."""
+    """Objective by name: ``grad-norm``, ``sharpness`` or ``curvature``, with its default settings.
+
+    Raises:
+        ConfigError: There is none of this name.
+
+    Example:
+        >>> objective("curvature").curves
+        1
+    """
     if name not in OBJECTIVES:
         raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
     return OBJECTIVES[name]()

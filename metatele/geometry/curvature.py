@@ -38,7 +38,7 @@ from metatele.geometry.jets import (
     times,
     with_ones_jet,
 )
-from metatele.geometry.landscape import RANK, Landscape, Point
+from metatele.geometry.landscape import RANK, Landscape, Point, landscape_given, point_given
 from metatele.geometry.objectives import Objective
 from metatele.network.bias import with_ones
 from metatele.perceptron.mlp import MLP, Weights, affine
@@ -49,8 +49,12 @@ class Curvatures(NamedTuple):
     """Curvature of curves and how it changes along them, a value for each network and curve ``[..., curves]``.
 
     Attributes:
-        kappa: ``κ(0)``.
+        kappa: ``κ(0)``, per unit of the weights.
         slope: ``κ'(0)``, with respect to t, or ``None``.
+
+    Example:
+        >>> Curvatures(kappa=torch.zeros(2, 5), slope=None).kappa.shape  # 2 networks, 5 curves
+        torch.Size([2, 5])
     """
 
     kappa: Tensor
@@ -87,7 +91,20 @@ def derivatives(
     Raises:
         NotExactError: No hidden layer, or an activation that has no inverse.
         SingularInputError: Layer inputs are rank deficient, and not data that may be.
+        ConfigError: Landscape, weights, order or M are not as named.
+
+    Example:
+        >>> from metatele.perceptron.activations import Identity
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> mlp = MLP((1, 1, 1), Identity())  # γ = (v exp(t), u exp(-t))
+        >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> first, second = derivatives(scene, mlp.unflatten(torch.tensor([2.0, 3.0])), [torch.ones(1, 1, 1)], order=2)
+        >>> [part.item() for part in first], [part.item() for part in second]
+        ([2.0, -3.0], [2.0, 3.0])
     """
+    landscape_given(landscape)
+    if not isinstance(weights, Weights):
+        raise ConfigError(f"weights must be Weights, such as landscape.at(model).weights, got {type(weights).__name__}")
     mlp = landscape.mlp
     if not mlp.hidden_widths:
         raise NotExactError("curves on a level set need a hidden layer")
@@ -197,6 +214,11 @@ def curvatures(
         truncate: The data may be rank deficient; see :func:`derivatives`.
         pre: See :func:`derivatives`.
 
+    Raises:
+        NotExactError: As for :func:`derivatives`.
+        SingularInputError: As for :func:`derivatives`.
+        ConfigError: As for :func:`derivatives`.
+
     Example:
         >>> from metatele.perceptron.activations import Identity
         >>> from metatele.perceptron.losses import SquaredError
@@ -289,6 +311,7 @@ class Curvature(Objective):
     @torch.no_grad()
     def value(self, point: Point) -> Tensor:
         """See the class."""
+        point_given(point)
 
         def mean(at: Point) -> tuple[Tensor, ...]:
             total = torch.zeros(at.flat.shape[:-1]).to(at.flat)
@@ -301,6 +324,7 @@ class Curvature(Objective):
 
     def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
         """See the class."""
+        point_given(point)
         mlp = point.landscape.mlp
 
         def mean(at: Point) -> tuple[Tensor, ...]:

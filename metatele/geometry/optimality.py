@@ -62,6 +62,13 @@ class OptimalityReport(NamedTuple):
         stays_optimal: Whether the derivatives vanish there, ``[...]`` (Prop. 3.5).
         third_order: :func:`third_order_residual` at ``points``, ``[...]`` (Prop. 3.6).
         slope: How far each field is from keeping the loss at the points given, ``[..., m]``.
+
+    Example:
+        >>> turn = torch.tensor([[[0.0, -3.0], [1 / 3, 0.0]]]).double()
+        >>> ellipse = lambda w: w[0] ** 2 + 9 * w[1] ** 2
+        >>> report = one_teleport_is_enough(ellipse, torch.tensor([3.0, 0.1]).double(), turn)
+        >>> report.enough, bool(report.commutator.abs() > 0.1), bool(report.commutator_after.abs() < 1e-7)
+        (True, True, True)
     """
 
     enough: bool

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metatele.errors import ConfigError
-from metatele.geometry.landscape import Landscape, Point
+from metatele.geometry.landscape import Landscape, Point, point_given
 from metatele.geometry.objectives import Objective
 from metatele.perceptron.losses import Differentiable
 from metatele.perceptron.mlp import MLP, affine, product
@@ -91,6 +91,7 @@ class Sharpness(Objective):
             yield d.to(like)
 
     def _sum(self, point: Point, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        point_given(point)
         scene = _Scene.of(point.landscape, point.flat)
         count, n = scene.pre.shape[0], scene.pre.shape[-1]
         size = 3 * n * max(point.landscape.mlp.widths[1:]) * scene.pre.element_size()

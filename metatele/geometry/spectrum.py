@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metatele.errors import ConfigError
-from metatele.geometry.landscape import Landscape, Point
+from metatele.geometry.landscape import Landscape, Point, landscape_given
 from metatele.perceptron.losses import Differentiable
 from metatele.perceptron.mlp import MLP
 
@@ -66,14 +66,14 @@ _SOLVER = EigenSolver()
 
 
 @torch.no_grad()
-def hessian(landscape: Landscape, flat: Tensor, *, chunk_bytes: int = _SOLVER.chunk_bytes) -> Tensor:
+def hessian(landscape: Landscape, flat: Tensor | nn.Module, *, chunk_bytes: int = _SOLVER.chunk_bytes) -> Tensor:
     """``∇²L(w)``, dense: exact Hessian-vector products with the unit vectors, many at a time.
 
     At the kinks of a piecewise linear activation, where it does not exist, it is that of one side.
 
     Args:
         landscape: Data and loss.
-        flat: Weights ``[..., P]``; the result takes P² numbers for each network.
+        flat: Weights ``[..., P]``, or a module of the landscape's shape; the result takes P² numbers for each network.
         chunk_bytes: Memory of the products that are made at a time.
 
     Returns:
@@ -90,6 +90,7 @@ def hessian(landscape: Landscape, flat: Tensor, *, chunk_bytes: int = _SOLVER.ch
         tensor([[1., 2.],
                 [2., 4.]])
     """
+    flat = _weights(landscape, flat)
     matrices = [_dense(point, chunk_bytes) for point in _networks(landscape, flat)]
     return torch.stack(matrices).view(*flat.shape, flat.shape[-1])
 
@@ -97,7 +98,7 @@ def hessian(landscape: Landscape, flat: Tensor, *, chunk_bytes: int = _SOLVER.ch
 @torch.no_grad()
 def largest_eigenvalues(
     landscape: Landscape,
-    flat: Tensor,
+    flat: Tensor | nn.Module,
     count: int,
     *,
     tolerance: float = 1e-6,
@@ -114,7 +115,7 @@ def largest_eigenvalues(
 
     Args:
         landscape: Data and loss.
-        flat: Weights ``[..., P]``; networks are looked at one after another.
+        flat: Weights ``[..., P]``, or a module of the landscape's shape; networks are looked at one after another.
         count: How many, from 1 to P.
         tolerance: Relative accuracy of Lanczos' method; 0 asks for machine precision.
         seed: Of its start vector.
@@ -135,6 +136,7 @@ def largest_eigenvalues(
         >>> largest_eigenvalues(line, torch.zeros(3), 2)  # of XXᵀ
         tensor([9., 4.])
     """
+    flat = _weights(landscape, flat)
     count = _whole("count", count, flat.shape[-1])
     _check_tolerance(tolerance)
     found = [_largest(point, count, tolerance, seed, solver) for point in _networks(landscape, flat)]
@@ -144,7 +146,7 @@ def largest_eigenvalues(
 @torch.no_grad()
 def count_above(
     landscape: Landscape,
-    flat: Tensor,
+    flat: Tensor | nn.Module,
     epsilon: float,
     *,
     tolerance: float = 1e-6,
@@ -158,7 +160,7 @@ def count_above(
 
     Args:
         landscape: Data and loss.
-        flat: Weights ``[..., P]``; networks are looked at one after another.
+        flat: Weights ``[..., P]``, or a module of the landscape's shape; networks are looked at one after another.
         epsilon: ε; with 0, the number of positive eigenvalues.
         tolerance: Relative accuracy of Lanczos' method.
         seed: Of its start vector.
@@ -178,6 +180,7 @@ def count_above(
         >>> count_above(line, torch.zeros(3), 2.0)  # 9 and 4, not 1
         tensor(2)
     """
+    flat = _weights(landscape, flat)
     if not math.isfinite(epsilon):
         raise ConfigError(f"epsilon must be a finite number, got {epsilon}")
     _check_tolerance(tolerance)
@@ -195,7 +198,7 @@ def count_above(
 @torch.no_grad()
 def log_volume(
     landscape: Landscape,
-    flat: Tensor,
+    flat: Tensor | nn.Module,
     k: int,
     *,
     tolerance: float = 1e-6,
@@ -208,7 +211,7 @@ def log_volume(
 
     Args:
         landscape: Data and loss.
-        flat: Weights ``[..., P]``; networks are looked at one after another.
+        flat: Weights ``[..., P]``, or a module of the landscape's shape; networks are looked at one after another.
         k: How many, from 1 to P.
         tolerance: Relative accuracy of Lanczos' method; see :func:`largest_eigenvalues`.
         seed: Of its start vector.
@@ -228,12 +231,19 @@ def log_volume(
         >>> log_volume(line, torch.zeros(3), 2), log_volume(line, torch.zeros(3), 3)  # log 9·4, log 0
         (tensor(3.5835), tensor(-inf))
     """
+    flat = _weights(landscape, flat)
     k = _whole("k", k, flat.shape[-1])
     _check_tolerance(tolerance)
     values = largest_eigenvalues(landscape, flat, k, tolerance=tolerance, seed=seed, solver=solver)
     positive = values > 0
     logs = torch.where(positive, values, 1.0).log().sum(-1)
     return torch.where(positive.all(-1), logs, -math.inf)
+
+
+def _weights(landscape: Landscape, flat: Tensor | nn.Module) -> Tensor:
+    """The weights, if they are some of the landscape's."""
+    landscape_given(landscape)
+    return landscape.at(flat).flat
 
 
 def _whole(name: str, value: int, size: int) -> int:
