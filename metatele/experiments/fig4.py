@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metatele import figures
 from metatele.command_line import whole_number
 from metatele.errors import ConfigError, DivergedError
 from metatele.experiments import images as common
@@ -249,12 +250,7 @@ COLOURS = {"down": "#0072B2", "up": "#D55E00"}
 
 def figure(doc: dict[str, Any]) -> bytes:
     """Above as in the paper, losses against epochs; below, validation loss less that without teleport."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, grid = plt.subplots(2, 2, figsize=(11, 8.4), layout="constrained", sharey="row")
+    fig, grid = figures.subplots(2, 2, figsize=(11, 8.4), layout="constrained", sharey="row")
     by_name = {arm["name"]: arm for arm in doc["arms"]}
     epochs, at = doc["epochs"], doc["at"]
     shown: list[float] = []
@@ -315,7 +311,7 @@ def figure(doc: dict[str, Any]) -> bytes:
         "means, below with 95 % intervals paired by seed",
         fontsize=10,
     )
-    return common.png(fig)
+    return figures.png(fig)
 
 
 def _means(runs: list[list[float | None]]) -> list[float | None]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metatele import figures
 from metatele.errors import ConfigError
 from metatele.experiments import images as common
 
@@ -117,12 +118,8 @@ def main(arguments: Sequence[str], experiment: str = "fig5", description: str | 
 
 
 def _panels(doc: dict[str, Any], x_label: str, abscissa: Any) -> bytes:
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, grid = plt.subplots(2, 2, figsize=(10, 7.6), layout="constrained")
+    fig, grid = figures.subplots(2, 2, figsize=(10, 7.6), layout="constrained")
     by_name = {arm["name"]: arm for arm in doc["arms"]}
     for axes, (name, colour) in zip(grid.flat, COLOURS.items(), strict=True):
         # The reset goes under the teleport, which it all but equals, and is wider.
@@ -141,7 +138,7 @@ def _panels(doc: dict[str, Any], x_label: str, abscissa: Any) -> bytes:
                 linestyle="--",
                 label=f"{arm['name']}, test",
             )
-        axes.set_yscale("log")
+        figures.loss_axes(axes)
         axes.set_xlabel(x_label)
         axes.set_ylabel("loss")
         axes.grid(True, which="both", alpha=0.25)
@@ -150,7 +147,7 @@ def _panels(doc: dict[str, Any], x_label: str, abscissa: Any) -> bytes:
         f"{doc['dataset']}, mean and one standard deviation over {len(doc['seeds'])} seeds, rates: {doc['rates']}",
         fontsize=10,
     )
-    return common.png(fig)
+    return figures.png(fig)
 
 
 def figure(doc: dict[str, Any]) -> bytes:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from metatele import figures
 from metatele.command_line import make_folder
 from metatele.experiments import images as common
 
@@ -85,14 +86,9 @@ def note(doc: dict[str, Any]) -> str:
 
 def figure(doc: dict[str, Any]) -> bytes:
     """Both panels, one line for each shift."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     from metatele.geometry.displacement import STRAIGHT
 
-    fig, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    fig, panels = figures.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axes, curve in zip(panels, _PANELS, strict=True):
         chosen = [arm for arm in doc["arms"] if arm["curve"] == curve]
         for arm, colour in zip(chosen, _COLOURS, strict=True):
@@ -103,7 +99,7 @@ def figure(doc: dict[str, Any]) -> bytes:
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize=8)
     panels[0].set_ylabel("E[distance] / r")
-    return common.png(fig)
+    return figures.png(fig)
 
 
 def main(arguments: Sequence[str]) -> None:

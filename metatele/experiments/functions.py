@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from metatele import figures
 from metatele.command_line import make_folder
 from metatele.experiments import images as common
 
@@ -93,16 +94,12 @@ def table(doc: dict[str, Any]) -> list[list[str]]:
 
 def figure(doc: dict[str, Any]) -> bytes:
     """Trajectories on the level sets above, losses below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import numpy as np
     import torch
-    from matplotlib import pyplot as plt
 
     from metatele.tasks.functions import FUNCTIONS, function
 
-    fig, grid = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+    fig, grid = figures.subplots(2, 3, figsize=(13, 8), layout="constrained")
     for column, name in enumerate(FUNCTIONS):
         f, chosen = function(name), [arm for arm in doc["arms"] if arm["function"] == name]
         everything = np.array([p for arm in chosen for p in arm["points"]] + [list(f.optimum)])
@@ -126,11 +123,11 @@ def figure(doc: dict[str, Any]) -> bytes:
         axes.plot(*f.optimum, marker="*", color="black", markersize=9, linestyle="", label="minimum")
         axes.set_title(f"{name}, rates {chosen[0]['lr']:.2g} and {chosen[1]['lr']:.2g}", fontsize=10)
         axes.legend(fontsize=8)
-        grid[1, column].set_yscale("log")
+        figures.loss_axes(grid[1, column])
         grid[1, column].set_xlabel("step")
         grid[1, column].grid(True, alpha=0.3)
     grid[1, 0].set_ylabel("loss")
-    return common.png(fig)
+    return figures.png(fig)
 
 
 def main(arguments: Sequence[str]) -> None:

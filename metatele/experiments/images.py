@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from metatele.command_line import OneLineParser, device_named, make_folder, whole_number
 from metatele.errors import RunFolderError
+from metatele.figures import png as png  # experiments/transfer takes it from here
 from metatele.files import write_atomically
 from metatele.intervals import half_width
 
@@ -244,13 +245,3 @@ def draw_band(axes: Any, xs: Sequence[float], runs: list[list[float | None]], **
     mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values.mean(0)
     axes.fill_between(xs, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
     axes.plot(xs, mean, **style)
-
-
-def png(fig: Any) -> bytes:
-    """A matplotlib figure as bytes."""
-    from matplotlib import pyplot as plt
-
-    buffer = io.BytesIO()
-    fig.savefig(buffer, dpi=120, format="png")
-    plt.close(fig)
-    return buffer.getvalue()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from metatele.experiments import images as common
+from metatele import figures
 
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#555555", "#56B4E9")
 
@@ -108,12 +108,7 @@ def note(doc: dict[str, Any]) -> str:
 
 def figure(doc: dict[str, Any]) -> bytes:
     """Theorem 3.1, Prop. 3.2 (angle, rate) and Prop. 3.5, one panel each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, grid = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    fig, grid = figures.subplots(2, 2, figsize=(12, 9), layout="constrained")
     _draw_theorem(grid[0, 0], doc)
     _draw_angles(grid[0, 1], doc)
     _draw_rate(grid[1, 0], doc)
@@ -122,7 +117,7 @@ def figure(doc: dict[str, Any]) -> bytes:
     for axes, place in zip(grid.flat, places, strict=True):
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize=8, loc=place)
-    return common.png(fig)
+    return figures.png(fig)
 
 
 def _draw_theorem(axes: Any, doc: dict[str, Any]) -> None:
