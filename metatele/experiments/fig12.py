@@ -12,11 +12,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from metatele import figures
-from metatele.command_line import make_folder
 from metatele.experiments import images as common
 
 _STEPS = 300
@@ -179,9 +177,5 @@ def figure(doc: dict[str, Any]) -> bytes:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print the table."""
-    args = common.small_parser("fig12", __doc__, 5, _STEPS).parse_args(arguments)
-    out = Path(args.out)
-    if not args.redraw:
-        make_folder(out)
-    doc = common.stored(out, "fig12") if args.redraw else run(args.seeds, args.steps)
-    common.finish(doc, out, table, figure)
+    parser = common.small_parser("fig12", __doc__, 5, _STEPS)
+    common.small_main(arguments, parser, lambda args: run(args.seeds, args.steps), table, figure)

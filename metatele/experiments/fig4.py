@@ -29,7 +29,6 @@ from metatele.files import write_atomically
 if TYPE_CHECKING:
     from metatele.training.replicas import Arm, Replicas
 
-_TRAIN_SAMPLES = {"mnist": 50_000, "fashion-mnist": 50_000, "cifar10": 50_000}
 _BATCH = 2000
 _SEARCH_DRIFT = 0.01  # on one batch; the paper's fixed rates have no bound
 _STEPS = {"sharpness": 10, "curvature": 1}
@@ -137,7 +136,7 @@ def run(args: Any) -> dict[str, Any]:
         raise ConfigError(f"--at must be below --epochs {args.epochs}, got {at}")
     out = common.folder(args.experiment, args)
     data, device = common.prepare(args, out)
-    count = min(_TRAIN_SAMPLES.get(args.dataset, len(data.train_labels)), len(data.train_labels))
+    count = common.train_count(data)
     mlp = MLP((data.features, 32, 10, data.classes), LeakyReLU(0.1))
     chosen = arms(args, count, at)
 

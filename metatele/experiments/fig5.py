@@ -21,7 +21,6 @@ from metatele.experiments import images as common
 if TYPE_CHECKING:
     from metatele.training.replicas import Arm
 
-_TRAIN_SAMPLES = {"mnist": 50_000, "fashion-mnist": 50_000}
 # Okabe and Ito's palette.
 COLOURS = {"AdaGrad": "#0072B2", "Momentum": "#D55E00", "RMSprop": "#009E73", "Adam": "#CC79A7"}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -81,7 +80,7 @@ def run(args: Any) -> dict[str, Any]:
     from metatele.training.replicas import Replicas
 
     data, device = common.prepare(args, common.folder(args.experiment, args))
-    count = min(_TRAIN_SAMPLES.get(args.dataset, len(data.train_labels)), len(data.train_labels))
+    count = common.train_count(data)
     chosen = arms(args.settings, count)
     late = [
         arm.name

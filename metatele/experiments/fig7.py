@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from metatele import figures
-from metatele.command_line import make_folder
 from metatele.experiments import images as common
 
 # Curve -> (largest curvature drawn, shifts), as in the paper.
@@ -104,9 +102,5 @@ def figure(doc: dict[str, Any]) -> bytes:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print the table."""
-    args = common.small_parser("fig7", __doc__, 1, 200).parse_args(arguments)
-    out = Path(args.out)
-    if not args.redraw:
-        make_folder(out)
-    doc = common.stored(out, "fig7") if args.redraw else run(args.steps)
-    common.finish(doc, out, table, figure, "displacement.png", note(doc))
+    parser = common.small_parser("fig7", __doc__, 1, 200)
+    common.small_main(arguments, parser, lambda args: run(args.steps), table, figure, "displacement.png", note)

@@ -11,11 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from metatele import figures
-from metatele.command_line import make_folder
 from metatele.experiments import images as common
 
 _GRID = [10 ** (e / 8) for e in range(-48, 5)]
@@ -72,7 +70,13 @@ def run(steps: int) -> dict[str, Any]:
             points, losses = descend(name, lr, steps, arm != "GD")
             kept = [v if math.isfinite(v) else None for v in losses]
             arms.append({"name": arm, "function": name, "lr": lr, "points": points, "loss": [kept]})
-    return {"format": common.FORMAT, "steps": steps, "seconds": time.perf_counter() - begin_s, "arms": arms}
+    return {
+        "format": common.FORMAT,
+        "experiment": "functions",
+        "steps": steps,
+        "seconds": time.perf_counter() - begin_s,
+        "arms": arms,
+    }
 
 
 def table(doc: dict[str, Any]) -> list[list[str]]:
@@ -132,9 +136,5 @@ def figure(doc: dict[str, Any]) -> bytes:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print the table."""
-    args = common.small_parser("functions", __doc__, 1, 100).parse_args(arguments)
-    out = Path(args.out)
-    if not args.redraw:
-        make_folder(out)
-    doc = common.stored(out) if args.redraw else run(args.steps)
-    common.finish(doc, out, table, figure)
+    parser = common.small_parser("functions", __doc__, 1, 100)
+    common.small_main(arguments, parser, lambda args: run(args.steps), table, figure)

@@ -320,7 +320,7 @@ class Curvature(Objective):
                 total += done.kappa.sum(-1)
             return (total / self.curves,)
 
-        return _each(point, mean)[0]
+        return _where_defined(point, mean)[0]
 
     def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
         """See the class."""
@@ -338,7 +338,7 @@ class Curvature(Objective):
                 gradient += part
             return total / self.curves, gradient / self.curves
 
-        value, gradient = _each(point, mean)
+        value, gradient = _where_defined(point, mean)
         return value, gradient
 
     def _chunks(self, point: Point) -> Iterator[list[Tensor]]:
@@ -350,7 +350,7 @@ class Curvature(Objective):
             yield [M[begin : begin + group] for M in drawn]
 
 
-def _each(point: Point, compute: Callable[[Point], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def _where_defined(point: Point, compute: Callable[[Point], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """What ``compute`` makes of a point, each network for itself: one without curves is not a number in all results."""
     try:
         return compute(point)

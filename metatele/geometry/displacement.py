@@ -17,7 +17,7 @@ from typing import ClassVar
 from metatele.errors import ConfigError
 
 STRAIGHT = 2 / math.pi  # E[|sin θ|], the value of a curve without curvature (Zhao et al. 2024, Eq. 66)
-_TOLERANCE = 1e-11
+_QUADRATURE = 1e-11  # absolute and relative error of the integrals
 
 
 class MinimumCurve(ABC):
@@ -63,7 +63,7 @@ class MinimumCurve(ABC):
         cut = self.crossing(curvature)
         ends = [-math.pi / 2, *([] if cut is None else [cut]), math.pi / 2]
         parts = [
-            quad(integrand, a, b, epsabs=_TOLERANCE, epsrel=_TOLERANCE, limit=200)[0]
+            quad(integrand, a, b, epsabs=_QUADRATURE, epsrel=_QUADRATURE, limit=200)[0]
             for a, b in itertools.pairwise(ends)
         ]
         return sum(parts) / math.pi

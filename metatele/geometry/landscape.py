@@ -28,7 +28,7 @@ from metatele.symmetry import (
 RANK = 1e-6  # relative: layer inputs below it, in double precision, are rank deficient
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Landscape:
     """``w ↦ L(w)`` on fixed data, for any number of networks at the same time.
 
@@ -64,12 +64,19 @@ class Landscape:
     loss: Loss
     stored: torch.dtype | None = None
 
-    def __post_init__(self) -> None:
-        """Read a module's shape, and check that the parts fit each other."""
-        if isinstance(self.mlp, nn.Module):
-            object.__setattr__(self, "mlp", read_sequential(self.mlp)[1])
-        if not isinstance(self.mlp, MLP):
-            raise ConfigError(f"mlp must be an MLP or an nn.Sequential, got {type(self.mlp).__name__}")
+    def __init__(
+        self, mlp: MLP | nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, stored: torch.dtype | None = None
+    ) -> None:
+        shape = read_sequential(mlp)[1] if isinstance(mlp, nn.Module) else mlp
+        if not isinstance(shape, MLP):
+            raise ConfigError(f"mlp must be an MLP or an nn.Sequential, got {type(mlp).__name__}")
+        parts = {"mlp": shape, "inputs": inputs, "targets": targets, "loss": loss, "stored": stored}
+        for name, value in parts.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        """Whether the parts fit each other."""
         if not isinstance(self.loss, Loss):
             raise ConfigError(
                 "loss must be one of metatele.perceptron.losses (a function goes into Differentiable), "

@@ -42,9 +42,6 @@ __all__ = [
     "third_order_residual",
 ]
 
-_TOLERANCE = 1e-7  # what counts as zero among scale-free numbers
-_ORDERS = 2
-
 
 class OptimalityReport(NamedTuple):
     """What :func:`one_teleport_is_enough` found.
@@ -89,8 +86,8 @@ def one_teleport_is_enough(
     fields: Sequence[Field] | Tensor,
     *,
     move: bool = True,
-    orders: int = _ORDERS,
-    tolerance: float = _TOLERANCE,
+    orders: int = 2,
+    tolerance: float = 1e-7,
 ) -> OptimalityReport:
     r"""Whether the gradient flow stays optimal after one teleport from w (Prop. 3.4 to 3.6, C.3).
 
@@ -111,7 +108,7 @@ def one_teleport_is_enough(
             ``[P] → [P]``.
         move: Teleport first. Otherwise the points are judged as they are: *false* may also mean not optimal.
         orders: Highest derivative along the flow, at least 1.
-        tolerance: What counts as zero.
+        tolerance: What counts as zero among scale-free numbers.
 
     Raises:
         ShapeMismatchError: A shape is not the one named.

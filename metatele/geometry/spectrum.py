@@ -267,9 +267,9 @@ def _networks(landscape: Landscape, flat: Tensor) -> Iterator[Point]:
     mlp.unflatten(flat)  # refuses another number of weights
     if isinstance(loss, Differentiable) and shape:
         raise ConfigError("a loss given as a function sees one network at a time")
-    inputs, targets = _each(landscape.inputs, 2, shape), landscape.targets
+    inputs, targets = _per_network(landscape.inputs, 2, shape), landscape.targets
     if not isinstance(loss, Differentiable):  # whose targets may have any shape
-        targets = _each(targets, 2 if targets.is_floating_point() else 1, shape)
+        targets = _per_network(targets, 2 if targets.is_floating_point() else 1, shape)
     for index in itertools.product(*map(range, shape)):
         scene = Landscape(mlp, inputs[index], targets[index], loss, landscape.stored)
         point = scene.at(flat[index])
@@ -279,7 +279,7 @@ def _networks(landscape: Landscape, flat: Tensor) -> Iterator[Point]:
         yield point
 
 
-def _each(data: Tensor, own: int, shape: torch.Size) -> Tensor:
+def _per_network(data: Tensor, own: int, shape: torch.Size) -> Tensor:
     """Data of every network, of which ``own`` dimensions are one network's."""
     if data.shape[:-own].numel() == 1:
         data = data.reshape(data.shape[-own:])

@@ -62,7 +62,7 @@ class Activation(ABC):
             NotExactError: The function has no inverse, or ``a`` leaves its range.
         """
         if not self.invertible:
-            raise NotExactError(f"{self.describe()} has no inverse: {self._why_not_invertible()}")
+            raise NotExactError(f"{self.describe()} has no inverse: {self.why_not_invertible()}")
         low, high = self.range
         if (math.isfinite(low) or math.isfinite(high)) and not bool(((a > low) & (a < high)).all()):
             raise NotExactError(
@@ -75,7 +75,8 @@ class Activation(ABC):
         """:meth:`inverse` without its checks: not a number, or infinite, outside the range."""
         raise NotImplementedError
 
-    def _why_not_invertible(self) -> str:
+    def why_not_invertible(self) -> str:
+        """The reason, and what to do, in words; of activations without inverse alone."""
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -183,7 +184,8 @@ class ReLU(Activation):
         zero = torch.zeros_like(z)
         return (z > 0).to(z.dtype), zero, zero
 
-    def _why_not_invertible(self) -> str:
+    def why_not_invertible(self) -> str:
+        """See the base class."""
         return "it maps every negative number to 0; use the rescaling action"
 
 
@@ -294,7 +296,8 @@ class SiLU(Activation):
         d3 = d1 * (1 - 6 * d1)
         return s + z * d1, 2 * d1 + z * d2, 3 * d2 + z * d3
 
-    def _why_not_invertible(self) -> str:
+    def why_not_invertible(self) -> str:
+        """See the base class."""
         return "it falls and rises again below z = -1.28; use the approximate action"
 
 

@@ -248,7 +248,7 @@ class Exact(Action):
         if not activation.invertible:
             raise NotExactError(
                 f"the exact action needs an invertible activation; {activation.describe()} is not: "
-                f"{activation._why_not_invertible()}"
+                f"{activation.why_not_invertible()}"
             )
 
     def prepare(self, inputs: Tensor, bias: bool = False) -> Tensor:

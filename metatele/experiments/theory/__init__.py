@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from metatele.command_line import make_folder
 from metatele.errors import ConfigError
 from metatele.experiments import images as common
 from metatele.experiments.theory.measurements import Extent, flows, newton, theorem
@@ -63,9 +61,5 @@ def run(runs: int, longest: int, extent: Extent = EXTENT) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print the table."""
-    args = common.small_parser("theory", __doc__, 2000, 1000).parse_args(arguments)
-    out = Path(args.out)
-    if not args.redraw:
-        make_folder(out)
-    doc = common.stored(out, "theory") if args.redraw else run(args.seeds, args.steps)
-    common.finish(doc, out, table, figure, "theory.png", note(doc))
+    parser = common.small_parser("theory", __doc__, 2000, 1000)
+    common.small_main(arguments, parser, lambda args: run(args.seeds, args.steps), table, figure, "theory.png", note)
