@@ -25,6 +25,10 @@ class MinimumCurve(ABC):
 
     Attributes:
         name: Key in :data:`CURVES`.
+
+    Example:
+        >>> [curve.distance((0.0, -1.0), 3.0) for curve in CURVES.values()]  # from below the origin is nearest
+        [1.0, 1.0]
     """
 
     name: ClassVar[str]

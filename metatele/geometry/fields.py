@@ -37,6 +37,15 @@ class LocalLoss:
         w: The point ``[P]``, a leaf.
         value: ``L(w)``, a number.
         gradient: ``∇L(w) [P]``.
+
+    Raises:
+        ShapeMismatchError: The loss gives no single number.
+        ConfigError: It cannot be differentiated, or it or its gradient is not finite.
+
+    Example:
+        >>> here = LocalLoss(lambda w: w[0] ** 2 * w[1], torch.tensor([1.0, 2.0]).double())
+        >>> here.value, here.gradient.tolist(), here.hessian_product(torch.ones(2).double()).tolist()
+        (2.0, [4.0, 1.0], [6.0, 2.0])
     """
 
     def __init__(self, loss: LossFunction, point: Tensor) -> None:

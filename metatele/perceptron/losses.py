@@ -35,18 +35,37 @@ class Loss(ABC):
 
     @abstractmethod
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """``[...]`` from outputs ``[..., o, n]``."""
+        """``L(y)``, one number for each network; differentiable.
+
+        Args:
+            outputs: y ``[..., o, n]``.
+            targets: As the loss takes them.
+
+        Returns:
+            ``[...]``.
+        """
 
     @abstractmethod
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """``∂L/∂y``, ``[..., o, n]``."""
+        """``∂L/∂y``, ``[..., o, n]``; arguments as for :meth:`value`."""
 
     @abstractmethod
     def curvature(self, outputs: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
-        """``(∂²L/∂y²) r`` for a direction ``r``, ``[..., o, n]``."""
+        """``(∂²L/∂y²) r``, ``[..., o, n]``.
+
+        Args:
+            outputs: y ``[..., o, n]``.
+            targets: As the loss takes them.
+            direction: r ``[..., o, n]``.
+        """
 
     def check(self, targets: Tensor, outputs: int, inputs: Tensor) -> None:
-        """Refuse targets that do not fit a network with so many outputs on inputs ``[..., d, n]``.
+        """Refuse targets that do not fit a network.
+
+        Args:
+            targets: As the loss takes them.
+            outputs: Number of the network's outputs, o.
+            inputs: ``[..., d, n]``.
 
         Raises:
             ShapeMismatchError: Their shape does not.

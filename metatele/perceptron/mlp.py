@@ -180,7 +180,15 @@ class MLP:
         return torch.cat(parts, -1)
 
     def forward(self, weights: Weights, inputs: Tensor) -> Tensor:
-        """Outputs ``[..., out, n]`` for inputs ``[..., in, n]``; differentiable."""
+        """Outputs ``W_L h_{L-1} + b_L``; differentiable.
+
+        Args:
+            weights: Weights with any batch dimensions.
+            inputs: ``[..., in, n]``, one column per sample.
+
+        Returns:
+            ``[..., out, n]``.
+        """
         return affine(weights.matrices[-1], weights.biases[-1], self.layer_inputs(weights, inputs)[-1])
 
     def layer_inputs(self, weights: Weights, inputs: Tensor) -> list[Tensor]:
@@ -262,7 +270,12 @@ class Pass:
 
     @torch.no_grad()
     def backward(self, targets: Tensor, loss: Loss) -> None:
-        """Propagate the loss's derivative back to every layer."""
+        """Propagate the loss's derivative back to every layer: fills :attr:`errors`.
+
+        Args:
+            targets: As the loss takes them.
+            loss: Of the outputs.
+        """
         self._targets, self._loss = targets, loss
         error = loss.gradient(self.pre[-1], targets)
         self.errors = [error]
@@ -280,7 +293,7 @@ class Pass:
 
     @torch.no_grad()
     def gradient(self) -> Weights:
-        """``∂L/∂w`` in the shape of the weights."""
+        """``∂L/∂w`` in the shape of the weights: ``∂L/∂W_m = Σ δ_m h_{m-1}ᵀ`` over samples; after :meth:`backward`."""
         pairs = list(zip(self.errors, self.hidden, strict=True))
         return Weights(
             tuple(product(error, h.mT) for error, h in pairs),

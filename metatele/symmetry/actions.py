@@ -154,11 +154,16 @@ class Action(ABC):
         return k * k
 
     def algebra(self, coordinates: Tensor, k: int) -> Tensor:
-        """Algebra elements ``[..., k, k]`` from coordinates ``[..., algebra_size(k)]``."""
+        """Algebra elements ``[..., k, k]`` from coordinates ``[..., algebra_size(k)]``, row by row."""
         return coordinates.unflatten(-1, (k, k))
 
     def prepare(self, inputs: Tensor, bias: bool = False) -> Tensor | None:
-        """Whatever depends on the inputs alone, to be reused while they stay the same."""
+        """Whatever depends on the inputs alone, to be reused while they stay the same.
+
+        Args:
+            inputs: ``H [..., d, n]``.
+            bias: Whether the layer has a bias, which sees a row of ones.
+        """
         return None
 
     @abstractmethod
@@ -167,7 +172,16 @@ class Action(ABC):
 
     @abstractmethod
     def move(self, site: Site, g: GroupElement) -> Site:
-        """The site with the new pair; nothing is mutated."""
+        """The site with the new pair; nothing is mutated.
+
+        Args:
+            site: Weights with any batch dimensions, and the batch.
+            g: Group element ``[..., k, k]``.
+
+        Raises:
+            NotExactError: An exact action does not exist for this activation, size or element.
+            SingularInputError: The exact action met rank-deficient inputs.
+        """
 
     @abstractmethod
     def pullback(self, site: Site, covector: Pair) -> Tensor:
