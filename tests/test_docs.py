@@ -1,4 +1,4 @@
-"""Every command and Python block of the README and of each page runs, as a new user would run it, and leaves no trace."""
+"""Every command and Python block of the README and of each page runs as for a new user, and leaves no trace."""
 
 import os
 import re
