@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metatele.errors import ShapeMismatchError
 from metatele.learned import EquivariantOptimizer, EquivariantStates, Observation
 from metatele.learned.equivariant.observation import Wants, inner
-from metatele.learned.equivariant.states import read_old
+from metatele.learned.equivariant.old_states import read_old
 from metatele.network import bias
 from metatele.network.capture import Wanted
 from metatele.network.use import Moment, Use
@@ -106,6 +106,8 @@ class EquivariantStepper(Stepper):
             moments=wants.layers,
             squares=wants.squares,
             dtype=next(self.meta.parameters()).dtype,
+            widest=config.dense,
+            rank=config.rank,
         )
 
     def _seen(self, at: Situation, states: EquivariantStates | None) -> Observation:
@@ -131,7 +133,7 @@ class EquivariantStepper(Stepper):
         """A use as of one trajectory; a layer that no gradient reached has seen nothing."""
         like = self.capture.linears[layer].weight.new_empty(0, dtype=self.capture.wanted.dtype)
         rows = (self.mlp.widths[layer] + self.mlp.biases[layer], self.mlp.widths[layer + 1])
-        empty = [Moment.zero(k, like) if first else None for k in rows]
+        empty = [Moment.zero(k, like, self.meta.config.dense) if first else None for k in rows]
         inputs, errors = (
             old if found is None else found for found, old in zip((use.inputs, use.errors), empty, strict=True)
         )
