@@ -15,7 +15,7 @@ from metatele.learned.equivariant.observation import Wants, inner
 from metatele.learned.equivariant.old_states import read_old
 from metatele.network import bias
 from metatele.network.capture import Wanted
-from metatele.network.use import Moment, Use
+from metatele.network.use import Fingerprint, Moment, Use
 from metatele.optim.steppers import Memory, Situation, Stepper
 from metatele.perceptron.mlp import MLP
 
@@ -123,8 +123,10 @@ class EquivariantStepper(Stepper):
             found = self.capture.uses()
             return [self._use(layer, use, states is None, outputs.shape[-1]) for layer, use in enumerate(found)]
 
-        def known() -> Any:
-            assert fingerprint is not None
+        def known() -> Fingerprint:
+            if fingerprint is None:  # a state was loaded since the pass: it was not asked for, and no batch is like it
+                unknown = outputs.new_full((2,), torch.nan)
+                return Fingerprint(unknown, unknown, 0)
             return fingerprint
 
         return Observation(gradients, outputs.shape[-1], known, outputs, error, uses, lambda: self._sizes(at))
