@@ -1,4 +1,4 @@
-"""``train_meta.py``: meta-train into a run folder."""
+"""``metatele train`` and ``train_meta.py``: meta-train into a run folder."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from metatele.config import (
     transfer,
 )
 from metatele.errors import ConfigError
+from metatele.extras import require_modules
 
-_EPILOG = """examples:
-  python train_meta.py quick --out runs/quick
-  python train_meta.py best --method lr-tele --seed 3 --out runs/lr-tele
-  python train_meta.py quick --out runs/quick --resume
-"""
+_EXAMPLES = (
+    "quick --out runs/quick",
+    "best --method lr-tele --seed 3 --out runs/lr-tele",
+    "quick --out runs/quick --resume",
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,8 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="train_meta.py",
         description="Meta-train an LSTM optimizer that may teleport; presets first, any setting as a flag. "
-        "(paper: X) is the value of the preset paper; README and metatele/config.py say what the others change.",
-        epilog=_EPILOG,
+        "(paper: X) is the value of the preset paper; metatele/config/presets.py says what the others change.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -55,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quiet", action="store_true", help="no progress")
     add_config_flags(p, MethodConfig, TrainingConfig, TaskConfig)
     add_config_flags(p, EquivariantConfig, MixtureConfig, default="default")
+    typed = f"python {p.prog}" if p.prog.endswith(".py") else p.prog
+    p.epilog = "\n".join(["examples:", *(f"  {typed} {example}" for example in _EXAMPLES)])
     return p
 
 
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str]) -> None:
     out, device, threads = values.pop("out"), values.pop("device"), values.pop("threads")
     resume, quiet = values.pop("resume"), values.pop("quiet")
     config = _configured(values)
+    require_modules("meta-training", "tqdm", "tensorboard")
 
     import torch
 
