@@ -31,6 +31,7 @@ from metatele.config import (
 from metatele.errors import CheckpointError, MetateleError
 from metatele.files import existing_folder, replace_folder
 from metatele.learned import EquivariantOptimizer, MetaOptimizer
+from metatele.named import NAMED, named_checkpoint
 
 FORMAT = 1
 CONFIG_NAME, MODEL_NAME = "config.json", "model.safetensors"
@@ -113,7 +114,7 @@ def _task_of(
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint folder meant by a run folder or a checkpoint folder.
+    """The checkpoint folder meant by a run folder, a checkpoint folder, or else the name of a published checkpoint.
 
     Raises:
         CheckpointError: There is none.
@@ -123,7 +124,10 @@ def find(path: str | Path) -> Path:
         if (candidate / CONFIG_NAME).is_file():
             return candidate
     if not folder.exists():
-        raise CheckpointError(f"there is no checkpoint at {folder}: the path does not exist")
+        if str(path) in NAMED:
+            return named_checkpoint(str(path))
+        names = ", ".join(NAMED)
+        raise CheckpointError(f"there is no checkpoint at {folder}: the path does not exist, nor is it one of {names}")
     raise CheckpointError(
         f"there is no checkpoint at {folder}: expected {CONFIG_NAME} and {MODEL_NAME} there or in a folder 'checkpoint'"
     )
