@@ -160,10 +160,9 @@ class EquivariantStepper(Stepper):
         device = at.parameters[0].device
         if self._states is None and not self._read:
             self._states, self._read = self._from(at.memory, at.group), True
-            if self._states is not None:
-                # What was loaded between a pass and its step may ask for what was not kept of it.
-                if not self.capture.shows(*self._states.wants(self.meta.config)):
-                    self._states = self._states.but(until=max(self._states.until, self._states.age + 1))
+            # What is loaded between a pass and its step may ask for what was not kept of it.
+            if self._states is not None and not self.capture.shows(*self._states.wants(self.meta.config)):
+                self._states = self._states.but(until=max(self._states.until, self._states.age + 1))
         if self._states is not None and self._states.motion.velocity[0].device != device:
             self._states = self._states.map(lambda t: t.to(device))
         return self._states
