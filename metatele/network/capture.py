@@ -8,11 +8,10 @@ layer's data and the last layer's outputs and gradient may be kept. What is take
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from metatele.network import ranks
 from metatele.network.bias import with_ones
+from metatele.network.hook import listen
 from metatele.network.use import RANK, WIDEST, Fingerprint, Moment, Use
 
 
@@ -100,57 +100,6 @@ def _backward_number() -> int:
     return int(torch._C._current_graph_task_id())
 
 
-def _is_ordinary(tensor: Any) -> bool:
-    """Whether a tensor holds numbers: not inside a transform, a tracer or a compiler."""
-    return (
-        type(tensor) is Tensor
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not torch._C._is_tracing()
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
-    )
-
-
-def _look(capture: Capture, layer: int, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-    if _is_ordinary(output) and not torch.is_inference_mode_enabled():
-        capture.see(layer, arguments[0] if arguments else next(iter(named.values())), output)
-
-
-_UNCOMPILED: list[Callable[..., None]] = []  # the same, once there is a compiler
-
-
-def _see(*what: Any) -> None:
-    if "torch._dynamo" in sys.modules:
-        if not _UNCOMPILED:
-            _UNCOMPILED.append(torch.compiler.disable(_look))
-        _UNCOMPILED[0](*what)
-    else:
-        _look(*what)
-
-
-# A compiled model calls it between two of its graphs. The mark is the one that torch.compiler.disable sets, which takes
-# more than a second to import where nothing is compiled.
-_see._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
-class _Hook:
-    """The hook of one layer. It stays behind when its model is copied or saved: there it is one that does nothing."""
-
-    __name__ = "metatele_capture"  # TorchScript asks every hook for its name
-
-    def __init__(self, capture: Capture, layer: int) -> None:
-        self.capture, self.layer = capture, layer
-
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        if not torch.compiler.is_exporting():
-            _see(self.capture, self.layer, arguments, named, output)
-
-    def __reduce__(self) -> Any:
-        return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything, does nothing, needs no metatele
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return contextlib.nullcontext().__exit__
-
-
 class Capture:
     """What the passes whose gradients were taken showed of some layers of a network.
 
@@ -194,13 +143,7 @@ class Capture:
 
     def attach(self, owner: Any) -> None:
         """Listen to the layers for as long as ``owner`` lives."""
-        for linear in self.linears:
-            _tidy(linear)
-        handles = [
-            linear.register_forward_hook(_Hook(self, layer), with_kwargs=True)
-            for layer, linear in enumerate(self.linears)
-        ]
-        weakref.finalize(owner, _remove, handles)
+        listen(self.linears, self.see, owner)
         self._owner = weakref.ref(owner)
         self._heard = set()
         self._listen()
@@ -481,19 +424,6 @@ def _sum(moments: Iterable[Moment]) -> Moment | None:
     for moment in moments:
         total = moment if total is None else total.plus(moment)
     return total
-
-
-def _tidy(linear: nn.Linear) -> None:
-    """Take away what hooks have left behind in a copied layer."""
-    for number, hook in list(linear._forward_hooks.items()):
-        if isinstance(getattr(hook, "__self__", None), contextlib.nullcontext):
-            for kept in (linear._forward_hooks, linear._forward_hooks_with_kwargs):
-                kept.pop(number, None)
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _rows(tensor: Tensor | None) -> Tensor:
