@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import metatele
-from metatele.config import EquivariantConfig
+from metatele.config import EquivariantConfig, MethodConfig, TaskConfig
 from metatele.errors import MetateleError
-from metatele.learned import EquivariantOptimizer
+from metatele.learned import EquivariantOptimizer, MetaOptimizer
 
 BATCH = 24  # of all ranks together
 STEPS = 40
@@ -47,7 +47,12 @@ def trained(case, rank=0, ranks=1):
     torch.set_num_threads(1)
     model = network()
     wrapped = DistributedDataParallel(model) if ranks > 1 else model
-    optimizer = optimizer_of(wrapped if case == "wrapped" else model, opening=case == "opening")
+    if case == "flat":
+        task = TaskConfig(widths=(6, 9, 7, 4), samples=BATCH, activation="tanh", bias=True)
+        method = MethodConfig(hidden=8, preprocessing="asinh", action="approximate", update_scale=0.1)
+        optimizer = metatele.LearnedOptimizer(model, MetaOptimizer(method, task).double(), max_drift=10.0)
+    else:
+        optimizer = optimizer_of(wrapped if case == "wrapped" else model, opening=case == "opening")
     x, y = data()
     for step in range(STEPS):
         start = 0 if case == "one batch" else BATCH * (step % 8)
