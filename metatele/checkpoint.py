@@ -11,26 +11,18 @@ import json
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
 from metatele._version import __version__
-from metatele.config import (
-    EquivariantConfig,
-    MethodConfig,
-    MixtureConfig,
-    RunConfig,
-    TaskConfig,
-    TransferConfig,
-    from_dict,
-    to_dict,
-)
+from metatele.config import RunConfig, from_dict, to_dict
 from metatele.errors import CheckpointError, MetateleError
 from metatele.files import existing_folder, replace_folder
-from metatele.learned import EquivariantOptimizer, MetaOptimizer
+from metatele.learned.families import family_of, learned_family
 
 FORMAT = 1
 CONFIG_NAME, MODEL_NAME = "config.json", "model.safetensors"
@@ -48,9 +40,9 @@ class Checkpoint:
         scores: What it reached, by name.
     """
 
-    optimizer: MetaOptimizer | EquivariantOptimizer
-    method: MethodConfig | EquivariantConfig
-    task: TaskConfig | MixtureConfig
+    optimizer: nn.Module
+    method: Any
+    task: Any
     training: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
 
@@ -67,9 +59,9 @@ def _digest(config: dict[str, Any]) -> str:
 
 def save(
     path: str | Path,
-    optimizer: MetaOptimizer | EquivariantOptimizer,
+    optimizer: nn.Module,
     *,
-    run: RunConfig | TransferConfig | None = None,
+    run: RunConfig | None = None,
     progress: dict[str, Any] | None = None,
     scores: dict[str, Any] | None = None,
 ) -> None:
@@ -85,14 +77,15 @@ def save(
     Raises:
         SaveError: The folder cannot be written; an earlier one is intact.
     """
+    family, method = family_of(optimizer), cast("Any", optimizer).config
     config: dict[str, Any] = {
         "format": FORMAT,
         "package": "metatele",
         "versions": versions(),
-        "name": optimizer.config.title,
-        "family": "equivariant" if isinstance(optimizer, EquivariantOptimizer) else "flat",
-        "method": to_dict(optimizer.config),
-        "task": to_dict(_task_of(optimizer, run)),
+        "name": method.title,
+        "family": family.name,
+        "method": to_dict(method),
+        "task": to_dict(family.task(optimizer, run)),
         "training": {**({} if run is None else to_dict(run)), **(progress or {})},
         "scores": scores or {},
     }
@@ -102,14 +95,6 @@ def save(
     config["sha256"] = _digest(json.loads(json.dumps(config)))
     text = json.dumps(config, indent=1) + "\n"
     replace_folder(Path(path), {CONFIG_NAME: text.encode(), MODEL_NAME: model})
-
-
-def _task_of(
-    optimizer: MetaOptimizer | EquivariantOptimizer, run: RunConfig | TransferConfig | None
-) -> TaskConfig | MixtureConfig:
-    if isinstance(optimizer, MetaOptimizer):
-        return optimizer.task
-    return run.task if isinstance(run, TransferConfig) else MixtureConfig()
 
 
 def find(path: str | Path) -> Path:
@@ -174,13 +159,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         raise CheckpointError(f"{file} is damaged or belongs to another {CONFIG_NAME}: its checksum does not match")
     try:
         tensors = safetensors.torch.load(content)
-        optimizer: MetaOptimizer | EquivariantOptimizer
-        if config.get("family", "flat") == "equivariant":
-            method, task = from_dict(EquivariantConfig, config["method"]), from_dict(MixtureConfig, config["task"])
-            optimizer = EquivariantOptimizer(method)
-        else:
-            method, task = from_dict(MethodConfig, config["method"]), from_dict(TaskConfig, config["task"])
-            optimizer = MetaOptimizer(method, task)
+        family = learned_family(config.get("family", "flat"))
+        method, task = (from_dict(family.settings.part(name), config[name]) for name in ("method", "task"))
+        optimizer = family.build(method, task, 0)
         optimizer.load_state_dict(tensors)
     except (MetateleError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -17,12 +17,13 @@ from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
 from metatele.learned import ConstantOptimizer, EquivariantOptimizer, Observation
 from metatele.learned.equivariant.observation import joined, parted
 from metatele.learned.equivariant.optimizer import _Close
+from metatele.learned.equivariant.rollout import Rollout
 from metatele.learned.equivariant.spectrum import Spectrum
 from metatele.perceptron.activations import LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
 from metatele.perceptron.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError, kind, level
 from metatele.perceptron.mlp import MLP, Pass, Weights
-from metatele.rollout import Rollout, losses_of
 from metatele.tasks.fitting import Fitting, Mixture, usual_weights
+from metatele.unroll import losses_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:batches of 4 samples")
 MLPS = [

@@ -94,8 +94,8 @@ def standard(problems: Fitting, tuning: Fitting) -> Iterator[tuple[str, dict[str
     import torch
 
     from metatele.learned import ConstantOptimizer
-    from metatele.rollout import losses_of
     from metatele.training.baselines import EVERYWHERE, run_candidates, tune
+    from metatele.unroll import losses_of
 
     few = tuning.part(slice(_FEW))
     for baseline in EVERYWHERE:
@@ -129,8 +129,8 @@ def standard_regression(name: str) -> list[dict[str, Any]]:
 
 def regression(name: str, optimizer: EquivariantOptimizer) -> dict[str, Any]:
     """A learned optimizer on one kind of regression."""
-    from metatele.rollout import losses_of
     from metatele.tasks.held_out import REGRESSIONS
+    from metatele.unroll import losses_of
 
     problems = REGRESSIONS[name].sample(1, "evaluation", _FULL)
     return {"settings": {}, "trajectories": _FULL, **summary(losses_of(optimizer, problems, _LONG))}
@@ -208,7 +208,7 @@ class Classifying:
         """Scores by epoch along trajectories."""
         import torch
 
-        from metatele.rollout import Rollout
+        from metatele.learned.equivariant.rollout import Rollout
 
         watch, seen = self.watched()
         with torch.no_grad():
@@ -350,8 +350,8 @@ def _module(activation: Activation) -> Any:
 
 def ablation(optimizer: EquivariantOptimizer, tasks: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Loss at step 100 relative to tuned Adam's, for each kind of regression."""
-    from metatele.rollout import losses_of
     from metatele.tasks.held_out import REGRESSIONS
+    from metatele.unroll import losses_of
 
     ratios: dict[str, float | None] = {}
     for task in tasks:
@@ -368,14 +368,14 @@ def ablations(tasks: Sequence[dict[str, Any]], runs: Path) -> list[dict[str, Any
     """Meta-training without one thing or another, in a few seeds."""
     from metatele import checkpoint
     from metatele.config import transfer
-    from metatele.training.run import trained
+    from metatele.training.run import train_once
 
     found = []
     for name, changes in ABLATIONS.items():
         ratios = []
         for seed in range(_ABLATION_SEEDS):
             folder = runs / f"ablation-{name.replace(' ', '-').replace(':', '')}-{seed}"
-            trained(transfer(trajectories=_ABLATION_TRAJECTORIES, seed=seed, **changes), folder)
+            train_once(transfer(trajectories=_ABLATION_TRAJECTORIES, seed=seed, **changes), folder)
             key = [
                 checkpoint.read_config(folder)["model_sha256"],
                 [[t["name"], _score(t, _of(t, "Adam")[0])] for t in tasks],
@@ -396,9 +396,9 @@ def _on_large_data(optimizer: EquivariantOptimizer) -> float:
     from metatele.perceptron.losses import CrossEntropy
     from metatele.perceptron.mlp import MLP
     from metatele.random import generator
-    from metatele.rollout import losses_of
     from metatele.tasks import Fitting
     from metatele.tasks.fitting import image_like, usual_weights
+    from metatele.unroll import losses_of
 
     d, classes, logs = 600, 10, []
     for number, hidden in enumerate(_SELECTION_HIDDEN):
@@ -419,13 +419,14 @@ def selection_scores(folders: Sequence[Path]) -> list[float]:
     """
     from metatele import checkpoint
     from metatele.config import transfer
-    from metatele.training.transfer import validation_score
+    from metatele.tasks import Mixture
+    from metatele.training.groups import validation_score
 
     config = transfer(**_SELECTION)
 
     def measure(folder: Path) -> tuple[float, float]:
         optimizer = _loaded(folder)
-        return validation_score(optimizer, config)[0], _on_large_data(optimizer)
+        return validation_score(optimizer, Mixture(config.task), config)[0], _on_large_data(optimizer)
 
     scores = []
     for folder in folders:
@@ -529,7 +530,7 @@ def run(args: Any, out: Path) -> dict[str, Any]:
     from metatele.config import transfer
     from metatele.data import load_images
     from metatele.tasks.held_out import CLASSIFICATIONS, REGRESSIONS
-    from metatele.training.run import trained
+    from metatele.training.run import train_once
 
     begin_s, runs = time.perf_counter(), Path(args.runs)
     names = args.tasks or [*REGRESSIONS, *CLASSIFICATIONS]
@@ -545,7 +546,7 @@ def run(args: Any, out: Path) -> dict[str, Any]:
                 names = [n for n in names if n not in CLASSIFICATIONS or CLASSIFICATIONS[n].dataset != dataset]
     folders = _folders(args)
     for seed, folder in enumerate(folders):
-        trained(transfer(seed=seed), folder)
+        train_once(transfer(seed=seed), folder)
     learned = [_loaded(folder) for folder in folders]
     make_folder(out)
     digests = [checkpoint.read_config(folder)["model_sha256"] for folder in folders]

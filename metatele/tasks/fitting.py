@@ -68,6 +68,10 @@ class Fitting:
         loss, done = self.visit(flat, step)
         return loss, self.mlp.flatten(done.gradient())
 
+    def fitting(self) -> Fitting:
+        """These; problems of other kinds say here what they are as these."""
+        return self
+
     def repeat(self, times: int) -> Fitting:
         """``times`` copies in a row, for instance one for each learning rate of a grid."""
         inputs, targets = self.inputs, self.targets

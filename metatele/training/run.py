@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from metatele import checkpoint
-from metatele.config import RunConfig, TransferConfig, stored_config, to_dict
+from metatele.config import RunConfig, stored_config, to_dict
 from metatele.errors import CheckpointError, RunFolderError, SaveError
 from metatele.files import existing_folder, write_atomically
+from metatele.training.families import trainer_of
 from metatele.training.processes import Processes
-from metatele.training.trainer import MetaTrainer, Trainer
-from metatele.training.transfer import TransferTrainer
+from metatele.training.trainer import Trainer
 
 _SEAL = b"\nmetatele sha256 "  # the file ends with its own checksum; torch.load does not check any
 STATE_NAME, METRICS_NAME, CHECKPOINT_NAME = "training_state.pt", "metrics.jsonl", "checkpoint"
@@ -37,7 +37,7 @@ PREVIOUS_NAME = "training_state.previous.pt"
 
 
 def train(
-    config: RunConfig | TransferConfig,
+    config: RunConfig,
     out: str | Path,
     *,
     device: torch.device | str = "cpu",
@@ -62,7 +62,7 @@ def train(
         PeerLostError: Another process of the run is gone.
     """
     folder, processes, c = Path(out), processes or Processes(), config.training
-    trainer = (_resumed if resume else _begun)(config, folder, device, processes)
+    trainer = (_resumed_trainer if resume else _new_trainer)(config, folder, device, processes)
     with _Log(folder, trainer, quiet) if processes.first else nullcontext() as log:
         if not resume:
             _save(trainer, folder)
@@ -83,7 +83,7 @@ def train(
     return trainer
 
 
-def trained(config: RunConfig | TransferConfig, folder: Path, device: torch.device | str = "cpu") -> None:
+def train_once(config: RunConfig, folder: Path, device: torch.device | str = "cpu") -> None:
     """Meta-train into a folder, unless that was done before; an interrupted run is gone on with.
 
     ``seconds.json`` holds the time it took, or null for a run that was resumed.
@@ -105,17 +105,9 @@ def trained(config: RunConfig | TransferConfig, folder: Path, device: torch.devi
     write_atomically(folder / "seconds.json", json.dumps(seconds).encode())
 
 
-def _trainer(config: RunConfig | TransferConfig, device: torch.device | str, processes: Processes) -> Trainer:
-    if isinstance(config, TransferConfig):
-        return TransferTrainer(config, device, processes)
-    return MetaTrainer(config, device, processes)
-
-
-def _begun(
-    config: RunConfig | TransferConfig, folder: Path, device: torch.device | str, processes: Processes
-) -> Trainer:
+def _new_trainer(config: RunConfig, folder: Path, device: torch.device | str, processes: Processes) -> Trainer:
     processes.checked(lambda: _check_new(folder))
-    trainer = _trainer(config, device, processes)  # first, so that settings it refuses leave no folder behind
+    trainer = trainer_of(config, device, processes)  # first, so that settings it refuses leave no folder behind
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,9 +134,7 @@ def _check_new(folder: Path) -> None:
         raise RunFolderError(f"{folder} is not empty (it holds {sorted(foreign)[0]}); choose another --out")
 
 
-def _resumed(
-    config: RunConfig | TransferConfig, folder: Path, device: torch.device | str, processes: Processes
-) -> Trainer:
+def _resumed_trainer(config: RunConfig, folder: Path, device: torch.device | str, processes: Processes) -> Trainer:
     state = usable_state(folder)
     stored = stored_config(state["config"])
     if type(stored) is not type(config):
@@ -155,7 +145,7 @@ def _resumed(
             names = [k for k in ours if ours[k] != theirs[k]] if isinstance(ours, dict) else [part]
             a, b = (ours[names[0]], theirs[names[0]]) if isinstance(ours, dict) else (ours, theirs)
             raise RunFolderError(f"cannot resume {folder} with other settings: {names[0]} is {a} here and {b} there")
-    trainer = _trainer(config, device, processes)
+    trainer = trainer_of(config, device, processes)
     trainer.load_state_dict(state)
     if not (existing_folder(folder / CHECKPOINT_NAME) / checkpoint.CONFIG_NAME).is_file():
         trainer.best = math.inf  # there is none to beat
