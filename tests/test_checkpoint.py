@@ -127,6 +127,7 @@ def test_future_foreign_and_unfitting_checkpoints_are_one_error(saved):
         ({"method": {**original["method"], "new": 1}}, "no field 'new'"),
         ({"task": {"widths": [4]}}, "widths must be at least two"),
         ({"method": 3}, "mapping"),
+        ({"family": "square"}, "family must be one of flat, equivariant"),
     ):
         rewrite(folder, {**original, **changes})
         fails(folder, match)
