@@ -48,7 +48,12 @@ class Checkpoint:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Versions that a result depends on.
+
+    Example:
+        >>> sorted(versions())
+        ['metatele', 'python', 'torch']
+    """
     return {"metatele": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -68,14 +73,23 @@ def save(
     """Write a checkpoint folder, replacing an earlier one only when the new one is complete.
 
     Args:
-        path: Folder.
-        optimizer: What to save.
+        path: Folder, new or that of an earlier checkpoint.
+        optimizer: What to save, of any family.
         run: How it was trained.
         progress: How far training came.
         scores: What it reached.
 
     Raises:
         SaveError: The folder cannot be written; an earlier one is intact.
+        TypeError: The optimizer is of no family.
+
+    Example:
+        >>> import tempfile
+        >>> from metatele.learned import ConstantOptimizer
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(Path(folder) / "constant", ConstantOptimizer(0.1, 0.01), scores={"loss": 1.0})
+        ...     load(Path(folder) / "constant").scores
+        {'loss': 1.0}
     """
     family, method = family_of(optimizer), cast("Any", optimizer).config
     config: dict[str, Any] = {
@@ -100,6 +114,9 @@ def save(
 def find(path: str | Path) -> Path:
     """The checkpoint folder meant by a run folder or a checkpoint folder.
 
+    Args:
+        path: A folder that holds a checkpoint's two files, or has them in its folder ``checkpoint``.
+
     Raises:
         CheckpointError: There is none.
     """
@@ -116,6 +133,13 @@ def find(path: str | Path) -> Path:
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The checked content of a checkpoint's ``config.json``.
+
+    Args:
+        path: A checkpoint folder, or a run folder that holds one.
+
+    Returns:
+        ``name`` and ``family``, the settings of ``method`` and ``task``, ``training`` and ``scores``, versions and
+        checksums.
 
     Raises:
         CheckpointError: Missing, damaged, foreign, or from a newer format.
@@ -142,6 +166,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     Args:
         path: A checkpoint folder, or a run folder that holds one.
         device: Where to put the parameters.
+
+    Returns:
+        The optimizer of the family that the checkpoint names, with frozen parameters, and its story.
 
     Raises:
         CheckpointError: Missing, truncated, altered, foreign or newer files, or non-finite weights.

@@ -34,7 +34,7 @@ class EquivariantRunConfig(RunConfig):
     training: GroupTrainingConfig = field(default_factory=GroupTrainingConfig)
 
 
-# What each preset changes, for all methods ("") and for one. README, "Presets", has the reasons.
+# What each preset changes, for all methods ("") and for one.
 _ADAPTED: dict[str, Any] = {
     "preprocessing": "asinh",
     "objective": "mean-log",

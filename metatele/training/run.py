@@ -55,11 +55,23 @@ def train(
         quiet: No progress on stderr or stdout.
         processes: Those that share the batch; the first one alone writes.
 
+    Returns:
+        The trainer at the end, whose ``best`` is the least validation score.
+
     Raises:
         RunFolderError: The folder holds another run, or none to resume.
         DivergedError: Too many non-finite updates in a row.
         SaveError: Nothing could be written; earlier files are intact.
         PeerLostError: Another process of the run is gone.
+
+    Example:
+        >>> import tempfile
+        >>> from metatele.config import preset
+        >>> config = preset("paper", trajectories=4, batch=2, horizon=4, unroll=2, hidden=8, widths=(3, 4, 2),
+        ...     samples=3, validation_steps=4, validation_score_at=(4,))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     train(config, Path(folder) / "run", quiet=True).update
+        4
     """
     folder, processes, c = Path(out), processes or Processes(), config.training
     trainer = (_resumed_trainer if resume else _new_trainer)(config, folder, device, processes)
@@ -87,6 +99,11 @@ def train_once(config: RunConfig, folder: Path, device: torch.device | str = "cp
     """Meta-train into a folder, unless that was done before; an interrupted run is gone on with.
 
     ``seconds.json`` holds the time it took, or null for a run that was resumed.
+
+    Args:
+        config: What to train.
+        folder: The run folder.
+        device: Where.
 
     Raises:
         RunFolderError: The folder holds a run with other settings.
@@ -159,6 +176,12 @@ def begun(folder: Path) -> bool:
 
 def usable_state(folder: Path) -> dict[str, Any]:
     """The last resumable state of a run folder, or the one before it, with a warning, where that is damaged.
+
+    Args:
+        folder: A run folder.
+
+    Returns:
+        What the trainer's ``state_dict`` was.
 
     Raises:
         RunFolderError: There is none.
