@@ -38,6 +38,13 @@ class Checkpoint:
         task: What it was trained on.
         training: How: the run's preset, seed and settings, and how far it came.
         scores: What it reached, by name.
+
+    Example:
+        >>> from metatele.config import EquivariantConfig, MixtureConfig
+        >>> from metatele.learned import EquivariantOptimizer
+        >>> method = EquivariantConfig(hidden=8)
+        >>> Checkpoint(EquivariantOptimizer(method), method, MixtureConfig()).method.title
+        'Equivariant(update,tele)'
     """
 
     optimizer: nn.Module
@@ -172,6 +179,10 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
 
     Raises:
         CheckpointError: Missing, truncated, altered, foreign or newer files, or non-finite weights.
+
+    Example:
+        >>> load("checkpoints/transfer").task.widest
+        64
     """
     folder = find(path)
     config = read_config(folder)

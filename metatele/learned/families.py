@@ -31,6 +31,12 @@ class LearnedFamily:
         begin: ``begin(optimizer, problems)``, trajectories at their initial weights.
         task_of: The distribution of problems that an optimizer is made for, if there is just one; else the settings'
             default stands for all.
+
+    Example:
+        >>> from metatele.config import EquivariantConfig
+        >>> family = learned_family("equivariant")
+        >>> family.build(EquivariantConfig(hidden=8), family.settings.part("task")(), 0).config.title
+        'Equivariant(update,tele)'
     """
 
     name: str
@@ -59,6 +65,11 @@ def register_learned(family: LearnedFamily) -> LearnedFamily:
 
     Raises:
         ConfigError: There are no settings of this name, or there is an optimizer already.
+
+    Example:
+        >>> register_learned(learned_family("flat"))
+        Traceback (most recent call last):
+        metatele.errors.ConfigError: the family 'flat' has an optimizer already
     """
     family_named(family.name)
     if family.name in _FAMILIES:

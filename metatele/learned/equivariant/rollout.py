@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from metatele.learned.equivariant.observation import Observation, parted
-from metatele.learned.equivariant.optimizer import EquivariantOptimizer, EquivariantStates
+from metatele.learned.equivariant.old_states import read_old
+from metatele.learned.equivariant.optimizer import EquivariantOptimizer
+from metatele.learned.equivariant.states import EquivariantStates
 from metatele.learned.unrolled import Observer
 from metatele.perceptron.mlp import Pass, attach_gradient
 from metatele.tasks import Fitting
@@ -101,12 +103,15 @@ class Rollout:
         return {"age": self.age, "weights": self.weights, "states": states}
 
     def restored(self, saved: dict[str, Any]) -> Rollout:
-        """The point that :meth:`saved` came from, on this one's problems."""
+        """The point that :meth:`saved` came from, on this one's problems; version 0.1 named the states otherwise."""
         loss, done = self.problems.visit(saved["weights"], saved["age"])
-        states = None if saved["states"] is None else EquivariantStates.from_tensors(saved["states"])
-        return Rollout(self.problems, saved["weights"], loss, done, states, saved["age"])
+        stored = saved["states"]
+        if stored is not None:
+            stored = read_old(stored) if "log_rate" in stored else EquivariantStates.from_tensors(stored)
+        return Rollout(self.problems, saved["weights"], loss, done, stored, saved["age"])
 
     def is_common(self, name: str) -> bool:
         """Counters and the batch's fingerprint, and what is made of inputs that all trajectories share."""
         shared = self.problems.inputs.dim() == 2
-        return name in ("counters", "fingerprint") or (shared and name.startswith(("input_moments_0", "inputs_0_")))
+        first = ("moments.0.inputs.", "moments.0.input_spectrum.", "input_moments_0", "inputs_0_")
+        return name in ("counters", "fingerprint") or (shared and name.startswith(first))
