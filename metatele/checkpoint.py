@@ -23,6 +23,7 @@ from metatele.config import RunConfig, from_dict, to_dict
 from metatele.errors import CheckpointError, MetateleError
 from metatele.files import existing_folder, replace_folder
 from metatele.learned.families import family_of, learned_family
+from metatele.named import NAMED, named_checkpoint
 
 FORMAT = 1
 CONFIG_NAME, MODEL_NAME = "config.json", "model.safetensors"
@@ -119,10 +120,11 @@ def save(
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint folder meant by a run folder or a checkpoint folder.
+    """The checkpoint folder meant by a run folder, a checkpoint folder, or else the name of a published checkpoint.
 
     Args:
-        path: A folder that holds a checkpoint's two files, or has them in its folder ``checkpoint``.
+        path: A folder that holds a checkpoint's two files, or has them in its folder ``checkpoint``; or a name of
+            :func:`metatele.named.named_checkpoint`, where no folder is called so.
 
     Raises:
         CheckpointError: There is none.
@@ -132,7 +134,10 @@ def find(path: str | Path) -> Path:
         if (candidate / CONFIG_NAME).is_file():
             return candidate
     if not folder.exists():
-        raise CheckpointError(f"there is no checkpoint at {folder}: the path does not exist")
+        if str(path) in NAMED:
+            return named_checkpoint(str(path))
+        names = ", ".join(NAMED)
+        raise CheckpointError(f"there is no checkpoint at {folder}: the path does not exist, nor is it one of {names}")
     raise CheckpointError(
         f"there is no checkpoint at {folder}: expected {CONFIG_NAME} and {MODEL_NAME} there or in a folder 'checkpoint'"
     )
@@ -181,7 +186,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         CheckpointError: Missing, truncated, altered, foreign or newer files, or non-finite weights.
 
     Example:
-        >>> load("checkpoints/transfer").task.widest
+        >>> load("transfer").task.widest
         64
     """
     folder = find(path)

@@ -36,14 +36,14 @@ def parser(name: str, description: str | None, epochs: int = 40) -> argparse.Arg
     p.add_argument("--seeds", type=whole_number(1), default=5, metavar="N", help="replicas of each arm (default 5)")
     p.add_argument("--epochs", type=whole_number(1), default=epochs, metavar="N", help=f"(default {epochs})")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    p.add_argument("--out", metavar="FOLDER", help=f"results (default results/{name}-DATASET)")
+    p.add_argument("--out", metavar="FOLDER", help=f"results (default runs/{name}-DATASET)")
     p.add_argument("--redraw", action="store_true", help="table and figure again from the stored results.json")
     return p
 
 
 def folder(name: str, args: argparse.Namespace) -> Path:
     """Where results go."""
-    return Path(args.out or f"results/{name}-{args.dataset}")
+    return Path(args.out or f"runs/{name}-{args.dataset}")
 
 
 def stored(out: Path, *names: str, rows: str = "arms") -> dict[str, Any]:
@@ -227,7 +227,7 @@ def small_parser(name: str, description: str | None, seeds: int, steps: int) -> 
     p.add_argument("--seeds", type=whole_number(1), default=seeds, metavar="N", help=f"runs (default {seeds})")
     p.add_argument("--steps", type=whole_number(10), default=steps, metavar="N", help=f"(default {steps})")
     p.add_argument("--device", choices=("auto", "cpu"), default="auto", help="the problems are tiny: cpu")
-    p.add_argument("--out", metavar="FOLDER", default=f"results/{name}", help=f"(default results/{name})")
+    p.add_argument("--out", metavar="FOLDER", default=f"runs/{name}", help=f"(default runs/{name})")
     p.add_argument("--redraw", action="store_true", help="table and figure again from the stored results.json")
     return p
 

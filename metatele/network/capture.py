@@ -338,6 +338,11 @@ class Capture:
         """Whether any pass counts, an empty one too."""
         return bool(self.ended) or any(use.of is not None for use in self._counted)
 
+    def shows(self, moments: frozenset[int], fingerprint: bool, squares: bool) -> bool:
+        """Whether the passes that count were asked for as much."""
+        asked = [use.wanted for use in self._counted]
+        return all(moments <= w.moments and fingerprint <= w.fingerprint and squares <= w.squares for w in asked)
+
     def why_nothing(self) -> str:
         """Why no pass counts, for a message."""
         if self.seen:

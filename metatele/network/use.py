@@ -47,7 +47,7 @@ class Moment(NamedTuple):
         """
         if columns.shape[-2] <= widest:
             return Moment(columns @ columns.mT)
-        trace = columns.square().sum((-2, -1))
+        trace = _squared(columns)
         most = 8 * rank
         if columns.shape[-1] > most:
             random = torch.Generator().manual_seed(columns.shape[-1])
@@ -72,7 +72,7 @@ class Moment(NamedTuple):
         """``tr M``, ``[...]``."""
         if self.rest is None:
             return self.tensor.diagonal(dim1=-2, dim2=-1).sum(-1)
-        return self.tensor.square().sum((-2, -1)) + self.rows * self.rest[..., 0, 0]
+        return _squared(self.tensor) + self.rows * self.rest[..., 0, 0]
 
     @property
     def dense(self) -> Tensor:
@@ -129,8 +129,13 @@ class Moment(NamedTuple):
         if F.shape[-1] > rank:
             _, V = torch.linalg.eigh((F.mT @ F).nan_to_num(0.0, 0.0, 0.0))  # which refuses what is not finite
             F = F @ V[..., -rank:]
-        rest = (trace - F.square().sum((-2, -1))).clamp_min(0) / self.rows
+        rest = (trace - _squared(F)).clamp_min(0) / self.rows
         return Moment(F, rest[..., None, None])
+
+
+def _squared(x: Tensor) -> Tensor:
+    """``‖x‖²`` of matrices, without a matrix of squares."""
+    return torch.linalg.vector_norm(x, dim=(-2, -1)).square()
 
 
 class Fingerprint(NamedTuple):

@@ -15,7 +15,7 @@ from metatele.learned.equivariant.observation import Wants, inner
 from metatele.learned.equivariant.old_states import read_old
 from metatele.network import bias
 from metatele.network.capture import Wanted
-from metatele.network.use import Moment, Use
+from metatele.network.use import Fingerprint, Moment, Use
 from metatele.optim.steppers import Memory, Situation, Stepper
 from metatele.perceptron.mlp import MLP
 
@@ -121,15 +121,17 @@ class EquivariantStepper(Stepper):
 
         def uses(wanted: Collection[int]) -> list[Use]:
             found = self.capture.uses()
-            return [self._use(layer, use, states is None) for layer, use in enumerate(found)]
+            return [self._use(layer, use, states is None, outputs.shape[-1]) for layer, use in enumerate(found)]
 
-        def known() -> Any:
-            assert fingerprint is not None
+        def known() -> Fingerprint:
+            if fingerprint is None:  # a state was loaded since the pass: it was not asked for, and no batch is like it
+                unknown = outputs.new_full((2,), torch.nan)
+                return Fingerprint(unknown, unknown, 0)
             return fingerprint
 
         return Observation(gradients, outputs.shape[-1], known, outputs, error, uses, lambda: self._sizes(at))
 
-    def _use(self, layer: int, use: Use, first: bool) -> Use:
+    def _use(self, layer: int, use: Use, first: bool, samples: int) -> Use:
         """A use as of one trajectory; a layer that no gradient reached has seen nothing."""
         like = self.capture.linears[layer].weight.new_empty(0, dtype=self.capture.wanted.dtype)
         rows = (self.mlp.widths[layer] + self.mlp.biases[layer], self.mlp.widths[layer + 1])
@@ -142,7 +144,7 @@ class EquivariantStepper(Stepper):
             None if inputs is None else inputs.map(lambda t: t[None]),
             None if errors is None else errors.map(lambda t: t[None]),
             square,
-            use.columns,
+            use.columns or samples,
         )
 
     def _sizes(self, at: Situation) -> Tensor:
@@ -158,11 +160,9 @@ class EquivariantStepper(Stepper):
         device = at.parameters[0].device
         if self._states is None and not self._read:
             self._states, self._read = self._from(at.memory, at.group), True
-            if self._states is not None:
-                # What was loaded between a pass and its step may ask for what was not kept of it.
-                wants, kept = self._states.wants(self.meta.config), self.capture.wanted
-                if not (wants.layers <= kept.moments and kept.squares >= wants.squares):
-                    self._states = self._states.but(until=max(self._states.until, self._states.age + 1))
+            # What is loaded between a pass and its step may ask for what was not kept of it.
+            if self._states is not None and not self.capture.shows(*self._states.wants(self.meta.config)):
+                self._states = self._states.but(until=max(self._states.until, self._states.age + 1))
         if self._states is not None and self._states.motion.velocity[0].device != device:
             self._states = self._states.map(lambda t: t.to(device))
         return self._states

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from metatele import checkpoint
 from metatele.experiments.transfer.results import FLAT, OURS, PATIENT, WHITENING, Losses, Row, shortened
-from metatele.experiments.transfer.study import FLAT_CHECKPOINT, Study
+from metatele.experiments.transfer.study import Study
 from metatele.learned import ConstantOptimizer
+from metatele.named import named_checkpoint
 from metatele.tasks import Fitting, Problems
 from metatele.tasks.held_out import REGRESSIONS
 from metatele.training.baselines import run_candidates, tune
@@ -84,7 +85,7 @@ def standard_methods(name: str, study: Study) -> list[Losses]:
     if name == "paper":
         # The paper's own method with this package's settings, on the one shape it fits.
         given = Problems(problems.mlp, problems.inputs, problems.targets, problems.initial)
-        flat = checkpoint.load(FLAT_CHECKPOINT).optimizer
+        flat = checkpoint.load(named_checkpoint("update-tele")).optimizer
         methods.append(summary(FLAT, {}, losses_of(flat, given, study.steps)))
     return methods
 

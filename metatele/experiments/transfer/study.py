@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from metatele.config import EquivariantRunConfig, transfer
 from metatele.experiments.transfer.results import TARGET
 from metatele.training.baselines import EVERYWHERE, Baseline
-
-# The paper's own method, for the one shape it fits.
-FLAT_CHECKPOINT = Path(__file__).parents[3] / "checkpoints" / "update-tele"
 
 # Name to what is changed in the configuration of meta-training.
 ABLATIONS: dict[str, dict[str, Any]] = {

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import metatele
 from metatele.experiments.transfer.results import FLAT, OURS, PATIENT, WHITENING, RegressionTask, Task
-from metatele.experiments.transfer.study import FLAT_CHECKPOINT, Study
+from metatele.experiments.transfer.study import Study
 from metatele.learned import ConstantOptimizer
+from metatele.named import named_checkpoint
 from metatele.perceptron.activations import Activation
 from metatele.tasks.held_out import REGRESSIONS
 
@@ -86,7 +87,7 @@ def milliseconds(task: Task, learned: nn.Module, study: Study) -> dict[str, floa
         made[method] = net, metatele.LearnedOptimizer(net, optimizer)
     if task.of(FLAT):
         net = situation.model()
-        made[FLAT] = net, metatele.LearnedOptimizer(net, FLAT_CHECKPOINT)
+        made[FLAT] = net, metatele.LearnedOptimizer(net, named_checkpoint("update-tele"))
     count = 20 if max(task.widths) > _WIDE else 40
     best = dict.fromkeys(made, math.inf)
     for turn in range(_TURNS):

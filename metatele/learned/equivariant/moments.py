@@ -89,10 +89,12 @@ def period(sides: Sequence[int], averaged: int, config: EquivariantConfig) -> in
 def due(age: int, averaged: int, sides: Sequence[int], config: EquivariantConfig, pauses: bool) -> bool:
     """Whether a running average takes in the batch of a step.
 
-    It need not take in every one. Averages are the same with pauses or without.
+    It need not take in every one, fewer of wide layers, whose moments take longest to join. Averages are the same with
+    pauses or without.
     """
+    age_share = 4 if max(sides) <= config.dense else 2
     stay, rest = wait(averaged, config, pauses), wait(averaged, config)
-    stride = max(1, min(period(sides, averaged, config) // 4, config.stride, age // 4) // rest) * rest
+    stride = max(1, min(period(sides, averaged, config) // 4, config.stride, age // age_share) // rest) * rest
     return (age - (config.warm if rest > 1 else 0)) % stride < stay
 
 

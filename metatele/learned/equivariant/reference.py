@@ -188,7 +188,8 @@ def moments(optimizer: EquivariantOptimizer, seen: Seen, memory: Memory, same: b
             return max(c.slow, 3 * rest, math.ceil((widest / c.small) ** 2))
 
         rest, due = waiting(optimizer, expected), age >= layer.renew
-        stride = max(1, min(period(rest) // 4, c.stride, age // 4) // rest) * rest
+        often = 4 if max(len(h), len(e)) <= c.dense else 2
+        stride = max(1, min(period(rest) // 4, c.stride, age // often) // rest) * rest
         stay = rest if pauses else 1
         chosen = not memory.same and (age - (c.warm if rest > 1 else 0)) % stride < stay
         if due or (chosen and not same):
