@@ -10,19 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metatele.command_line import OneLineParser, add_config_flags, device_named, whole_number
-from metatele.config import (
-    PRESETS,
-    TRANSFER,
-    EquivariantConfig,
-    MethodConfig,
-    MixtureConfig,
-    RunConfig,
-    TaskConfig,
-    TrainingConfig,
-    TransferConfig,
-    preset,
-    transfer,
-)
+from metatele.config import RunConfig, families, family_with, preset
 from metatele.errors import ConfigError
 from metatele.extras import require_modules
 
@@ -47,11 +35,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("preset", choices=(*PRESETS, TRANSFER), help="settings to begin with; flags change them")
+    names = [name for family in families() for name in family.presets]
+    p.add_argument("preset", choices=names, help="settings to begin with; flags change them")
     p.add_argument(
         "--family",
-        choices=("flat", "equivariant"),
-        help=f"flat: the paper's LSTMs, for one shape of network; equivariant (preset {TRANSFER}): for every shape",
+        choices=[f.name for f in families()],
+        help="; ".join(f"{f.name} (presets {', '.join(f.presets)}): {f.title}" for f in families()),
     )
     p.add_argument("--out", required=True, metavar="FOLDER", help="run folder, new or empty")
     p.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of everything random (default 0)")
@@ -61,28 +50,25 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--resume", action="store_true", help="go on from the last saved state of the folder")
     p.add_argument("--quiet", action="store_true", help="no progress")
-    add_config_flags(p, MethodConfig, TrainingConfig, TaskConfig)
-    add_config_flags(p, EquivariantConfig, MixtureConfig, default="default")
+    for family in families():
+        add_config_flags(p, *(family.part(name) for name in ("method", "training", "task")), default=family.defaults)
     typed = f"python {p.prog}" if p.prog.endswith(".py") else p.prog
     p.epilog = "\n".join(["examples:", *(f"  {typed} {example}" for example in _EXAMPLES)])
     return p
 
 
-def _configured(values: dict[str, Any]) -> RunConfig | TransferConfig:
-    name = values.pop("preset")
-    family = "equivariant" if name == TRANSFER else "flat"
-    if values.pop("family") not in (None, family):
-        raise ConfigError(f"the preset {name} is for the family {family}")
-    if family == "equivariant":
-        return transfer(**values)
-    return preset(name, values.pop("method", "update-tele"), **values)
+def _configured(values: dict[str, Any]) -> RunConfig:
+    name, family = values.pop("preset"), values.pop("family")
+    if family not in (None, family_with(name).name):
+        raise ConfigError(f"the preset {name} is for the family {family_with(name).name}")
+    return preset(name, **values)
 
 
-def _threads(asked: int | None, config: RunConfig | TransferConfig) -> int | None:
+def _threads(asked: int | None, config: RunConfig) -> int | None:
     """How many threads torch shall be told to use; None: what it would by itself, or what the environment says."""
     if asked or any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
         return asked
-    return 1 if config.training.batch * config.method.hidden <= _ONE_THREAD_SUFFICES else None
+    return 1 if config.training.batch * getattr(config.method, "hidden", 1) <= _ONE_THREAD_SUFFICES else None
 
 
 def main(arguments: Sequence[str]) -> None:

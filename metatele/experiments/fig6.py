@@ -79,13 +79,13 @@ def run(
     from metatele.training.baselines import baseline_curves
     from metatele.training.curves import Curves, learned_curves, worst_rise
     from metatele.training.report import document
-    from metatele.training.run import trained
+    from metatele.training.run import train_once
 
     device = device_named(device_name)
     begin_s = time.perf_counter()
     for seed in range(seeds):
         for method in methods:
-            trained(preset(preset_name, method, seed=seed), runs / f"{method}-{seed}", device)
+            train_once(preset(preset_name, method, seed=seed), runs / f"{method}-{seed}", device)
     task = preset(preset_name).task
     problems = Regression(task).sample(1, "evaluation", range(trajectories)).to(device)
     entries = []
