@@ -17,14 +17,15 @@ from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
 from metatele.learned import ConstantOptimizer, EquivariantOptimizer, Observation
 from metatele.learned.equivariant.controller import SEEN, Close, Sight, seen_of
 from metatele.learned.equivariant.observation import Wants, joined, parted
+from metatele.learned.equivariant.rollout import Rollout
 from metatele.learned.equivariant.spectrum import Spectrum
 from metatele.learned.equivariant.states import Level
 from metatele.network.bias import with_ones
 from metatele.perceptron.activations import LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
 from metatele.perceptron.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError, kind, level
 from metatele.perceptron.mlp import MLP, Weights
-from metatele.rollout import Rollout, losses_of
 from metatele.tasks.fitting import Fitting, Mixture, usual_weights
+from metatele.unroll import losses_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:batches of 4 samples")
 MLPS = [
@@ -878,7 +879,7 @@ def test_a_step_reads_what_it_said_it_wants_and_nothing_else(batch_size, pauses)
         weights = current.weights + fitting.mlp.flatten(parted(changes, fitting.mlp.biases))
         loss, done = fitting.visit(weights, current.age + 1)
         current = Rollout(fitting, weights, loss, done, states, current.age + 1)
-        whole = whole.advanced(optimizer, pauses)
+        whole = whole.advanced(optimizer, pauses=pauses)
     assert torch.equal(current.weights, whole.weights)
     assert asked[:2] == [3, 3]
     assert sum(asked) < 3 * 40

@@ -470,7 +470,6 @@ def test_hooks_do_not_outlive_the_optimizer():
     for _ in range(3):
         optimizer = metatele.TeleportOptimizer(base, model, at=[0])
         model(x).sum().backward()
-        assert len(optimizer._capture.passes) == 1
     del optimizer
     assert list(itertools.chain(model[0]._forward_hooks, model[4]._forward_hooks)) == []
 

@@ -53,11 +53,18 @@ class Moment(NamedTuple):
             random = torch.Generator().manual_seed(columns.shape[-1])
             signs = torch.randint(2, (columns.shape[-1], most), generator=random).to(columns) * 2 - 1
             columns = columns @ (signs / most**0.5)
-        return Moment(columns, torch.zeros_like(trace)[..., None, None])._compressed(rank, trace)
+        return Moment(columns, torch.zeros_like(trace)[..., None, None]).compressed(rank, trace)
+
+    @staticmethod
+    def zero(rows: int, like: Tensor, widest: int = WIDEST) -> Moment:
+        """Of nothing, in the dtype and on the device of a tensor."""
+        if rows <= widest:
+            return Moment(like.new_zeros(rows, rows))
+        return Moment(like.new_zeros(rows, 1), like.new_zeros(1, 1))
 
     @property
     def rows(self) -> int:
-        """K."""
+        """Number of rows k."""
         return self.tensor.shape[-2]
 
     @property
@@ -85,7 +92,7 @@ class Moment(NamedTuple):
         if self.rest is None or other.rest is None:
             return Moment(self.dense + other.dense)
         joined = Moment(torch.cat([self.tensor, other.tensor], -1), self.rest + other.rest)
-        return joined._compressed(max(self.tensor.shape[-1], other.tensor.shape[-1]), joined.trace)
+        return joined.compressed(max(self.tensor.shape[-1], other.tensor.shape[-1]), joined.trace)
 
     def mixed(self, new: Moment, share: float) -> Moment:
         """``(1 - share) M + share M'``.
@@ -116,8 +123,8 @@ class Moment(NamedTuple):
         F, other_F = (torch.nn.functional.pad(m.tensor, (0, columns - m.tensor.shape[-1])) for m in (self, other))
         return Moment(torch.where(at, F, other_F), torch.where(at, self.rest, other.rest))
 
-    def _compressed(self, rank: int, trace: Tensor) -> Moment:
-        """The factor with its ``rank`` largest directions; what is left of the trace is spread evenly."""
+    def compressed(self, rank: int, trace: Tensor) -> Moment:
+        """A factor with its ``rank`` largest directions; what is left of the trace is spread evenly."""
         F = self.tensor
         if F.shape[-1] > rank:
             _, V = torch.linalg.eigh((F.mT @ F).nan_to_num(0.0, 0.0, 0.0))  # which refuses what is not finite

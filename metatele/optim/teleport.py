@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError, UnsupportedModelError
 from metatele.geometry import GradientNorm, Landscape, Objective, objective
-from metatele.network.capture import PassCapture
+from metatele.network.capture import NOTHING, Capture, Wanted
+from metatele.network.ranks import refuse_sharded
 from metatele.network.sequential import flat_modules, read_sequential
 from metatele.optim.conjugate import Conjugation
 from metatele.optim.state import ADAPTIVE, STRATEGIES, carry_state, metric_of
@@ -99,6 +100,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
         move = GradientNormAscent() if teleport is None else teleport
         if not isinstance(move, TeleportMove):
             raise TypeError(f"teleport must be a teleport move, got {type(move).__name__}")
+        refuse_sharded(model.parameters(), "TeleportOptimizer")
         linears, mlp = read_sequential(model, framed=True)
         if not mlp.hidden_widths:
             raise UnsupportedModelError("a teleport needs a hidden layer, and the model has a single Linear")
@@ -153,8 +155,13 @@ class TeleportOptimizer(torch.optim.Optimizer):
         for name, value in _COUNTERS.items():
             base.param_groups[0].setdefault(name, value)
         self._conjugation = Conjugation(move, self._linears) if isinstance(move, Whitening) and conjugate else None
-        self._capture = PassCapture(self._linears)
+        self._capture = Capture(self._linears)
+        self._watch()
         self._capture.attach(self)
+
+    def _watch(self) -> None:
+        """Say what the next passes are to be asked for."""
+        self._capture.wanted = Wanted(data=True, product=True) if self.teleport_due else NOTHING
 
     # --- the wrapped optimizer's own things
 
@@ -221,6 +228,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
             self._conjugation.load_state_dict(averages)
         for name, value in _COUNTERS.items():
             self.base.param_groups[0].setdefault(name, value)
+        self._watch()
 
     # --- steps
 
@@ -253,6 +261,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
         finally:
             self.param_groups[0]["teleport_steps"] += any(moving)
             self._capture.clear()
+            self._watch()
         return loss
 
     def _conjugated(self, closure: Callable[[], Any] | None) -> Any:
@@ -284,6 +293,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
             self.param_groups[0]["teleport_steps"] += 1
             self.param_groups[0]["teleports"] += usable
         self._capture.clear()
+        self._watch()
         return loss
 
     def _squared_gradient(self, like: Tensor) -> Tensor:
@@ -350,13 +360,10 @@ class TeleportOptimizer(torch.optim.Optimizer):
         if self.batches is not None and self.loss_fn is not None:
             dtype = self._flat().dtype
             return [batch_landscape(self.model, x, y, self.loss_fn, dtype) for x, y in self.batches()]
-        if captured is None and self._capture.passes:
+        if captured is None and self._capture.seen:
             return []  # the batch was empty
         if captured is None:
-            raise MetateleError(
-                "a teleport needs the layer inputs, and no gradient was taken through a forward pass of the model "
-                "since the last step or zero_grad"
-            )
+            raise MetateleError(f"a teleport needs the layer inputs, and {self._capture.why_nothing()}")
         inputs, gradient = captured
         stored = next(self.model.parameters()).dtype
         return [Landscape(self._mlp, inputs, gradient, FixedGradient(), None if stored == inputs.dtype else stored)]
@@ -373,6 +380,7 @@ class TeleportOptimizer(torch.optim.Optimizer):
         self.__dict__.update(state)
         super().__setstate__({})
         self._linears, self._mlp = read_sequential(self.model, framed=True)
+        self._watch()
         self._capture.attach(self)
 
     def __repr__(self) -> str:
