@@ -325,6 +325,8 @@ class Capture:
             inputs, errors = (Moment.zero(k, empty, self.wanted.widest) for k in (rows, linear.out_features))
         squares = [(use.square.to(use.wanted.dtype), use.columns) for use in mine if use.square is not None]
         square = None
+        if not squares and self.group is not None and self.wanted.squares:
+            square = self.linears[layer].weight.new_zeros((), dtype=self.wanted.dtype)
         if squares:
             square = squares[0][0] if len(squares) == 1 else sum_of([s * (n / columns) for s, n in squares])
         return Use(None if inputs is None else inputs.over(max(1, columns)), errors, square, columns)
