@@ -35,14 +35,15 @@ def work(settings: dict[str, Any], device: str, updates: int) -> dict[str, Any]:
     import torch
 
     from metatele.config import preset
-    from metatele.training.processes import joined
+    from metatele.training.processes import joined, local_device
     from metatele.training.trainer import MetaTrainer
 
     torch.set_num_threads(1)
     gpu, times = device != "cpu", []
     config = preset("paper", horizon=120, trajectories=10**9, clip=1.0, **settings)
-    with joined() as processes:
-        trainer = MetaTrainer(config, device, processes)
+    where = local_device(torch.device(device))
+    with joined(where) as processes:
+        trainer = MetaTrainer(config, where, processes)
         before = status_mb("VmRSS")
         if gpu:
             torch.cuda.reset_peak_memory_stats()
