@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import metatele
-from metatele.config import EquivariantConfig
+from metatele.config import EquivariantConfig, MethodConfig, TaskConfig
 from metatele.errors import MetateleError
-from metatele.learned import EquivariantOptimizer
+from metatele.learned import EquivariantOptimizer, MetaOptimizer
 
 BATCH = 24  # of all ranks together
 STEPS = 40
@@ -47,11 +47,16 @@ def trained(case, rank=0, ranks=1):
     torch.set_num_threads(1)
     model = network()
     wrapped = DistributedDataParallel(model) if ranks > 1 else model
-    optimizer = optimizer_of(wrapped if case == "wrapped" else model, opening=case == "opening")
+    if case == "flat":
+        task = TaskConfig(widths=(6, 9, 7, 4), samples=BATCH, activation="tanh", bias=True)
+        method = MethodConfig(hidden=8, preprocessing="asinh", action="approximate", update_scale=0.1)
+        optimizer = metatele.LearnedOptimizer(model, MetaOptimizer(method, task).double(), max_drift=10.0)
+    else:
+        optimizer = optimizer_of(wrapped if case == "wrapped" else model, opening=case == "opening")
     x, y = data()
     for step in range(STEPS):
         start = 0 if case == "one batch" else BATCH * (step % 8)
-        at = slice(start, start + BATCH)
+        at = slice(start, start + (1 if case == "empty shares" and step % 5 == 4 else BATCH))
         mine_x, mine_y = x[at][rank::ranks], y[at][rank::ranks]
         optimizer.zero_grad()
         if case == "accumulated":
@@ -62,6 +67,9 @@ def trained(case, rank=0, ranks=1):
             else:
                 (nn.functional.cross_entropy(wrapped(mine_x[:half]), mine_y[:half]) / 2).backward()
             (nn.functional.cross_entropy(wrapped(mine_x[half:]), mine_y[half:]) / 2).backward()
+        elif case == "empty shares":  # ranks average, so the sum over all of them is multiplied by their number
+            loss = nn.functional.cross_entropy(wrapped(mine_x), mine_y, reduction="sum")
+            (loss * ranks / len(x[at])).backward()
         else:
             nn.functional.cross_entropy(wrapped(mine_x), mine_y).backward()
         optimizer.step()

@@ -8,7 +8,6 @@ layer's data and the last layer's outputs and gradient may be kept. What is take
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 import weakref
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from metatele.network import ranks
 from metatele.network.bias import with_ones
+from metatele.network.hook import listen
 from metatele.network.use import RANK, WIDEST, Fingerprint, Moment, Use
 
 
@@ -100,57 +100,6 @@ def _backward_number() -> int:
     return int(torch._C._current_graph_task_id())
 
 
-def _is_ordinary(tensor: Any) -> bool:
-    """Whether a tensor holds numbers: not inside a transform, a tracer or a compiler."""
-    return (
-        type(tensor) is Tensor
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not torch._C._is_tracing()
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
-    )
-
-
-def _look(capture: Capture, layer: int, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-    if _is_ordinary(output) and not torch.is_inference_mode_enabled():
-        capture.see(layer, arguments[0] if arguments else next(iter(named.values())), output)
-
-
-_UNCOMPILED: list[Callable[..., None]] = []  # the same, once there is a compiler
-
-
-def _see(*what: Any) -> None:
-    if "torch._dynamo" in sys.modules:
-        if not _UNCOMPILED:
-            _UNCOMPILED.append(torch.compiler.disable(_look))
-        _UNCOMPILED[0](*what)
-    else:
-        _look(*what)
-
-
-# A compiled model calls it between two of its graphs. The mark is the one that torch.compiler.disable sets, which takes
-# more than a second to import where nothing is compiled.
-_see._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
-class _Hook:
-    """The hook of one layer. It stays behind when its model is copied or saved: there it is one that does nothing."""
-
-    __name__ = "metatele_capture"  # TorchScript asks every hook for its name
-
-    def __init__(self, capture: Capture, layer: int) -> None:
-        self.capture, self.layer = capture, layer
-
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        if not torch.compiler.is_exporting():
-            _see(self.capture, self.layer, arguments, named, output)
-
-    def __reduce__(self) -> Any:
-        return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything, does nothing, needs no metatele
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return contextlib.nullcontext().__exit__
-
-
 class Capture:
     """What the passes whose gradients were taken showed of some layers of a network.
 
@@ -194,13 +143,7 @@ class Capture:
 
     def attach(self, owner: Any) -> None:
         """Listen to the layers for as long as ``owner`` lives."""
-        for linear in self.linears:
-            _tidy(linear)
-        handles = [
-            linear.register_forward_hook(_Hook(self, layer), with_kwargs=True)
-            for layer, linear in enumerate(self.linears)
-        ]
-        weakref.finalize(owner, _remove, handles)
+        listen(self.linears, self.see, owner)
         self._owner = weakref.ref(owner)
         self._heard = set()
         self._listen()
@@ -389,6 +332,9 @@ class Capture:
     def fingerprint(self) -> Fingerprint | None:
         """Of the first layer's inputs in all passes and ranks; ``None`` if it was not asked for."""
         found = [one.fingerprint for one in self.ended]
+        if not found and self.group is not None and self.wanted.fingerprint:  # an empty share of a batch
+            none = self.linears[0].weight.new_zeros(2, dtype=self.wanted.dtype)
+            found = [Fingerprint(none, none, 0)]
         if not found or any(f is None for f in found):
             return None
         total = found[0]
@@ -405,10 +351,8 @@ class Capture:
 
     def inputs(self, dtype: torch.dtype) -> Tensor | None:
         """The first layer's inputs in all passes and ranks, one column per sample ``[d, n]``."""
-        kept = [one.data for one in self.ended if one.data is not None]
-        if not kept:
-            return None
-        return ranks.gathered(_columns(_joined(kept), dtype), self.group)
+        kept = [one for one in self.ended if one.data is not None]
+        return self._gathered(kept, dtype, (lambda one: one.data, self.linears[0].in_features))
 
     def ends(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Outputs ``[o, n]`` of the last layer and the gradient there, of all passes and ranks.
@@ -416,14 +360,9 @@ class Capture:
         The gradient is as recorded: one that was clipped since would tell of another loss.
         """
         kept = [one for one in self.ended if one.outputs is not None and one.gradient is not None]
-        if not kept:
-            return None
-        outputs = _columns(_joined(one.outputs for one in kept), dtype)
-        gradient = _columns(_joined(one.gradient for one in kept), dtype)
-        if self.group is None:
-            return outputs, gradient
-        both = ranks.gathered(torch.cat([outputs, gradient / ranks.size(self.group)]), self.group)
-        return both[: len(outputs)], both[len(outputs) :]
+        width = self.linears[-1].out_features
+        both = self._gathered(kept, dtype, (lambda one: one.outputs, width), (lambda one: one.gradient, width))
+        return None if both is None else (both[:width], both[width:] / ranks.size(self.group))
 
     def columns(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Inputs ``[d, n]`` of the first layer and gradients ``[o, n]`` at the last one's outputs, column by column.
@@ -433,23 +372,32 @@ class Capture:
         """
         kept = [p for p in self.ended if p.data is not None and p.gradient is not None]
         kept = [p for p in kept if len(_rows(p.data)) == len(_rows(p.gradient))]
-        if not kept:
-            return None
-        inputs = _columns(_joined(p.data for p in kept), dtype)
-        gradient = _columns(_joined(p.gradient for p in kept), dtype) / ranks.size(self.group)
-        if self.group is not None:
-            both = ranks.gathered(torch.cat([inputs, gradient]), self.group)
-            inputs, gradient = both[: len(inputs)], both[len(inputs) :]
-        return inputs, gradient * self._scale([p.product for p in kept])
+        first, last = self.linears[0].in_features, self.linears[-1].out_features
+        scale = self._scale([p.product for p in kept if p.product is not None])
+        both = self._gathered(kept, dtype, (lambda one: one.data, first), (lambda one: one.gradient, last))
+        return None if both is None else (both[:first], both[first:] * (scale / ranks.size(self.group)))
 
-    def _scale(self, products: list[Tensor | None]) -> Tensor | float:
+    def _gathered(
+        self, kept: list[_Pass], dtype: torch.dtype, *parts: tuple[Callable[[_Pass], Tensor | None], int]
+    ) -> Tensor | None:
+        """Some parts of passes, below each other, with a column for each sample of all ranks."""
+        if kept:
+            mine = torch.cat([_columns(_joined(part(one) for one in kept), dtype) for part, _ in parts])
+        elif self.group is None:
+            return None
+        else:  # the others wait for a rank without samples, too
+            mine = self.linears[0].weight.new_zeros(sum(width for _, width in parts), 0, dtype=dtype)
+        columns = ranks.gathered(mine, self.group)
+        return columns if columns.shape[-1] else None
+
+    def _scale(self, products: list[Tensor]) -> Tensor | float:
         """Factor from output gradients as recorded to those of ``p.grad``."""
-        seen = self.linears[-1].weight.grad
-        if seen is None or any(p is None for p in products):
+        if not self.wanted.product or self.linears[-1].weight.grad is None:
             return 1.0
-        recorded = sum_of([p for p in products if p is not None]) / ranks.size(self.group)
+        seen = self.linears[-1].weight.grad.to(self.wanted.dtype)
+        recorded = sum_of(products) if products else torch.zeros_like(seen)
+        recorded = recorded / ranks.size(self.group)
         ranks.sum_([recorded], self.group)
-        seen = seen.to(recorded.dtype)
         product = (recorded * seen).sum()
         # Only where the recorded passes explain the gradient: a penalty may have added its own.
         if float(product) > 0.99 * float(recorded.norm() * seen.norm()) > 0:
@@ -481,19 +429,6 @@ def _sum(moments: Iterable[Moment]) -> Moment | None:
     for moment in moments:
         total = moment if total is None else total.plus(moment)
     return total
-
-
-def _tidy(linear: nn.Linear) -> None:
-    """Take away what hooks have left behind in a copied layer."""
-    for number, hook in list(linear._forward_hooks.items()):
-        if isinstance(getattr(hook, "__self__", None), contextlib.nullcontext):
-            for kept in (linear._forward_hooks, linear._forward_hooks_with_kwargs):
-                kept.pop(number, None)
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _rows(tensor: Tensor | None) -> Tensor:

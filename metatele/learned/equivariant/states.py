@@ -279,7 +279,7 @@ class EquivariantStates:
             value = getattr(self, group)
             if since is None:
                 found.update(_named(group, value))
-            else:
+            elif value is not getattr(since, group):
                 before = dict(_named(group, getattr(since, group)))
                 found.update((name, t) for name, t in _named(group, value) if t is not before.get(name))
         return found
