@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metatele.data.formats import read_idx, read_records
 from metatele.errors import DataError
+from metatele.extras import require_modules
 
 ROOT_VARIABLE = "METATELE_DATA"
 _CLASSES = 10
@@ -100,6 +101,7 @@ class _MissingError(Exception):
 
 
 def _digits() -> _Arrays:
+    require_modules("the set digits", "sklearn")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -155,6 +157,7 @@ def _cifar10(root: Path | None) -> _Arrays:
 
 
 def _download(name: str) -> _Arrays:
+    require_modules("a download", "sklearn")
     from sklearn.datasets import fetch_openml
 
     try:

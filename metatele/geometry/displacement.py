@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from metatele.errors import ConfigError
+from metatele.extras import require_modules
 
 STRAIGHT = 2 / math.pi  # E[|sin θ|], the value of a curve without curvature (Zhao et al. 2024, Eq. 66)
 _QUADRATURE = 1e-11  # absolute and relative error of the integrals
@@ -59,6 +60,7 @@ class MinimumCurve(ABC):
         """
         if not (math.isfinite(curvature) and curvature >= 0):
             raise ConfigError(f"curvature must be a finite number of at least 0, got {curvature}")
+        require_modules("this integral", "scipy")
         from scipy.integrate import quad
 
         def integrand(angle: float) -> float:
@@ -158,6 +160,7 @@ def circle_closed_form(curvature: float) -> float:
     """
     if not (math.isfinite(curvature) and curvature > 0):
         raise ConfigError(f"curvature must be a finite number above 0, got {curvature}")
+    require_modules("this closed form", "scipy")
     from scipy.special import ellipe, ellipeinc
 
     k = 1 / curvature

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from metatele.errors import ConfigError
+from metatele.extras import require_modules
 from metatele.geometry.landscape import Landscape, Point, landscape_given
 from metatele.perceptron.losses import Differentiable
 from metatele.perceptron.mlp import MLP
@@ -338,6 +339,7 @@ def _largest(point: Point, count: int, tolerance: float, seed: int, solver: Eige
 
 
 def _lanczos(point: Point, count: int, tolerance: float, seed: int, restarts: int | None) -> Tensor:
+    require_modules("the spectrum of a large Hessian", "scipy")
     import numpy as np
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 

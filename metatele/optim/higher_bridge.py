@@ -12,16 +12,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import higher
 import torch
-from higher.optim import DifferentiableOptimizer
 
 from metatele.errors import MetateleError
+from metatele.extras import require_modules
 from metatele.learned import MetaOptimizer
 from metatele.network.capture import NOTHING, Capture, Wanted
 from metatele.network.sequential import read_sequential
 from metatele.optim.flat import states_of
 from metatele.optim.learned import LearnedOptimizer
+
+require_modules("the bridge to higher", "higher")
+import higher  # noqa: E402
+from higher.optim import DifferentiableOptimizer  # noqa: E402
 
 
 class DifferentiableLearnedOptimizer(DifferentiableOptimizer):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from metatele import checkpoint as checkpoints
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
 from metatele.learned import EquivariantOptimizer, MetaOptimizer, family_of
+from metatele.named import named_checkpoint
 from metatele.network.capture import Capture
 from metatele.network.ranks import refuse_sharded
 from metatele.network.sequential import parameters_of, read_sequential
@@ -22,7 +23,6 @@ from metatele.optim.flat import FlatStepper
 from metatele.optim.steppers import Situation, Stepper
 from metatele.perceptron.mlp import MLP
 
-DEFAULT = "transfer"  # the checkpoint that comes with the package
 # Name of a family to what steps a model by one of its optimizers.
 STEPPERS: dict[str, Callable[[Any, list[nn.Linear], MLP], Stepper]] = {
     "flat": FlatStepper,
@@ -59,8 +59,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Args:
         model: ``nn.Sequential`` of ``Linear`` and activations; for a flat checkpoint with its shapes.
-        checkpoint: A name (``transfer``, the default, comes with the package), a checkpoint folder, a run folder, what
-            :func:`metatele.load` returns, or a meta-optimizer (used as it is, and moved to the model's device).
+        checkpoint: A checkpoint or run folder, the name of a published checkpoint (``transfer``, the default, which
+            comes with the package, or ``update-tele``, ``update``, ``lr-tele``), what :func:`metatele.load` returns, or
+            a meta-optimizer (used as it is, and moved to the model's device).
         lr: Factor on the local update, a number or a 0-d tensor; 1 is what was trained. A setting of each group.
         params: The parameters to optimize, as for any torch optimizer; all of the model's by default.
         max_drift: Largest accepted relative change of the output by a teleport of the flat family.
@@ -92,7 +93,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        checkpoint: str | Path | checkpoints.Checkpoint | MetaOptimizer | EquivariantOptimizer = DEFAULT,
+        checkpoint: str | Path | checkpoints.Checkpoint | MetaOptimizer | EquivariantOptimizer | None = None,
         lr: float | Tensor = 1.0,
         params: Iterable[Any] | None = None,
         max_drift: float = 0.01,
@@ -107,7 +108,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if not max_drift > 0:
             raise ValueError(f"max_drift must be positive, got {max_drift}")
         refuse_sharded(model.parameters(), "LearnedOptimizer")
-        if isinstance(checkpoint, str | Path):
+        if checkpoint is None:
+            checkpoint = checkpoints.load(named_checkpoint("transfer"))  # also where a folder has this name
+        elif isinstance(checkpoint, str | Path):
             checkpoint = checkpoints.load(checkpoint)
         self.model = model
         given = checkpoint.optimizer if isinstance(checkpoint, checkpoints.Checkpoint) else checkpoint

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ablations", action="store_true", help="also meta-train without one thing or another")
     p.add_argument("--publish", metavar="FOLDER", help="copy the best run by validation score there")
     p.add_argument("--data-root", metavar="FOLDER", help="folder with MNIST's files (default: METATELE_DATA)")
-    p.add_argument("--out", metavar="FOLDER", default="results/transfer", help="(default results/transfer)")
+    p.add_argument("--out", metavar="FOLDER", help="results (default RUNS/results)")
     p.add_argument("--redraw", action="store_true", help="tables and figures again from the stored results.json")
     return p
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str], study: Study | None = None) -> None:
         study: How much is run; that of the published tables if not given.
     """
     args = parser().parse_args(arguments)
-    out = Path(args.out)
+    out = Path(args.out or Path(args.runs) / "results")
     _check_tasks(args.tasks)
 
     from metatele.experiments import images as common
