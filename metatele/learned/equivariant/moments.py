@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metatele.config import EquivariantConfig
 from metatele.learned.equivariant.spectrum import Spectrum
-from metatele.network.use import Moment, Use
+from metatele.network.use import RANK, Moment, Use
 
 _TINY = 1e-38
 
@@ -124,7 +124,8 @@ def taken_in(
     if use.inputs is not None and use.errors is not None:
         inputs, errors = use.inputs, normed(use.errors)
         if old is not None and batch.share < 1:
-            inputs, errors = averaged(old.inputs, inputs, batch.share), averaged(old.errors, errors, batch.share)
+            inputs = averaged(old.inputs, inputs, batch.share, config.rank)
+            errors = averaged(old.errors, errors, batch.share, config.rank)
     elif old is None:
         raise ValueError("the first step of a layer needs its moments")
     else:
@@ -146,7 +147,7 @@ def normed(moment: Moment) -> Moment:
     return Moment(moment.tensor / trace[..., None, None]) if moment.rest is None else moment.scaled(1 / trace)
 
 
-def averaged(old: Moment, new: Moment, share: float) -> Moment:
+def averaged(old: Moment, new: Moment, share: float, rank: int = RANK) -> Moment:
     """``(1 - s) A + s S``; of a trajectory where that is not finite, the first of S, A that is.
 
     Example:
@@ -155,7 +156,7 @@ def averaged(old: Moment, new: Moment, share: float) -> Moment:
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    mixed = old.mixed(new, share)
+    mixed = old.mixed(new, share, rank)
     if bool(torch.isfinite(mixed.trace.sum())):
         return mixed
     for candidate in (new, old):  # in place of those that are not finite either

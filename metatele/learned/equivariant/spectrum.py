@@ -171,11 +171,11 @@ def _of_factor(moment: Moment) -> Spectrum:
     if not bool(sound.all()):
         scale, rest = torch.where(sound, scale, 1.0), torch.where(sound[..., None], rest, 1.0)
         F = torch.where(sound[..., None, None], F, 0.0)
-    # FᵀF squares the range of F: double precision keeps the digits that F has.
-    values, V = torch.linalg.eigh(F.mT.double() @ F.double())
+    # Entries of FᵀF are as exact as the columns of F, large or small; double precision keeps it so.
+    values, V = torch.linalg.eigh((F.mT @ F).double())
     values = values.clamp_min(0)
     # A column along which there is nothing but rounding stands for none: as its eigenvalue is ρ, it has no effect.
-    there = values > 10 * torch.finfo(F.dtype).eps ** 2 * values[..., -1:]
+    there = values > 10 * torch.finfo(F.dtype).eps * values[..., -1:]
     shrink = torch.where(there, values, 1.0).rsqrt() * there
     values = torch.where(there, values, 0.0).to(F.dtype)
     s = scale.unsqueeze(-1)
