@@ -13,6 +13,7 @@ square product of that dtype, measured too. On a GPU windows are CUDA graphs unl
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -189,6 +190,7 @@ def main() -> None:
         for batch in batches:
             alone, flops = products_window(batch, precision, args.device)
             window = training_window(batch, precision, args.device, graph=gpu and not args.no_graph)
+            gc.collect()  # the last window's CUDA graph; freed while the next one is captured, it would spoil that
             spent, needed = seconds(window, alone, repeats=args.repeats)
             ms, products = (1e3 * t / (UNROLL * batch) for t in (spent, needed))
             rows.append(

@@ -36,13 +36,14 @@ def work(settings: dict[str, Any], device: str, updates: int) -> dict[str, Any]:
 
     from metatele.config import preset
     from metatele.training.flat import FlatTrainer
-    from metatele.training.processes import joined
+    from metatele.training.processes import joined, local_device
 
     torch.set_num_threads(1)
     gpu, times = device != "cpu", []
     config = preset("paper", horizon=120, trajectories=10**9, clip=1.0, **settings)
-    with joined() as processes:
-        trainer = FlatTrainer(config, device, processes)
+    where = local_device(torch.device(device))
+    with joined(where) as processes:
+        trainer = FlatTrainer(config, where, processes)
         before = status_mb("VmRSS")
         if gpu:
             torch.cuda.reset_peak_memory_stats()

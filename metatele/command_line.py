@@ -82,6 +82,8 @@ _CONVERTERS: dict[Any, tuple[Callable[[str], Any], str]] = {
 def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any], default: str = "paper") -> None:
     """One flag for every field of the given configuration classes; unset flags stay absent.
 
+    That of a boolean may stand alone, for true.
+
     Args:
         parser: Gets the flags.
         classes: The earlier one has the help of a field that two have.
@@ -97,9 +99,11 @@ def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any], defau
             choices = f.metadata.get("choices") or None
             value = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
             value = "none" if value == "" else value
+            alone: dict[str, Any] = {"nargs": "?", "const": True} if convert is _boolean else {}
             group.add_argument(
                 flag(f.name),
                 dest=f.name,
+                **alone,
                 type=convert,
                 choices=choices,
                 default=argparse.SUPPRESS,

@@ -149,7 +149,7 @@ except RunFolderError:  # there is nothing to resume: nothing was computed
 
 
 SMALL = "quick --widths 3,4,2 --samples 3 --hidden 4 --batch 2 --horizon 4 --unroll 2 --validation-steps 4"
-SMALL += " --validation-score-at 4 --validation-trajectories 4 --threads 1 --quiet"
+SMALL += " --validation-score-at 4 --validation-trajectories 4 --threads 1 --device cpu --quiet"
 
 
 def test_a_warning_is_one_line(tmp_path):
@@ -208,6 +208,11 @@ def test_mistakes_are_one_line(arguments, words, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_boolean_flag_may_stand_alone():
+    for flags, value in ((["--graph"], True), (["--graph", "yes"], True), (["--graph", "false"], False)):
+        assert train.parser().parse_args(["quick", "--out", "x", *flags]).graph is value
+
+
 def test_folders_that_cannot_be_used_are_one_line(tmp_path):
     (tmp_path / "f").write_text("x")
     one_line(script("train_meta.py", "quick", "--out", tmp_path / "f"), 1, "is a file")
@@ -225,11 +230,11 @@ def test_folders_that_cannot_be_used_are_one_line(tmp_path):
 def test_train_then_evaluate(tmp_path, capsys):
     small = "--hidden 8 --widths 4,5,3 --samples 4 --trajectories 16 --batch 4 --horizon 6 --unroll 2"
     checks = "--validation-steps 6 --validation-score-at 6 --log-every 4"
-    train.main(["quick", "--out", str(tmp_path / "run"), *small.split(), *checks.split()])
+    train.main(["quick", "--out", str(tmp_path / "run"), *small.split(), *checks.split(), "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "update 12/12" in printed
     assert f"best checkpoint in {tmp_path}/run/checkpoint" in printed
-    arguments = ["--trajectories", "3", "--steps", "4", "--out", str(tmp_path / "out")]
+    arguments = ["--trajectories", "3", "--steps", "4", "--device", "cpu", "--out", str(tmp_path / "out")]
     evaluate.main([str(tmp_path / "run"), str(tmp_path / "run"), *arguments])
     printed = capsys.readouterr().out
     assert f"figure: {tmp_path}/out/loss.png" in printed

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from cases import METHODS, small_run
+from naive import NaiveLearner
 from torch import nn
 
 import metatele
 from metatele.config import TRANSFER, transfer
 from metatele.data import load_images
 from metatele.geometry import Curvature, Landscape, Sharpness
+from metatele.learned import MetaOptimizer
 from metatele.perceptron.activations import LeakyReLU
 from metatele.perceptron.losses import CrossEntropy
 from metatele.perceptron.mlp import MLP
@@ -77,6 +79,17 @@ def test_a_run_resumes_on_another_device(device, tmp_path):
         resumed.step()
     for a, b in zip(resumed.optimizer.parameters(), whole.optimizer.parameters(), strict=True):
         close(a, b, 1e-2, 1e-3)
+
+
+def test_the_naive_loop_stays_on_its_device(device):
+    """On ``meta`` too, where any tensor of another device would be refused."""
+    config = small_run(method="update-tele", parametrisation="first-order", gradient_cap=0.0)
+    for where in (device, "meta"):
+        learner = NaiveLearner(MetaOptimizer(config.method, config.task).to(where))
+        problem = Regression(config.task).sample(0, "train", [0]).to(where)
+        weights, losses = learner.run(problem.initial[0], problem.inputs[0], problem.targets[0], 2)
+        torch.stack(losses).sum().backward()
+        assert {t.device.type for t in (weights, *(p.grad for p in learner.parameters()))} == {where}
 
 
 def test_equivariant_meta_training(device):

@@ -9,20 +9,41 @@ import pytest
 from metatele.extras import EXTRAS, missing_message, require_modules
 
 ROOT = Path(__file__).resolve().parent.parent
-# As if they were not installed: the first finder that Python asks refuses them.
+# As if they were not installed: none of those that Python asks for a module finds them.
 WITHOUT = """
 import sys
-class Refused:
+class Blind:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Refused())
+        return None if name.partition(".")[0] in {names!r} else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Blind, sys.meta_path)
 import runpy
 sys.argv = {arguments!r}
 try:
     runpy.{run}
 finally:
     print("torch" in sys.modules)
+"""
+TRAINING = """
+import sys
+import torch
+import metatele
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+x, y = torch.randn(32, 4), torch.randn(32, 2)
+losses = []
+optimizers = [metatele.LearnedOptimizer(model, "transfer")]
+optimizers.append(metatele.TeleportOptimizer(torch.optim.Adam(model.parameters()), model, every=2))
+for optimizer in optimizers:
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+print(float(not all(map(torch.isfinite, torch.tensor(losses)))), losses[-1] < losses[0])
 """
 CHECKPOINT = str(ROOT / "checkpoints" / "transfer")
 
@@ -70,6 +91,13 @@ def test_help_needs_no_extra(command):
     done = without(list(EXTRAS), *command.split())
     assert done.returncode == 0, done.stderr
     assert "--out" in done.stdout
+
+
+def test_optimizers_need_no_extra(tmp_path):
+    (tmp_path / "train.py").write_text(TRAINING)
+    done = without(list(EXTRAS), str(tmp_path / "train.py"), module=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0.0 True\nTrue\n"
 
 
 def test_several_extras_are_one_command():

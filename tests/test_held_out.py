@@ -12,8 +12,9 @@ from metatele.errors import ConfigError, RunFolderError
 from metatele.experiments import transfer as experiment
 from metatele.experiments.transfer.methods import recorded, summary
 from metatele.experiments.transfer.report import SHOWN, details, table
-from metatele.experiments.transfer.results import FLAT, OURS, PATIENT, WHITENING, from_json, to_json
+from metatele.experiments.transfer.results import FLAT, OURS, PATIENT, WHITENING
 from metatele.experiments.transfer.selection import kept
+from metatele.experiments.transfer.stored import from_json, to_json
 from metatele.experiments.transfer.study import ABLATIONS, Study
 from metatele.perceptron.losses import CrossEntropy, SquaredError
 from metatele.perceptron.mlp import MLP

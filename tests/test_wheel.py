@@ -76,7 +76,7 @@ def wheel(tmp_path_factory):
 def home(wheel, tmp_path_factory):
     """A new environment's programs: the wheel alone is installed there, what it depends on is this environment's."""
     folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=False)
+    venv.create(folder, with_pip=False, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
@@ -93,6 +93,13 @@ def test_the_wheel_is_small_and_holds_what_it_should(wheel):
     assert not any(re.match(r"(metatele/checkpoints/update|tests/|benchmarks/|setup)", name) for name in names)
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "metatele").rglob("*.py")}
     assert sources <= names
+
+
+def test_the_citation_is_of_this_version():
+    yaml = pytest.importorskip("yaml")
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (found["title"], found["version"]) == ("metatele", metatele.__version__)
+    assert [a["family-names"] for a in found["references"][0]["authors"]] == ["Zhao", "Gower", "Walters", "Yu"]
 
 
 def test_digits_are_learned_from_any_folder(home, tmp_path):

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
     where = local_device(device_named(device))
     # torchrun starts all processes with the same command line again when one has failed.
     resume = resume or (restarted() and begun(Path(out)))
-    with joined() as processes:
+    with joined(where) as processes:
         trainer = train(config, out, device=where, resume=resume, quiet=quiet, processes=processes)
     if not quiet and processes.first:
         skipped = f", {trainer.skipped} skipped" if trainer.skipped else ""

@@ -1,7 +1,8 @@
 """The families of meta-optimizers, and what belongs to one of them alone. Imports no torch.
 
 A family has three entries of one name: here its settings and presets; in :mod:`metatele.learned.families` the optimizer
-they describe; in :mod:`metatele.training.families` how it is meta-trained. Nothing else asks which family it is.
+they describe; in :mod:`metatele.training.families` how it is meta-trained. One that users step their own models with
+has a stepper in :mod:`metatele.optim` too. Nothing else asks which family it is.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -325,6 +325,8 @@ class Capture:
             inputs, errors = (Moment.zero(k, empty, self.wanted.widest) for k in (rows, linear.out_features))
         squares = [(use.square.to(use.wanted.dtype), use.columns) for use in mine if use.square is not None]
         square = None
+        if not squares and self.group is not None and self.wanted.squares:
+            square = self.linears[layer].weight.new_zeros((), dtype=self.wanted.dtype)
         if squares:
             square = squares[0][0] if len(squares) == 1 else sum_of([s * (n / columns) for s, n in squares])
         return Use(None if inputs is None else inputs.over(max(1, columns)), errors, square, columns)
@@ -332,6 +334,9 @@ class Capture:
     def fingerprint(self) -> Fingerprint | None:
         """Of the first layer's inputs in all passes and ranks; ``None`` if it was not asked for."""
         found = [one.fingerprint for one in self.ended]
+        if not found and self.group is not None and self.wanted.fingerprint:  # an empty share of a batch
+            none = self.linears[0].weight.new_zeros(2, dtype=self.wanted.dtype)
+            found = [Fingerprint(none, none, 0)]
         if not found or any(f is None for f in found):
             return None
         total = found[0]
@@ -348,10 +353,8 @@ class Capture:
 
     def inputs(self, dtype: torch.dtype) -> Tensor | None:
         """The first layer's inputs in all passes and ranks, one column per sample ``[d, n]``."""
-        kept = [one.data for one in self.ended if one.data is not None]
-        if not kept:
-            return None
-        return ranks.gathered(_columns(_joined(kept), dtype), self.group)
+        kept = [one for one in self.ended if one.data is not None]
+        return self._gathered(kept, dtype, (lambda one: one.data, self.linears[0].in_features))
 
     def ends(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Outputs ``[o, n]`` of the last layer and the gradient there, of all passes and ranks.
@@ -359,14 +362,9 @@ class Capture:
         The gradient is as recorded: one that was clipped since would tell of another loss.
         """
         kept = [one for one in self.ended if one.outputs is not None and one.gradient is not None]
-        if not kept:
-            return None
-        outputs = _columns(_joined(one.outputs for one in kept), dtype)
-        gradient = _columns(_joined(one.gradient for one in kept), dtype)
-        if self.group is None:
-            return outputs, gradient
-        both = ranks.gathered(torch.cat([outputs, gradient / ranks.size(self.group)]), self.group)
-        return both[: len(outputs)], both[len(outputs) :]
+        width = self.linears[-1].out_features
+        both = self._gathered(kept, dtype, (lambda one: one.outputs, width), (lambda one: one.gradient, width))
+        return None if both is None else (both[:width], both[width:] / ranks.size(self.group))
 
     def columns(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Inputs ``[d, n]`` of the first layer and gradients ``[o, n]`` at the last one's outputs, column by column.
@@ -376,23 +374,32 @@ class Capture:
         """
         kept = [p for p in self.ended if p.data is not None and p.gradient is not None]
         kept = [p for p in kept if len(_rows(p.data)) == len(_rows(p.gradient))]
-        if not kept:
-            return None
-        inputs = _columns(_joined(p.data for p in kept), dtype)
-        gradient = _columns(_joined(p.gradient for p in kept), dtype) / ranks.size(self.group)
-        if self.group is not None:
-            both = ranks.gathered(torch.cat([inputs, gradient]), self.group)
-            inputs, gradient = both[: len(inputs)], both[len(inputs) :]
-        return inputs, gradient * self._scale([p.product for p in kept])
+        first, last = self.linears[0].in_features, self.linears[-1].out_features
+        scale = self._scale([p.product for p in kept if p.product is not None])
+        both = self._gathered(kept, dtype, (lambda one: one.data, first), (lambda one: one.gradient, last))
+        return None if both is None else (both[:first], both[first:] * (scale / ranks.size(self.group)))
 
-    def _scale(self, products: list[Tensor | None]) -> Tensor | float:
+    def _gathered(
+        self, kept: list[_Pass], dtype: torch.dtype, *parts: tuple[Callable[[_Pass], Tensor | None], int]
+    ) -> Tensor | None:
+        """Some parts of passes, below each other, with a column for each sample of all ranks."""
+        if kept:
+            mine = torch.cat([_columns(_joined(part(one) for one in kept), dtype) for part, _ in parts])
+        elif self.group is None:
+            return None
+        else:  # the others wait for a rank without samples, too
+            mine = self.linears[0].weight.new_zeros(sum(width for _, width in parts), 0, dtype=dtype)
+        columns = ranks.gathered(mine, self.group)
+        return columns if columns.shape[-1] else None
+
+    def _scale(self, products: list[Tensor]) -> Tensor | float:
         """Factor from output gradients as recorded to those of ``p.grad``."""
-        seen = self.linears[-1].weight.grad
-        if seen is None or any(p is None for p in products):
+        if not self.wanted.product or self.linears[-1].weight.grad is None:
             return 1.0
-        recorded = sum_of([p for p in products if p is not None]) / ranks.size(self.group)
+        seen = self.linears[-1].weight.grad.to(self.wanted.dtype)
+        recorded = sum_of(products) if products else torch.zeros_like(seen)
+        recorded = recorded / ranks.size(self.group)
         ranks.sum_([recorded], self.group)
-        seen = seen.to(recorded.dtype)
         product = (recorded * seen).sum()
         # Only where the recorded passes explain the gradient: a penalty may have added its own.
         if float(product) > 0.99 * float(recorded.norm() * seen.norm()) > 0:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metatele import checkpoint as checkpoints
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
-from metatele.learned import EquivariantOptimizer, MetaOptimizer
+from metatele.learned import EquivariantOptimizer, MetaOptimizer, family_of
 from metatele.network.capture import Capture
 from metatele.network.ranks import refuse_sharded
 from metatele.network.sequential import parameters_of, read_sequential
@@ -23,9 +23,10 @@ from metatele.optim.steppers import Situation, Stepper
 from metatele.perceptron.mlp import MLP
 
 DEFAULT = "transfer"  # the checkpoint that comes with the package
-STEPPERS: dict[type[nn.Module], Callable[[Any, list[nn.Linear], MLP], Stepper]] = {
-    MetaOptimizer: FlatStepper,
-    EquivariantOptimizer: EquivariantStepper,
+# Name of a family to what steps a model by one of its optimizers.
+STEPPERS: dict[str, Callable[[Any, list[nn.Linear], MLP], Stepper]] = {
+    "flat": FlatStepper,
+    "equivariant": EquivariantStepper,
 }
 # What schedulers and checkpoints of others write into groups, beside our own settings.
 _OF_OTHERS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
@@ -110,11 +111,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             checkpoint = checkpoints.load(checkpoint)
         self.model = model
         given = checkpoint.optimizer if isinstance(checkpoint, checkpoints.Checkpoint) else checkpoint
-        kind = next((STEPPERS[c] for c in type(given).__mro__ if c in STEPPERS), None)
-        if kind is None:
+        try:
+            kind = STEPPERS[family_of(given).name]
+        except (KeyError, TypeError):
             raise TypeError(
                 f"checkpoint must be a name, a path, a Checkpoint or a meta-optimizer, got {type(given).__name__}"
-            )
+            ) from None
         linears, mlp = read_sequential(model, framed=kind is not FlatStepper)
         self.stepper = kind(given, linears, mlp)
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, **self.stepper.defaults}

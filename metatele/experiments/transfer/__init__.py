@@ -51,7 +51,7 @@ def main(arguments: Sequence[str], study: Study | None = None) -> None:
     _check_tasks(args.tasks)
 
     from metatele.experiments import images as common
-    from metatele.experiments.transfer.results import from_json, to_json
+    from metatele.experiments.transfer.stored import from_json, to_json
 
     if args.redraw:
         document = common.stored(out, "transfer", rows="tasks")

@@ -29,9 +29,9 @@ from metatele.experiments.transfer.results import (
     Results,
     Scores,
     Task,
-    method_json,
 )
 from metatele.experiments.transfer.selection import ablations, digest, kept, selection_scores
+from metatele.experiments.transfer.stored import method_json
 from metatele.experiments.transfer.study import Study
 from metatele.experiments.transfer.timing import milliseconds
 from metatele.tasks.held_out import CLASSIFICATIONS, REGRESSIONS

@@ -1,17 +1,14 @@
-"""What the study stores: its results by type, to and from ``results.json``. Imports no torch.
+"""What the study measures, by type. Imports no torch.
 
 A loss that is not finite is stored as null; here it is ``None``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
-
-from metatele.errors import RunFolderError
 
 OURS, FLAT, WHITENING = "metatele transfer", "LSTM(update,tele)", "Whitening + GD"
 PATIENT = "Adam for step 1000"  # tuned for that
@@ -193,10 +190,6 @@ class ClassificationTask:
 
 
 Task = RegressionTask | ClassificationTask
-_TASKS: dict[str, tuple[type[Any], type[Any]]] = {
-    "regression": (RegressionTask, Losses),
-    "classification": (ClassificationTask, Scores),
-}
 
 
 @dataclass(frozen=True)
@@ -241,38 +234,3 @@ class Results:
         """Of all methods, in the order of the table."""
         names = dict.fromkeys(method.name for task in self.tasks for method in task.methods)
         return [*(name for name in names if name != OURS), OURS]
-
-
-def method_json(method: Losses | Scores) -> dict[str, Any]:
-    """A method's results as they are stored."""
-    found = dataclasses.asdict(method)
-    if method.meta_seed is None:
-        del found["meta_seed"]
-    return found
-
-
-def to_json(results: Results) -> dict[str, Any]:
-    """The results as they are stored, but for the head of the document."""
-    tasks = [
-        {**dataclasses.asdict(task), "kind": task.kind, "methods": [method_json(m) for m in task.methods]}
-        for task in results.tasks
-    ]
-    return {**dataclasses.asdict(results), "tasks": tasks}
-
-
-def from_json(document: dict[str, Any]) -> Results:
-    """The inverse of :func:`to_json`; what else a document holds is its head.
-
-    Raises:
-        RunFolderError: Something is missing, or is not known.
-    """
-    try:
-        tasks = []
-        for stored in document["tasks"]:
-            values = dict(stored)
-            task, method = _TASKS[values.pop("kind")]
-            tasks.append(task(**{**values, "methods": [method(**m) for m in values["methods"]]}))
-        values = {f.name: document[f.name] for f in dataclasses.fields(Results)}
-        return Results(**{**values, "tasks": tasks, "ablations": [Ablation(**a) for a in document["ablations"]]})
-    except (KeyError, TypeError) as error:
-        raise RunFolderError(f"results.json does not hold results of this version's experiment: {error}") from error
