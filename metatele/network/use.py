@@ -16,7 +16,7 @@ from torch import Tensor
 
 WIDEST = 1024  # rows up to which a second moment is kept whole
 RANK = 64  # columns of a wider one's factor
-_TINY = 1e-38  # below float32's smallest normal number, so that no logarithm is of zero
+TINY = 1e-38  # below float32's smallest normal number, so that no logarithm is of zero, nor a quotient by it
 
 
 class Moment(NamedTuple):
@@ -197,8 +197,8 @@ class Fingerprint(NamedTuple):
 
         A sum may cancel: what counts is how large it is beside the largest there could be.
         """
-        share = self.sums / (self.squares * self.columns).sqrt().clamp_min(_TINY)
-        return torch.cat([share, self.squares.clamp_min(_TINY).log()]).nan_to_num(0.0, 0.0, 0.0)
+        share = self.sums / (self.squares * self.columns).sqrt().clamp_min(TINY)
+        return torch.cat([share, self.squares.clamp_min(TINY).log()]).nan_to_num(0.0, 0.0, 0.0)
 
 
 @lru_cache(maxsize=32)
