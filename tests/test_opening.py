@@ -178,3 +178,26 @@ def test_settings_out_of_range_are_one_sentence():
         EquivariantConfig(drift=-1.0)
     with pytest.raises(ConfigError, match="blind must be among slopes"):
         EquivariantConfig(blind=("everything",))
+
+
+def test_a_hidden_layer_too_wide_for_whole_moments_stays():
+    mlp, random = MLP((6, 12, 30, 4), Tanh(), True), torch.Generator().manual_seed(1)
+    w = usual_weights(mlp, 2, random).double()
+    x = torch.randn(2, 6, 10, generator=random, dtype=torch.float64)
+    opened = Opening(EquivariantConfig(dense=20))(mlp, w, x)
+    assert opened.moved.all()
+    before, after = mlp.unflatten(w), mlp.unflatten(opened.weights)
+    moved = [not torch.equal(a, b) for a, b in zip(before.matrices, after.matrices, strict=True)]
+    assert moved == [True, True, False]  # the first hidden layer's two matrices alone
+    outputs = mlp.forward(before, x)
+    assert (mlp.forward(after, x) - outputs).norm() < 0.1 * outputs.norm()
+    assert not EquivariantOptimizer(EquivariantConfig(dense=10)).opens(mlp)
+
+
+def test_the_opening_s_constants_are_settings():
+    mlp = MLP((12, 9, 4), LeakyReLU(0.1))
+    w, x = uniform(mlp, 8)
+    far, near = (Opening(EquivariantConfig(opening_power=power))(mlp, w, x).weights for power in (0.88, 0.1))
+    assert (near - w).norm() < (far - w).norm()
+    with pytest.raises(ConfigError, match="opening_power must be from 0 to 1"):
+        EquivariantConfig(opening_power=1.5)

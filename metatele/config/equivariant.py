@@ -50,7 +50,7 @@ class EquivariantConfig:
     dense: int = setting(
         1024, "rows up to which moments are matrices; of wider ones, factors of a few columns are kept"
     )
-    rank: int = setting(64, "columns of such a factor")
+    rank: int = setting(64, "columns of such a factor; of one batch it may have twice as many")
 
     # length of a step
     start: float = setting(-2.5, "log of the first step size, in units of pre-activations as large as they are")

@@ -334,12 +334,19 @@ class StackedLSTM(nn.Module):
         self._precision = value
 
     def initial_state(self, batch: int) -> LSTMState:
-        """All zeros."""
+        """Hidden and cell states ``[batch, hidden]`` of every layer, all zero, where the parameters are."""
         zeros = self.head_bias.new_zeros(batch, self.hidden)
         return LSTMState((zeros,) * self.layers, (zeros,) * self.layers)
 
     def forward(self, x: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
-        """One step for inputs ``[B, inputs]``: output ``[B, outputs]`` and the next state."""
+        """One step for inputs ``[B, inputs]``: output ``[B, outputs]`` and the next state.
+
+        Gates are ``i, f, o, g = K [x, h] + k``; ``c ← σ(f) c + σ(i) tanh(g)``, ``h ← σ(o) tanh(c)``; the output is
+        linear in the last layer's h.
+
+        Raises:
+            ShapeMismatchError: The inputs are of another size.
+        """
         if x.ndim != 2 or x.shape[-1] != self.inputs:
             raise ShapeMismatchError(f"expected inputs of shape [batch, {self.inputs}], got {tuple(x.shape)}")
         hidden: list[Tensor] = []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 WIDEST = 1024  # rows up to which a second moment is kept whole
 RANK = 64  # columns of a wider one's factor
-_TINY = 1e-38  # below float32's smallest normal number, so that no logarithm is of zero
+TINY = 1e-38  # below float32's smallest normal number, so that no logarithm is of zero, nor a quotient by it
 
 
 class Moment(NamedTuple):
@@ -32,18 +32,19 @@ class Moment(NamedTuple):
 
     @staticmethod
     def of(columns: Tensor, widest: int = WIDEST, rank: int = RANK) -> Moment:
-        """``x xᵀ`` of columns ``[..., k, n]``; of more than ``widest`` rows as a factor of ``rank`` columns.
+        """``x xᵀ`` of columns ``[..., k, n]``; of more than ``widest`` rows as a factor.
 
-        A factor keeps the largest eigenvalues, from no more than ``8 rank`` random combinations of the columns where
-        there are more; what it leaves out is spread evenly, so the trace is kept.
+        Up to ``2 rank`` columns are the factor themselves. Of more, it has the ``rank`` largest directions, found from
+        no more than ``8 rank`` random combinations of the columns; what it leaves out is spread evenly, so the trace is
+        kept.
 
         Example:
             >>> Moment.of(torch.tensor([[1.0, 1.0], [0.0, 2.0]])).tensor
             tensor([[2., 2.],
                     [2., 4.]])
-            >>> M = Moment.of(torch.ones(4, 3), widest=2, rank=2)
+            >>> M = Moment.of(torch.ones(4, 5), widest=2, rank=2)
             >>> M.tensor.shape, round(float(M.trace), 3)
-            (torch.Size([4, 2]), 12.0)
+            (torch.Size([4, 2]), 20.0)
         """
         if columns.shape[-2] <= widest:
             return Moment(columns @ columns.mT)
@@ -53,7 +54,8 @@ class Moment(NamedTuple):
             random = torch.Generator().manual_seed(columns.shape[-1])
             signs = torch.randint(2, (columns.shape[-1], most), generator=random).to(columns) * 2 - 1
             columns = columns @ (signs / most**0.5)
-        return Moment(columns, torch.zeros_like(trace)[..., None, None]).compressed(rank, trace)
+        factor = Moment(columns, torch.zeros_like(trace)[..., None, None])
+        return factor if columns.shape[-1] <= 2 * rank else factor.compressed(rank, trace)
 
     @staticmethod
     def zero(rows: int, like: Tensor, widest: int = WIDEST) -> Moment:
@@ -87,24 +89,23 @@ class Moment(NamedTuple):
         c = torch.as_tensor(factor, dtype=self.tensor.dtype, device=self.tensor.device)[..., None, None]
         return Moment(self.tensor * c) if self.rest is None else Moment(self.tensor * c.sqrt(), self.rest * c)
 
-    def plus(self, other: Moment) -> Moment:
-        """``M + M'``, with as many columns as the larger of the factors has."""
+    def plus(self, other: Moment, rank: int = RANK) -> Moment:
+        """``M + M'``; a factor of at most ``rank`` columns."""
         if self.rest is None or other.rest is None:
             return Moment(self.dense + other.dense)
-        joined = Moment(torch.cat([self.tensor, other.tensor], -1), self.rest + other.rest)
-        return joined.compressed(max(self.tensor.shape[-1], other.tensor.shape[-1]), joined.trace)
+        return self._joined(other, 1.0, 1.0, rank)
 
-    def mixed(self, new: Moment, share: float) -> Moment:
-        """``(1 - share) M + share M'``.
+    def mixed(self, new: Moment, share: float, rank: int = RANK) -> Moment:
+        """``(1 - share) M + share M'``; a factor of at most ``rank`` columns.
 
         Example:
             >>> Moment(torch.eye(2)).mixed(Moment(torch.ones(2, 2)), 0.25).tensor
             tensor([[1.0000, 0.2500],
                     [0.2500, 1.0000]])
         """
-        if self.rest is None and new.rest is None:
-            return Moment(self.tensor.lerp(new.tensor, share))
-        return self.scaled(1 - share).plus(new.scaled(share))
+        if self.rest is None or new.rest is None:
+            return Moment(self.dense.lerp(new.dense, share))
+        return self._joined(new, 1 - share, share, rank)
 
     def over(self, count: float) -> Moment:
         """``M / n``; rounds as a division does."""
@@ -122,6 +123,22 @@ class Moment(NamedTuple):
         columns = max(self.tensor.shape[-1], other.tensor.shape[-1])
         F, other_F = (torch.nn.functional.pad(m.tensor, (0, columns - m.tensor.shape[-1])) for m in (self, other))
         return Moment(torch.where(at, F, other_F), torch.where(at, self.rest, other.rest))
+
+    def _joined(self, other: Moment, a: float, b: float, rank: int) -> Moment:
+        """``a M + b M'`` of two factors; their columns are never copied side by side, which would take as long."""
+        assert self.rest is not None
+        assert other.rest is not None
+        F, G, rest = self.tensor, other.tensor, a * self.rest + b * other.rest
+        r = F.shape[-1]
+        if r + G.shape[-1] <= rank:
+            return Moment(torch.cat([a**0.5 * F, b**0.5 * G], -1), rest)
+        across = (a * b) ** 0.5 * (F.mT @ G)
+        rows = (torch.cat([a * (F.mT @ F), across], -1), torch.cat([across.mT, b * (G.mT @ G)], -1))
+        _, V = torch.linalg.eigh(torch.cat(rows, -2).nan_to_num(0.0, 0.0, 0.0))  # which refuses what is not finite
+        V = V[..., -rank:]
+        joined = F @ (a**0.5 * V[..., :r, :]) + G @ (b**0.5 * V[..., r:, :])
+        left = (a * self.trace + b * other.trace - _squared(joined)).clamp_min(0)
+        return Moment(joined, left[..., None, None] / self.rows)
 
     def compressed(self, rank: int, trace: Tensor) -> Moment:
         """A factor with its ``rank`` largest directions; what is left of the trace is spread evenly."""
@@ -180,8 +197,8 @@ class Fingerprint(NamedTuple):
 
         A sum may cancel: what counts is how large it is beside the largest there could be.
         """
-        share = self.sums / (self.squares * self.columns).sqrt().clamp_min(_TINY)
-        return torch.cat([share, self.squares.clamp_min(_TINY).log()]).nan_to_num(0.0, 0.0, 0.0)
+        share = self.sums / (self.squares * self.columns).sqrt().clamp_min(TINY)
+        return torch.cat([share, self.squares.clamp_min(TINY).log()]).nan_to_num(0.0, 0.0, 0.0)
 
 
 @lru_cache(maxsize=32)

@@ -17,15 +17,17 @@ from metatele.config import EquivariantConfig
 from metatele.learned.equivariant.observation import inner
 from metatele.learned.equivariant.states import Bend, EquivariantStates
 from metatele.learned.lstm import LSTMState, StackedLSTM
-from metatele.network.use import Use
-
-_TINY = 1e-38
-_INF = math.inf
+from metatele.network.use import TINY, Use
 
 
 def log(x: Tensor) -> Tensor:
-    """``log x``, and a large negative number at zero."""
-    return x.clamp_min(_TINY).log()
+    """``log x``, elementwise; -87.5 at zero and below, so that no derivative is infinite.
+
+    Example:
+        >>> log(torch.tensor([0.0, 1.0])).round(decimals=1)
+        tensor([-87.5000,   0.0000])
+    """
+    return x.clamp_min(TINY).log()
 
 
 class Close(NamedTuple):
@@ -46,7 +48,12 @@ class Close(NamedTuple):
     @staticmethod
     @torch.no_grad()
     def of(gradients: list[Tensor], states: EquivariantStates) -> Close:
-        """At the point that a step is made from."""
+        """At the point that a step is made from.
+
+        Args:
+            gradients: ``∂L/∂W`` of each layer, ``[B, o, i]``.
+            states: Memories before the step: V and D.
+        """
         length = inner(gradients, gradients)
         if not bool(torch.isfinite(length).all()):
             gradients = sound(gradients)
@@ -87,7 +94,16 @@ class Sight(NamedTuple):
     def of(
         states: EquivariantStates, close: Close, uses: Sequence[Use], weights: Tensor, now: Tensor, same: bool
     ) -> Sight:
-        """From what a step knows."""
+        """From what a step knows.
+
+        Args:
+            states: Memories before the step.
+            close: Its gradients.
+            uses: What every layer received and got back.
+            weights: ``‖W‖²`` of each layer, ``[B, layers]``.
+            now: Log of the loss, ``[B]``.
+            same: Whether the batch is the last one.
+        """
         a, b = states.last
         ratios = [use.columns / g.shape[-1] for use, g in zip(uses, close.gradients, strict=True)]
         ahead = a * close.ahead + b * close.along
@@ -108,7 +124,7 @@ class Sight(NamedTuple):
 
     def cosine(self) -> Tensor:
         """Of the gradient and the last change."""
-        return self.ahead / ((self.close.length + self.size) / 2).exp().clamp_min(_TINY)
+        return self.ahead / ((self.close.length + self.size) / 2).exp().clamp_min(TINY)
 
 
 def best(after: Tensor, before: Tensor) -> Tensor:
@@ -118,7 +134,7 @@ def best(after: Tensor, before: Tensor) -> Tensor:
         >>> best(torch.tensor(-0.5), torch.tensor(-1.0)).exp()
         tensor(2.)
     """
-    return -(1 - after / torch.where(before == 0, _TINY, before)).clamp_min(0.1).log()
+    return -(1 - after / torch.where(before == 0, TINY, before)).clamp_min(0.1).log()
 
 
 class Measure(NamedTuple):
@@ -142,7 +158,13 @@ class Measure(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """A number that the controller reads which is known without measuring, of each layer."""
+    """A number that the controller reads which is known without measuring.
+
+    Attributes:
+        name: What it is.
+        sense: Its kind.
+        formula: Of the sight and the layer's number.
+    """
 
     name: str
     sense: str
@@ -257,7 +279,10 @@ class Tables(NamedTuple):
 
 @torch.no_grad()
 def seen_of(sight: Sight, tables: Tables, config: EquivariantConfig) -> Tensor:
-    """The numbers of :data:`SEEN`, ``[B, layers, seen]``."""
+    """The numbers of :data:`SEEN`, ``[B, layers, seen]``, in its order; of those it is blind to, zeros.
+
+    Measures that are not finite count as zero; after their factor all lie within their bounds.
+    """
     factor, low, high = tables.measures.unbind()
     measured = torch.stack([m.formula(sight) for m in MEASURES], -1)
     measured = (measured * factor).nan_to_num(0.0, 0.0, 0.0).clamp(low, high)

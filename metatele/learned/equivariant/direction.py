@@ -20,8 +20,7 @@ from metatele.learned.equivariant.controller import Controls, log
 from metatele.learned.equivariant.moments import weight
 from metatele.learned.equivariant.observation import inner
 from metatele.learned.equivariant.states import Bend, EquivariantStates, Pace, Prepared
-
-_TINY = 1e-38
+from metatele.network.use import TINY
 
 
 def _left(gradients: Sequence[Tensor], states: EquivariantStates) -> tuple[EquivariantStates, list[Tensor]]:
@@ -36,7 +35,7 @@ def _left(gradients: Sequence[Tensor], states: EquivariantStates) -> tuple[Equiv
 
 
 def again(gradients: Sequence[Tensor], states: EquivariantStates) -> tuple[EquivariantStates, list[Tensor]]:
-    """D of each layer with the controls there are."""
+    """D of each layer ``[B, o, i]`` with the controls there are, and states that know the matrices it was made with."""
     states, half = _left(gradients, states)
     turns = states.prepared.input_turns
     if turns is None:
@@ -90,8 +89,8 @@ def controlled(
         D.append(turned)
         sizes.append(size / d.shape[-2])
     floored = squares.nan_to_num(1.0, 1.0, 1.0) + config.floor
-    found = (torch.stack(sizes, -1) / floored).clamp_min(_TINY).sqrt()
-    sound = torch.isfinite(found) & (found > 2 * _TINY**0.5)
+    found = (torch.stack(sizes, -1) / floored).clamp_min(TINY).sqrt()
+    sound = torch.isfinite(found) & (found > 2 * TINY**0.5)
     fresh = control.unit <= 0  # no gradient has reached the layer yet
     unit = torch.where(sound, 1 / torch.where(sound, found, 1.0), 0.0)
     unit = torch.where(fresh, unit, control.unit)

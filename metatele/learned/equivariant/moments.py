@@ -16,9 +16,7 @@ from torch import Tensor
 
 from metatele.config import EquivariantConfig
 from metatele.learned.equivariant.spectrum import Spectrum
-from metatele.network.use import Moment, Use
-
-_TINY = 1e-38
+from metatele.network.use import RANK, TINY, Moment, Use
 
 
 class LayerMoments(NamedTuple):
@@ -62,12 +60,22 @@ def weight(samples: int, config: EquivariantConfig) -> float:
 
 
 def counted(age: int, averaged: int, same: bool, config: EquivariantConfig) -> int:
-    """Batches in the averages after the next one."""
+    """Batches in the averages after the next one, which begin anew with a batch that comes again.
+
+    Example:
+        >>> counted(5, 3, False, EquivariantConfig()), counted(5, 3, True, EquivariantConfig())
+        (4, 1)
+    """
     return 1 if same or age == 0 or config.averaging == 0 else averaged + 1
 
 
 def wait(averaged: int, config: EquivariantConfig, pauses: bool = True) -> int:
-    """Steps to the controller's next look."""
+    """Steps to the controller's next look: one, and ``hold`` after more than ``warm`` batches that differ.
+
+    Example:
+        >>> wait(16, EquivariantConfig()), wait(17, EquivariantConfig()), wait(17, EquivariantConfig(), pauses=False)
+        (1, 16, 1)
+    """
     return config.hold if pauses and averaged > config.warm else 1
 
 
@@ -99,7 +107,15 @@ def due(age: int, averaged: int, sides: Sequence[int], config: EquivariantConfig
 
 
 def counts(age: int, averaged: int, same: bool, samples: int, config: EquivariantConfig) -> Batch:
-    """How the batch of a step counts."""
+    """How the batch of a step counts: its share of the averages, at least that of equal weights.
+
+    Example:
+        >>> config = EquivariantConfig()
+        >>> [round(counts(9, m, False, 100, config).share, 3) for m in (1, 9, 40)]
+        [0.5, 0.1, 0.05]
+        >>> counts(9, 9, True, 100, config).share
+        1.0
+    """
     number = counted(age, averaged, same, config)
     decay = 0.0 if same or age == 0 else 1 - (1 - config.averaging) * weight(samples, config)
     return Batch(max(1 - decay, 1 / number), same, number)
@@ -124,7 +140,8 @@ def taken_in(
     if use.inputs is not None and use.errors is not None:
         inputs, errors = use.inputs, normed(use.errors)
         if old is not None and batch.share < 1:
-            inputs, errors = averaged(old.inputs, inputs, batch.share), averaged(old.errors, errors, batch.share)
+            inputs = averaged(old.inputs, inputs, batch.share, config.rank)
+            errors = averaged(old.errors, errors, batch.share, config.rank)
     elif old is None:
         raise ValueError("the first step of a layer needs its moments")
     else:
@@ -141,12 +158,18 @@ def taken_in(
 
 
 def normed(moment: Moment) -> Moment:
-    """Divided by its trace: errors are known up to a factor alone."""
-    trace = moment.trace.clamp_min(_TINY)
+    """Divided by its trace, as errors are known up to a factor alone.
+
+    Example:
+        >>> normed(Moment(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))).tensor
+        tensor([[0.7500, 0.0000],
+                [0.0000, 0.2500]])
+    """
+    trace = moment.trace.clamp_min(TINY)
     return Moment(moment.tensor / trace[..., None, None]) if moment.rest is None else moment.scaled(1 / trace)
 
 
-def averaged(old: Moment, new: Moment, share: float) -> Moment:
+def averaged(old: Moment, new: Moment, share: float, rank: int = RANK) -> Moment:
     """``(1 - s) A + s S``; of a trajectory where that is not finite, the first of S, A that is.
 
     Example:
@@ -155,7 +178,7 @@ def averaged(old: Moment, new: Moment, share: float) -> Moment:
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    mixed = old.mixed(new, share)
+    mixed = old.mixed(new, share, rank)
     if bool(torch.isfinite(mixed.trace.sum())):
         return mixed
     for candidate in (new, old):  # in place of those that are not finite either

@@ -105,7 +105,7 @@ class EquivariantOptimizer(nn.Module):
         Velocity and direction are as large as the weights; for the inputs and the errors of each layer there are a
         matrix of second moments, its eigenvectors, of which wide layers as a rule keep less than half, and between
         looks on mini-batches a matrix made of them. Of a side wider than ``dense`` of the configuration each has
-        ``rank`` columns.
+        at most ``2 rank`` columns.
 
         Example:
             >>> from metatele.perceptron.activations import ReLU
@@ -115,7 +115,7 @@ class EquivariantOptimizer(nn.Module):
         """
 
         def side(k: int) -> int:
-            return k * (k if k <= self.config.dense else self.config.rank)
+            return k * (k if k <= self.config.dense else 2 * self.config.rank)
 
         rows = [d + b for d, b in zip(mlp.widths, mlp.biases, strict=False)]
         return 4 * sum(2 * i * o + 3 * (side(i) + side(o)) for i, o in zip(rows, mlp.widths[1:], strict=True))

@@ -31,9 +31,8 @@ import torch
 from torch import Tensor
 
 from metatele.learned.equivariant.optimizer import EquivariantOptimizer
+from metatele.network.use import TINY
 from metatele.perceptron.losses import kind, level
-
-TINY = 1e-38
 
 
 @dataclass
@@ -327,6 +326,18 @@ def step(
         seen: In the pass.
         memory: ``None`` at the beginning.
         pauses: Whether looks may be skipped.
+
+    Example:
+        >>> from metatele.config import EquivariantConfig
+        >>> optimizer, h = EquivariantOptimizer(EquivariantConfig()).requires_grad_(False), torch.eye(2)
+        >>> W, target = torch.zeros(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> memory = None
+        >>> for _ in range(30):
+        ...     error = W @ h - target
+        ...     (change,), memory = step(optimizer, Seen([W], [error @ h.T], [h], [error], [W @ h], h), memory)
+        ...     W = W + change
+        >>> bool((W - target).norm() < 0.1 * target.norm())
+        True
     """
     c, n = optimizer.config, seen.inputs[0].shape[-1]
     before = Memory([Layer.of(optimizer, G) for G in seen.gradients]) if memory is None else memory

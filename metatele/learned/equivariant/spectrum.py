@@ -116,7 +116,12 @@ class Spectrum(NamedTuple):
 
     @property
     def participation(self) -> Tensor:
-        """``(Σe)²/(k Σe²)``, in (0, 1]: 1 if all directions are alike, 1/k if there is one alone; ``[...]``."""
+        """``(Σe)²/(k Σe²)``, in (0, 1]: 1 if all directions are alike, 1/k if there is one alone; ``[...]``.
+
+        Example:
+            >>> Spectrum.of(torch.diag(torch.tensor([1.0, 0.0]))).participation
+            tensor(0.5000)
+        """
         k = self.vectors.shape[-2]
         squares = self.values.square().sum(-1)
         if not self.whole:
@@ -131,7 +136,14 @@ class Spectrum(NamedTuple):
         return m, m if self.whole else (one / (self.rest + damping)).pow(power)
 
     def turn(self, damping: Tensor, power: Tensor, scaled: bool = False) -> Turn:
-        """``gᵀg``, or ``gᵀg / s`` if it is to be scaled, for many uses."""
+        """``gᵀg``, or ``gᵀg / s`` if it is to be scaled, for many uses.
+
+        Example:
+            >>> spectrum = Spectrum.of(torch.diag(torch.tensor([3.0, 1.0])))
+            >>> spectrum.turn(torch.tensor(0.5), torch.tensor(1.0)).left  # 1.5 over 2 and over 1
+            tensor([[0.7500, 0.0000],
+                    [0.0000, 1.5000]])
+        """
         m, rest = self.multipliers(damping, power)
         if scaled:
             m, rest = (t / self.scale.unsqueeze(-1) for t in (m, rest))
@@ -171,11 +183,11 @@ def _of_factor(moment: Moment) -> Spectrum:
     if not bool(sound.all()):
         scale, rest = torch.where(sound, scale, 1.0), torch.where(sound[..., None], rest, 1.0)
         F = torch.where(sound[..., None, None], F, 0.0)
-    # FᵀF squares the range of F: double precision keeps the digits that F has.
-    values, V = torch.linalg.eigh(F.mT.double() @ F.double())
+    # Entries of FᵀF are as exact as the columns of F, large or small; double precision keeps it so.
+    values, V = torch.linalg.eigh((F.mT @ F).double())
     values = values.clamp_min(0)
     # A column along which there is nothing but rounding stands for none: as its eigenvalue is ρ, it has no effect.
-    there = values > 10 * torch.finfo(F.dtype).eps ** 2 * values[..., -1:]
+    there = values > 10 * torch.finfo(F.dtype).eps * values[..., -1:]
     shrink = torch.where(there, values, 1.0).rsqrt() * there
     values = torch.where(there, values, 0.0).to(F.dtype)
     s = scale.unsqueeze(-1)

@@ -1,6 +1,7 @@
 r"""The two moves a trajectory alternates, ``w ← g·(w + f)``, learned and plain.
 
-A move is a module with a memory: it reads the gradient, and either returns the local update f or
+The paper's learned optimizers (Zhao et al. 2024, Algorithm 1): two LSTMs read the gradient, one gives f, the other the
+coordinates of g. A move is a module with a memory: it reads the gradient, and either returns the local update f or
 carries out the teleport g. :class:`~metatele.learned.flat.optimizer.MetaOptimizer` composes one of each.
 """
 
@@ -46,7 +47,19 @@ class LocalMove(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, gradient: Tensor, features: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
-        """Update ``[B, P]`` from the gradient ``[B, P]`` and its preprocessed form."""
+        """The local update, and the next memory.
+
+        Args:
+            gradient: ``∂L/∂w``, flat, ``[B, P]``.
+            features: What the LSTM reads of it, ``[B, channels · P]``.
+            state: Memory.
+
+        Returns:
+            f ``[B, P]``, which is added to the weights, and the memory after it.
+
+        Raises:
+            ShapeMismatchError: The features do not have the size that the LSTM reads.
+        """
 
 
 class Rate:
@@ -64,7 +77,7 @@ class Rate:
         self.output, self.low, self.high = output, low, high
 
     def __call__(self, output: Tensor) -> Tensor:
-        """The rate, of the output's shape."""
+        """The rate, of the output's shape, in units of the weights over those of the gradient."""
         if self.output == "clamp":
             return output.clamp(self.low, self.high)
         low, high = math.log(self.low), math.log(self.high)
@@ -120,6 +133,14 @@ class LearnedUpdate(LocalMove):
     and one for a gate s in (0, 1), and ``f = s · scale · head(LSTM(∇)) - η ∇``: what the narrow LSTM
     cannot carry from 800 gradient entries to 800 updates passes beside it, and late in a trajectory
     the gate can close on what is left of the update's noise.
+
+    Example:
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> mlp, draws = MLP((3, 4, 2), LeakyReLU(0.1)), torch.Generator().manual_seed(0)
+        >>> move = LearnedUpdate(MethodConfig(hidden=8), mlp, draws)
+        >>> update, state = move(g := torch.ones(5, 20), g, move.lstm.initial_state(5))
+        >>> update.shape
+        torch.Size([5, 20])
     """
 
     def __init__(self, config: MethodConfig, mlp: MLP, generator: torch.Generator) -> None:
@@ -142,7 +163,16 @@ class LearnedUpdate(LocalMove):
 
 
 class LearnedRate(LocalMove):
-    """``f = -η_t ∇`` with one learned rate per trajectory and step."""
+    """``f = -η_t ∇`` with one learned rate η for each trajectory and step.
+
+    Example:
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> mlp, draws = MLP((3, 4, 2), LeakyReLU(0.1)), torch.Generator().manual_seed(0)
+        >>> move = LearnedRate(MethodConfig(hidden=8, method="lr-tele"), mlp, draws)
+        >>> update, _ = move(g := torch.ones(5, 20), g, move.lstm.initial_state(5))
+        >>> bool((update < 0).all()), bool((update == update[:, :1]).all())
+        (True, True)
+    """
 
     def __init__(self, config: MethodConfig, mlp: MLP, generator: torch.Generator) -> None:
         super().__init__()
@@ -182,6 +212,12 @@ class LearnedTeleport(nn.Module):
     ``teleport_mean`` m begins with ``M + m 11ᵀ/k`` for the head's random M. A negative m contracts what the
     hidden units have in common, the direction that makes a gradient step on the outgoing weights ill
     conditioned; left to chance, that sign decides which of two policies meta-training finds.
+
+    Source: the group action of Zhao et al. 2024, Eq. 46 or 54, as the configuration says.
+
+    Raises:
+        ConfigError: The network has no hidden layer.
+        NotExactError: The exact action does not take one of its activations.
     """
 
     def __init__(self, config: MethodConfig, mlp: MLP, generator: torch.Generator) -> None:
@@ -206,7 +242,10 @@ class LearnedTeleport(nn.Module):
                 part.add_(config.teleport_mean / math.sqrt(part.numel()))
 
     def prepare(self, inputs: Tensor) -> Tensor | None:
-        """What depends on the data alone, computed once for each trajectory.
+        """What depends on the data ``[B, d, n]`` alone, computed once for each trajectory.
+
+        Returns:
+            The inputs' pseudo-inverse ``[B, n, d]`` for the exact action; ``None`` where nothing can be prepared.
 
         Raises:
             NotExactError: More samples than the exact action takes.
@@ -225,7 +264,20 @@ class LearnedTeleport(nn.Module):
         state: LSTMState,
         age: Tensor,
     ) -> Teleported:
-        """Teleport flat weights ``[B, P]`` on data ``[B, d, n]``, ``age [B]`` steps after the start."""
+        """Teleport networks.
+
+        Args:
+            weights: Flat ``[B, P]``.
+            inputs: Data ``[B, d, n]`` on which the outputs are kept.
+            prepared: ``prepare(inputs)``, or ``None`` to compute it here.
+            features: What the LSTM reads of the gradient, ``[B, channels · P]``.
+            state: Memory.
+            age: Steps since the start, ``[B]``.
+
+        Raises:
+            NotExactError: More samples than the exact action takes.
+            SingularInputError: Singular data.
+        """
         if prepared is None:
             prepared = self.prepare(inputs)
         output, state = self.lstm(features, state)
@@ -252,7 +304,7 @@ class LearnedTeleport(nn.Module):
         return coordinates * (self.radius * inverse)
 
     def element(self, T: Tensor) -> GroupElement:
-        """Group element by the configured parametrisation."""
+        """Group element ``g [B, k, k]`` of T by the configured parametrisation, ``exp(T)`` by default."""
         if self.parametrisation == "exp":
             return exponential(T, max_norm=self.radius)
         return PARAMETRISATIONS[self.parametrisation](T)

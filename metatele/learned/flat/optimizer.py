@@ -1,4 +1,4 @@
-"""Meta-optimizers as compositions of a local move and a teleport move."""
+"""Meta-optimizers: a local move, then a teleport, ``w ← g·(w + f)`` (Zhao et al. 2024, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MoveStates(NamedTuple):
     smallest: Tensor
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, in a fixed order."""
+        """All tensors, in a fixed order: hidden and cell states of each layer, age, smallest norms."""
         states = [s for s in (self.local, self.teleport) if s is not None]
         return [*(t for s in states for t in (*s.hidden, *s.cell)), self.age, self.smallest]
 
@@ -103,7 +103,14 @@ class MetaOptimizer(nn.Module):
         return [self.local.lstm] + ([] if self.teleport is None else [self.teleport.lstm])
 
     def initial_states(self, batch: int) -> MoveStates:
-        """Zero memories."""
+        """Memories of ``batch`` trajectories before their first step: zero, with no smallest norm yet.
+
+        Example:
+            >>> optimizer = MetaOptimizer(MethodConfig(hidden=8), TaskConfig(widths=(3, 4, 2), samples=3))
+            >>> states = optimizer.initial_states(5)
+            >>> states.age, states.local.hidden[0].shape
+            (tensor([0., 0., 0., 0., 0.]), torch.Size([5, 8]))
+        """
         teleport = None if self.teleport is None else self.teleport.lstm.initial_state(batch)
         local = self.local.lstm.initial_state(batch)
         like = local.cell[0]
@@ -133,6 +140,18 @@ class MetaOptimizer(nn.Module):
                 leaves the teleport out, and its memory as it was.
             prepared: ``prepare(inputs)``, if the data were seen before.
             local_scale: Factor on the local update, broadcast to ``[B, P]``.
+
+        Raises:
+            ShapeMismatchError: Weights or gradient are of another network.
+
+        Example:
+            >>> optimizer = MetaOptimizer(MethodConfig(hidden=8), TaskConfig(widths=(3, 4, 2), samples=3))
+            >>> import torch
+            >>> random = torch.Generator().manual_seed(0)
+            >>> w, x = torch.rand(5, 20, generator=random), torch.rand(5, 3, 3, generator=random)
+            >>> done = optimizer.step(w, torch.ones(5, 20), optimizer.initial_states(5), x)
+            >>> done.weights.shape, done.algebra.shape, done.states.age[0]
+            (torch.Size([5, 20]), torch.Size([5, 16]), tensor(1.))
         """
         if gradient.shape != weights.shape or weights.shape[-1] != self.mlp.num_parameters:
             raise ShapeMismatchError(
@@ -168,7 +187,7 @@ class MetaOptimizer(nn.Module):
             yield
 
     def parameter_groups(self, local_lr: float, teleport_lr: float) -> list[dict[str, object]]:
-        """Groups for ``torch.optim`` with one rate for each move."""
+        """Groups for ``torch.optim``: the local move's meta-parameters, then the teleport's, each with its rate."""
         groups: list[dict[str, object]] = [{"params": list(self.local.parameters()), "lr": local_lr}]
         if self.teleport is not None:
             groups.append({"params": list(self.teleport.parameters()), "lr": teleport_lr})

@@ -14,7 +14,7 @@ _LOG_RANGE = 10.0  # log-sign resolves magnitudes down to exp(-10), as Andrychow
 
 
 def raw(gradient: Tensor) -> Tensor:
-    """The gradient itself, as in the paper; 10⁴ and more saturates an LSTM's gates."""
+    """The gradient ``[..., P]`` itself, as in the paper; 10⁴ and more saturates an LSTM's gates."""
     return gradient
 
 
@@ -54,7 +54,16 @@ _CHANNELS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 
 
 def preprocessing(name: str) -> tuple[Callable[[Tensor], Tensor], int]:
-    """Function by name, and how many inputs it makes of each gradient entry."""
+    """Function by name, and how many inputs it makes of each gradient entry.
+
+    Raises:
+        ConfigError: There is none of that name.
+
+    Example:
+        >>> function, channels = preprocessing("log-sign")
+        >>> function(torch.ones(2, 5)).shape, channels
+        (torch.Size([2, 10]), 2)
+    """
     if name not in _CHANNELS:
         raise ConfigError(f"preprocessing must be one of {', '.join(_CHANNELS)}, got {name!r}")
     return _CHANNELS[name]
