@@ -1,4 +1,4 @@
-r"""Gradient ascent of an objective along the orbit of the weights (PAPER §5).
+r"""Gradient ascent of an objective along the orbit of the weights (Zhao et al. 2024, Section 5.1 and Algorithm 2).
 
 At each step T = 0 and the objective's gradient with respect to T is the pullback of its gradient with
 respect to the weights, ``∂/∂T F(exp(T)·w) = pullback(∇F(w))``: one Hessian-vector product and a few
@@ -19,10 +19,10 @@ from metatele.errors import ConfigError
 from metatele.geometry import GradientNorm, Landscape, Objective, Point
 from metatele.perceptron.mlp import Weights
 from metatele.symmetry import PARAMETRISATIONS, Action, Pair
-from metatele.teleport.move import Leg, TeleportMove, finite_radius
+from metatele.teleport.move import Course, Leg, TeleportMove, finite_radius
+from metatele.teleport.report import Reason
 
 RATES = ("fixed", "normalised", "line-search")
-_TRIES = 8  # halvings in one line search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,10 @@ class Ascent(TeleportMove):
         lr: The fixed rate.
         radius: Norm of T for the other two.
         steps: At most so many.
+        tries: At most so many lengths are tried for one step of a line search, each half the one before.
+        max_change: A step of a line search that would change the weights by more than this multiple of their norm is
+            halved too: a batch of fewer samples than a hidden layer has units can be fitted with weights of any size,
+            which spoil the outputs for all other samples. Usual steps change them by a few hundredths.
         cap: A network whose objective reaches it stops (``descend``: falls to it).
         descend: Lower the objective instead.
     """
@@ -46,6 +50,8 @@ class Ascent(TeleportMove):
     lr: float = 0.0
     radius: float = 0.1
     steps: int = 10
+    tries: int = 8
+    max_change: float = 0.1
     cap: float = math.inf
     descend: bool = False
 
@@ -54,6 +60,8 @@ class Ascent(TeleportMove):
         super().__post_init__()
         if not isinstance(self.objective, Objective):
             raise ConfigError(f"objective must be an Objective such as Curvature(), got {self.objective!r}")
+        if not self.max_change > 0:
+            raise ConfigError(f"max_change must be positive, got {self.max_change}")
         if math.isnan(self.cap):
             raise ConfigError("cap must be a number, got nan")
         if self.rate not in RATES:
@@ -61,8 +69,9 @@ class Ascent(TeleportMove):
         if self.rate == "fixed" and not 0 < self.lr < math.inf:
             raise ConfigError(f"lr must be positive, got {self.lr}")
         finite_radius(self.radius)
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ConfigError(f"steps must be a whole number of at least 1, got {self.steps!r}")
+        for name in ("steps", "tries"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
         if self.rate != "fixed" and self.lr:
             raise ConfigError(f"lr is that of rate fixed, and rate is {self.rate!r}: give radius")
 
@@ -71,7 +80,7 @@ class Ascent(TeleportMove):
         """The objective that is raised."""
         return self.objective
 
-    def legs(self, start: Point, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
+    def legs(self, start: Point, movable: Sequence[bool]) -> Course:
         """See the base class."""
         landscape, point = start.landscape, start
         chosen = self.chosen_action(landscape)
@@ -80,27 +89,40 @@ class Ascent(TeleportMove):
         radius = start.flat.new_full(undone.shape, self.radius)
         path: list[Leg] = []
         bounded = math.isfinite(self.max_drift)
+        why = torch.full(undone.shape, int(Reason.MOVED), device=undone.device)
         for _ in range(self.steps):
             value, derivative = self.objective.value_and_derivative(point)
             if math.isfinite(self.cap):
-                active = active & ((value > self.cap) if self.descend else (value < self.cap))
+                reached_cap = ~((value > self.cap) if self.descend else (value < self.cap))
+                why = torch.where(active & reached_cap, Reason.CAP, why)
+                active = active & ~reached_cap
                 if not bool(active.any()):
                     break
             direction = self.direction(chosen, point, derivative, movable)
-            tries = _TRIES if self.rate == "line-search" else 1
+            lost = ~(_square(direction) > 0)
+            tries = self.tries if self.rate == "line-search" else 1
             waiting = active
             for _ in range(tries):
                 leg = self.step(chosen, landscape, direction, radius, waiting)
                 moved = leg.move(point)
                 if bounded:  # judged as the whole move will be, from the weights alone and as they are stored
                     moved = landscape.at(moved.flat)
-                good = waiting & torch.isfinite(moved.outputs.sum((-2, -1)))  # the weights are looked at in the end
+                finite = torch.isfinite(moved.outputs.sum((-2, -1)))  # the weights are looked at in the end
+                good = waiting & finite
+                failed = torch.where(finite, Reason.MOVED, Reason.NOT_FINITE)
                 if bounded:
-                    drift = landscape.loss.drift(start.outputs, moved.outputs, landscape.targets)
-                    good = good & (drift <= self.max_drift)
+                    near = landscape.loss.drift(start.outputs, moved.outputs, landscape.targets) <= self.max_drift
+                    failed = torch.where(good & ~near, Reason.DRIFT, failed)
+                    good = good & near
                 if self.rate == "line-search":
                     reached = self.objective.value(moved)
-                    good = good & ((reached < value) if self.descend else (reached > value))
+                    better = (reached < value) if self.descend else (reached > value)
+                    failed = torch.where(good & ~better, Reason.NO_GAIN, failed)
+                    good = good & better
+                    small = (moved.flat - point.flat).norm(dim=-1) <= self.max_change * point.flat.norm(dim=-1)
+                    failed = torch.where(good & ~small, Reason.TOO_FAR, failed)
+                    good = good & small
+                why = torch.where(waiting, torch.where(lost, Reason.NO_DIRECTION, failed), why)
                 # Where every network moved, its passes serve the next step.
                 if bool(good.all()):
                     point = moved
@@ -119,7 +141,7 @@ class Ascent(TeleportMove):
             active = active & ~waiting
             if not bool(active.any()):
                 break
-        return point.flat, [leg for leg in path if bool(leg.active.any())], undone
+        return Course(point.flat, [leg for leg in path if bool(leg.active.any())], undone, why)
 
     def direction(
         self, chosen: Action, point: Point, covector: Weights, movable: Sequence[bool]
@@ -139,8 +161,7 @@ class Ascent(TeleportMove):
         if self.rate == "fixed":
             factor = torch.full_like(radius, sign * self.lr)
         else:
-            square = sum(d.square().sum(-1) for d in direction if d is not None)
-            assert isinstance(square, Tensor)
+            square = _square(direction)
             factor = sign * radius * torch.where(square > 0, square, 1.0).rsqrt()
         element = PARAMETRISATIONS[self.parametrisation]
         elements = [
@@ -150,6 +171,11 @@ class Ascent(TeleportMove):
         return Leg(chosen, landscape.inputs, elements, active)
 
 
+def _square(direction: Sequence[Tensor | None]) -> Tensor:
+    """Squared norm over all layers together, ``[...]``."""
+    return torch.stack([d.square().sum(-1) for d in direction if d is not None]).sum(0)
+
+
 def GradientNormAscent(
     lr: float | None = None,
     steps: int = 10,
@@ -157,6 +183,7 @@ def GradientNormAscent(
     metric: Tensor | None = None,
     rate: str | None = None,
     radius: float = 0.1,
+    tries: int = 8,
     cap: float = math.inf,
     descend: bool = False,
     action: str = "approximate",
@@ -171,6 +198,7 @@ def GradientNormAscent(
         metric: Diagonal of A; see :class:`GradientNorm`.
         rate: See :class:`Ascent`.
         radius: See :class:`Ascent`.
+        tries: See :class:`Ascent`.
         cap: Stop at this squared norm.
         descend: Lower the norm instead.
         action: See :class:`TeleportMove`.
@@ -194,6 +222,7 @@ def GradientNormAscent(
         lr=0.0 if lr is None else lr,
         radius=radius,
         steps=steps,
+        tries=tries,
         cap=cap,
         descend=descend,
         action=action,
