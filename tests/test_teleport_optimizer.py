@@ -754,7 +754,7 @@ def test_a_small_last_batch_does_not_change_what_a_teleport_is():
         settings = {} if action == "approximate" else {"action": action, "whole_data": True}
         metatele.teleport_(model, x[:5], torch.zeros(5, 3), nn.functional.mse_loss, **settings)
         changes.append(float((model(test) - before).norm().detach() / before.norm()))
-    assert changes[0] < 0.25 * changes[1]
+    assert changes[0] < 0.5 * changes[1]
 
 
 @pytest.mark.parametrize(

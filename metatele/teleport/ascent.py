@@ -51,7 +51,7 @@ class Ascent(TeleportMove):
     radius: float = 0.1
     steps: int = 10
     tries: int = 8
-    max_change: float = 0.1
+    max_change: float = 0.15
     cap: float = math.inf
     descend: bool = False
 
