@@ -43,11 +43,20 @@ def default_move(mlp: MLP) -> Ascent:
     """What :class:`TeleportOptimizer` does if no move is given: raise ``‖∇L‖²`` without leaving the function.
 
     Where every activation is positively homogeneous (ReLU, LeakyReLU, Identity) it rescales hidden units, which keeps
-    the outputs for every input, to rounding. Elsewhere it is the approximate action, which changes the outputs on the
+    the outputs for every input, to rounding; ten steps change each unit's scale by about 2 %, little enough that a
+    teleport every ten steps does Adam no harm. Elsewhere it is the approximate action, which changes the outputs on the
     batch by up to 1 %, and others about as much.
+
+    Args:
+        mlp: Shape of the network.
+
+    Example:
+        >>> from metatele.perceptron.activations import ReLU, Tanh
+        >>> default_move(MLP((4, 3, 2), ReLU())).action, default_move(MLP((4, 3, 2), Tanh())).action
+        ('rescaling', 'approximate')
     """
     if all(a.positively_homogeneous for a in mlp.activations):
-        return GradientNormAscent(action="rescaling", radius=0.02)
+        return GradientNormAscent(action="rescaling", radius=0.0022 * sum(mlp.hidden_widths) ** 0.5)
     return GradientNormAscent(tries=16)
 
 

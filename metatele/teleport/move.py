@@ -148,11 +148,11 @@ class TeleportMove(ABC):
         if not bool(changed.all()):  # what stayed has no path: nothing is to be carried along it
             path = [leg._replace(active=leg.active & changed) for leg in path]
             path = [leg for leg in path if bool(leg.active.any())]
-        if not bool(accepted.all()):
-            drift = landscape.loss.drift(start.outputs, end.outputs, landscape.targets)
+            drift = torch.where(changed, drift, 0.0)
         known = torch.zeros_like(accepted, dtype=torch.int64) if reasons is None else reasons
         known = torch.where(known == Reason.MOVED, Reason.ARRIVED, known)
         why = torch.where(accepted, known, torch.where(finite, Reason.DRIFT, Reason.NOT_FINITE))
+        why = torch.where(torch.isfinite(start.outputs.sum((-2, -1))), why, Reason.INPUTS)
         report = Report(
             start.value,
             end.value,
