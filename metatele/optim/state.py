@@ -55,9 +55,9 @@ def carry_state(
       carried m is cut, entry by entry, to where ``|m'|/√v'`` is no larger than its largest value in that tensor was.
       Without that, entries whose v is tiny (weights of dead units) would take steps without bound.
 
-    What is neither is kept. On digits (64-48-32-10 ReLU, a teleport every 10 and every 40 steps of 200, 5 seeds) Adam,
-    AdamW, NAdam and RAdam end no worse with it than with state kept: training loss 0.97 times as large in the mean over
-    approximate teleports, 0.7 times over rescalings.
+    What is neither is kept. Measured on digits (64-48-32-10 ReLU, Adam, AdamW, NAdam, RAdam at 0.01, a teleport every 10
+    and every 40 of 200 steps, 5 seeds, geometric mean): training loss is 0.63 times that with state kept over
+    rescalings, and 1.05 times, with held-out loss 0.99 times, over approximate teleports, which is within the spread.
 
     Args:
         optimizer: Whose state.

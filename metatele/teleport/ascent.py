@@ -41,6 +41,9 @@ class Ascent(TeleportMove):
         max_change: A step of a line search that would change the weights by more than this multiple of their norm is
             halved too: a batch of fewer samples than a hidden layer has units can be fitted with weights of any size,
             which spoil the outputs for all other samples. Usual steps change them by a few hundredths.
+        max_imbalance: With action ``rescaling``: a hidden unit whose incoming and outgoing weights v and u differ by
+            more, ``|log ‖v‖/‖u‖|``, is scaled toward balance only. The gradient norm has no largest value over
+            rescalings, so without a bound ascents that are repeated make a network useless.
         cap: A network whose objective reaches it stops (``descend``: falls to it).
         descend: Lower the objective instead.
     """
@@ -52,6 +55,7 @@ class Ascent(TeleportMove):
     steps: int = 10
     tries: int = 8
     max_change: float = 0.15
+    max_imbalance: float = math.inf
     cap: float = math.inf
     descend: bool = False
 
@@ -60,8 +64,9 @@ class Ascent(TeleportMove):
         super().__post_init__()
         if not isinstance(self.objective, Objective):
             raise ConfigError(f"objective must be an Objective such as Curvature(), got {self.objective!r}")
-        if not self.max_change > 0:
-            raise ConfigError(f"max_change must be positive, got {self.max_change}")
+        for name in ("max_change", "max_imbalance"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if math.isnan(self.cap):
             raise ConfigError("cap must be a number, got nan")
         if self.rate not in RATES:
@@ -99,7 +104,10 @@ class Ascent(TeleportMove):
                 if not bool(active.any()):
                     break
             direction = self.direction(chosen, point, derivative, movable)
-            lost = ~(_square(direction) > 0)
+            lost = torch.where(_square(direction) > 0, Reason.MOVED, Reason.NO_DIRECTION)
+            if chosen.name == "rescaling" and math.isfinite(self.max_imbalance):
+                direction = self._bounded(direction, point)
+                lost = torch.where((_square(direction) == 0) & (lost == Reason.MOVED), Reason.IMBALANCE, lost)
             tries = self.tries if self.rate == "line-search" else 1
             waiting = active
             for _ in range(tries):
@@ -122,7 +130,7 @@ class Ascent(TeleportMove):
                     small = (moved.flat - point.flat).norm(dim=-1) <= self.max_change * point.flat.norm(dim=-1)
                     failed = torch.where(good & ~small, Reason.TOO_FAR, failed)
                     good = good & small
-                why = torch.where(waiting, torch.where(lost, Reason.NO_DIRECTION, failed), why)
+                why = torch.where(waiting, torch.where(lost > 0, lost, failed), why)
                 # Where every network moved, its passes serve the next step.
                 if bool(good.all()):
                     point = moved
@@ -152,6 +160,20 @@ class Ascent(TeleportMove):
             chosen.pullback(site, Pair(*pair)) if move else None
             for site, pair, move in zip(point.sites(chosen), pairs, movable, strict=True)
         ]
+
+    def _bounded(self, direction: list[Tensor | None], point: Point) -> list[Tensor | None]:
+        """The direction without what brings units further out of balance than they may be."""
+        sense = -1.0 if self.descend else 1.0
+        bounded: list[Tensor | None] = []
+        for logs, V, U in zip(direction, point.weights.matrices, point.weights.matrices[1:], strict=False):
+            if logs is None:
+                bounded.append(None)
+                continue
+            incoming, outgoing = V.norm(dim=-1), U.norm(dim=-2)
+            imbalance = torch.where((incoming > 0) & (outgoing > 0), incoming / outgoing, 1.0).log()
+            worse = (imbalance.abs() >= self.max_imbalance) & (sense * logs * imbalance > 0)
+            bounded.append(torch.where(worse, 0.0, logs))
+        return bounded
 
     def step(
         self, chosen: Action, landscape: Landscape, direction: list[Tensor | None], radius: Tensor, active: Tensor

@@ -25,6 +25,7 @@ class Reason(IntEnum):
     EMPTY = 8
     FROZEN = 9
     TOO_FAR = 10
+    IMBALANCE = 11
 
     @property
     def sentence(self) -> str:
@@ -44,6 +45,7 @@ _SENTENCES = {
     Reason.EMPTY: "the batch was empty",
     Reason.FROZEN: "no hidden layer may move: a layer before or behind each is frozen, in no group, or has lr 0",
     Reason.TOO_FAR: "every step, also the shortest that was tried, changed the weights by more than max_change",
+    Reason.IMBALANCE: "all hidden units that the objective would scale are out of balance by max_imbalance already",
 }
 
 
