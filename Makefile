@@ -6,16 +6,16 @@ BIN := $(VENV)/bin
 
 venv: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The run lies in runs/quick; the one before it is replaced.
+# The run lies in runs/quick, its evaluation in runs/quick-evaluation; those before are replaced.
 train: venv
-	rm -rf runs/quick
+	rm -rf runs/quick runs/quick-evaluation
 	$(BIN)/python train_meta.py quick --out runs/quick
-	$(BIN)/python eval_meta.py runs/quick --out results/quick
+	$(BIN)/python eval_meta.py runs/quick --out runs/quick-evaluation
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist worksteal

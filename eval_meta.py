@@ -1,6 +1,6 @@
 """Evaluate meta-trained optimizers on held-out trajectories, beside tuned standard optimizers.
 
-python eval_meta.py runs/quick runs/other --trajectories 64 --steps 100 --seed 1 --out results/quick
+python eval_meta.py runs/quick runs/other --trajectories 64 --steps 100 --seed 1 --out runs/quick-evaluation
 """
 
 from metatele.cli.evaluate import main

@@ -33,7 +33,7 @@ from naive import NaiveLearner  # noqa: E402
 from metatele.config import preset  # noqa: E402
 from metatele.learned import MetaOptimizer  # noqa: E402
 from metatele.tasks import Regression  # noqa: E402
-from metatele.training.trainer import MetaTrainer  # noqa: E402
+from metatele.training.flat import FlatTrainer  # noqa: E402
 
 UNROLL = 10
 
@@ -105,7 +105,7 @@ def naive_ms(repeats: int, device: str = "cpu") -> float:
 def training_window(batch: int, precision: str, device: str, **changes: object) -> Callable[[], object]:
     """The package's own training step; it ends with numbers on the CPU, so nothing is left to wait for."""
     settings = {"unroll": UNROLL, "horizon": 100, "trajectories": 10**9, "clip": 1.0, **changes}
-    return MetaTrainer(preset("paper", batch=batch, precision=precision, **settings), device).step
+    return FlatTrainer(preset("paper", batch=batch, precision=precision, **settings), device).step
 
 
 def products_window(batch: int, precision: str, device: str) -> tuple[Callable[[], object], int]:

@@ -35,14 +35,14 @@ def work(settings: dict[str, Any], device: str, updates: int) -> dict[str, Any]:
     import torch
 
     from metatele.config import preset
+    from metatele.training.flat import FlatTrainer
     from metatele.training.processes import joined
-    from metatele.training.trainer import MetaTrainer
 
     torch.set_num_threads(1)
     gpu, times = device != "cpu", []
     config = preset("paper", horizon=120, trajectories=10**9, clip=1.0, **settings)
     with joined() as processes:
-        trainer = MetaTrainer(config, device, processes)
+        trainer = FlatTrainer(config, device, processes)
         before = status_mb("VmRSS")
         if gpu:
             torch.cuda.reset_peak_memory_stats()

@@ -41,7 +41,7 @@ from metatele.config import PRESETS, RunConfig, preset  # noqa: E402
 from metatele.learned import MetaOptimizer, StackedLSTM  # noqa: E402
 from metatele.tasks import Problems, Regression  # noqa: E402
 from metatele.training.curves import learned_curves  # noqa: E402
-from metatele.training.trainer import MetaTrainer  # noqa: E402
+from metatele.training.flat import FlatTrainer  # noqa: E402
 from metatele.unroll import window_loss  # noqa: E402
 
 STEP, TRAJECTORIES, HELD_OUT_SEED = 29, 64, 1
@@ -74,7 +74,7 @@ class Package:
     """The package's own loop."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.trainer, self.config, self.device = MetaTrainer(config, device), config, device
+        self.trainer, self.config, self.device = FlatTrainer(config, device), config, device
         self.steps = 0
 
     @property

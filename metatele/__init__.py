@@ -1,5 +1,14 @@
 """Optimization with parameter symmetries: teleport a network along its loss level set.
 
+By hand, in closed form, or with a meta-trained optimizer. Implements, and goes past, the paper that docstrings here
+call "Zhao et al. 2024":
+
+    Bo Zhao, Robert M. Gower, Robin Walters and Rose Yu.
+    "Improving Convergence and Generalization Using Parameter Symmetries".
+    International Conference on Learning Representations (ICLR), 2024. arXiv:2305.13404.
+
+Numbers of equations, algorithms, figures and propositions are those of that paper.
+
 Names are imported when first used, so that the command line answers before torch is loaded.
 """
 

@@ -11,26 +11,19 @@ import json
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
 from metatele._version import __version__
-from metatele.config import (
-    EquivariantConfig,
-    MethodConfig,
-    MixtureConfig,
-    RunConfig,
-    TaskConfig,
-    TransferConfig,
-    from_dict,
-    to_dict,
-)
+from metatele.config import RunConfig, from_dict, to_dict
 from metatele.errors import CheckpointError, MetateleError
 from metatele.files import existing_folder, replace_folder
-from metatele.learned import EquivariantOptimizer, MetaOptimizer
+from metatele.learned.families import family_of, learned_family
+from metatele.named import NAMED, named_checkpoint
 
 FORMAT = 1
 CONFIG_NAME, MODEL_NAME = "config.json", "model.safetensors"
@@ -46,17 +39,29 @@ class Checkpoint:
         task: What it was trained on.
         training: How: the run's preset, seed and settings, and how far it came.
         scores: What it reached, by name.
+
+    Example:
+        >>> from metatele.config import EquivariantConfig, MixtureConfig
+        >>> from metatele.learned import EquivariantOptimizer
+        >>> method = EquivariantConfig(hidden=8)
+        >>> Checkpoint(EquivariantOptimizer(method), method, MixtureConfig()).method.title
+        'Equivariant(update,tele)'
     """
 
-    optimizer: MetaOptimizer | EquivariantOptimizer
-    method: MethodConfig | EquivariantConfig
-    task: TaskConfig | MixtureConfig
+    optimizer: nn.Module
+    method: Any
+    task: Any
     training: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Versions that a result depends on.
+
+    Example:
+        >>> sorted(versions())
+        ['metatele', 'python', 'torch']
+    """
     return {"metatele": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -67,32 +72,42 @@ def _digest(config: dict[str, Any]) -> str:
 
 def save(
     path: str | Path,
-    optimizer: MetaOptimizer | EquivariantOptimizer,
+    optimizer: nn.Module,
     *,
-    run: RunConfig | TransferConfig | None = None,
+    run: RunConfig | None = None,
     progress: dict[str, Any] | None = None,
     scores: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint folder, replacing an earlier one only when the new one is complete.
 
     Args:
-        path: Folder.
-        optimizer: What to save.
+        path: Folder, new or that of an earlier checkpoint.
+        optimizer: What to save, of any family.
         run: How it was trained.
         progress: How far training came.
         scores: What it reached.
 
     Raises:
         SaveError: The folder cannot be written; an earlier one is intact.
+        TypeError: The optimizer is of no family.
+
+    Example:
+        >>> import tempfile
+        >>> from metatele.learned import ConstantOptimizer
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(Path(folder) / "constant", ConstantOptimizer(0.1, 0.01), scores={"loss": 1.0})
+        ...     load(Path(folder) / "constant").scores
+        {'loss': 1.0}
     """
+    family, method = family_of(optimizer), cast("Any", optimizer).config
     config: dict[str, Any] = {
         "format": FORMAT,
         "package": "metatele",
         "versions": versions(),
-        "name": optimizer.config.title,
-        "family": "equivariant" if isinstance(optimizer, EquivariantOptimizer) else "flat",
-        "method": to_dict(optimizer.config),
-        "task": to_dict(_task_of(optimizer, run)),
+        "name": method.title,
+        "family": family.name,
+        "method": to_dict(method),
+        "task": to_dict(family.task(optimizer, run)),
         "training": {**({} if run is None else to_dict(run)), **(progress or {})},
         "scores": scores or {},
     }
@@ -104,16 +119,12 @@ def save(
     replace_folder(Path(path), {CONFIG_NAME: text.encode(), MODEL_NAME: model})
 
 
-def _task_of(
-    optimizer: MetaOptimizer | EquivariantOptimizer, run: RunConfig | TransferConfig | None
-) -> TaskConfig | MixtureConfig:
-    if isinstance(optimizer, MetaOptimizer):
-        return optimizer.task
-    return run.task if isinstance(run, TransferConfig) else MixtureConfig()
-
-
 def find(path: str | Path) -> Path:
-    """The checkpoint folder meant by a run folder or a checkpoint folder.
+    """The checkpoint folder meant by a run folder, a checkpoint folder, or else the name of a published checkpoint.
+
+    Args:
+        path: A folder that holds a checkpoint's two files, or has them in its folder ``checkpoint``; or a name of
+            :func:`metatele.named.named_checkpoint`, where no folder is called so.
 
     Raises:
         CheckpointError: There is none.
@@ -123,7 +134,10 @@ def find(path: str | Path) -> Path:
         if (candidate / CONFIG_NAME).is_file():
             return candidate
     if not folder.exists():
-        raise CheckpointError(f"there is no checkpoint at {folder}: the path does not exist")
+        if str(path) in NAMED:
+            return named_checkpoint(str(path))
+        names = ", ".join(NAMED)
+        raise CheckpointError(f"there is no checkpoint at {folder}: the path does not exist, nor is it one of {names}")
     raise CheckpointError(
         f"there is no checkpoint at {folder}: expected {CONFIG_NAME} and {MODEL_NAME} there or in a folder 'checkpoint'"
     )
@@ -131,6 +145,13 @@ def find(path: str | Path) -> Path:
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The checked content of a checkpoint's ``config.json``.
+
+    Args:
+        path: A checkpoint folder, or a run folder that holds one.
+
+    Returns:
+        ``name`` and ``family``, the settings of ``method`` and ``task``, ``training`` and ``scores``, versions and
+        checksums.
 
     Raises:
         CheckpointError: Missing, damaged, foreign, or from a newer format.
@@ -158,8 +179,15 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         path: A checkpoint folder, or a run folder that holds one.
         device: Where to put the parameters.
 
+    Returns:
+        The optimizer of the family that the checkpoint names, with frozen parameters, and its story.
+
     Raises:
         CheckpointError: Missing, truncated, altered, foreign or newer files, or non-finite weights.
+
+    Example:
+        >>> load("transfer").task.widest
+        64
     """
     folder = find(path)
     config = read_config(folder)
@@ -174,13 +202,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         raise CheckpointError(f"{file} is damaged or belongs to another {CONFIG_NAME}: its checksum does not match")
     try:
         tensors = safetensors.torch.load(content)
-        optimizer: MetaOptimizer | EquivariantOptimizer
-        if config.get("family", "flat") == "equivariant":
-            method, task = from_dict(EquivariantConfig, config["method"]), from_dict(MixtureConfig, config["task"])
-            optimizer = EquivariantOptimizer(method)
-        else:
-            method, task = from_dict(MethodConfig, config["method"]), from_dict(TaskConfig, config["task"])
-            optimizer = MetaOptimizer(method, task)
+        family = learned_family(config.get("family", "flat"))
+        method, task = (from_dict(family.settings.part(name), config[name]) for name in ("method", "task"))
+        optimizer = family.build(method, task, 0)
         optimizer.load_state_dict(tensors)
     except (MetateleError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -49,3 +49,7 @@ class SaveError(MetateleError, OSError):
 
 class DataError(MetateleError, ValueError):
     """An image set is unknown, missing or damaged."""
+
+
+class MissingExtraError(MetateleError, ImportError):
+    """A package that only some parts need is not installed."""

@@ -21,7 +21,7 @@ class NaiveLSTM(nn.Module):
         widths = [source.inputs] + [source.hidden] * (source.layers - 1)
         self.cells = nn.ModuleList(nn.LSTMCell(width, source.hidden) for width in widths)
         self.head = nn.Linear(source.hidden, source.outputs)
-        self.to(source.head_bias.dtype)
+        self.to(source.head_bias)  # its device and dtype
         with torch.no_grad():
             for cell, weight, bias, width in zip(self.cells, source.weights, source.biases, widths, strict=True):
                 cell.weight_ih.copy_(torch_gate_order(weight[:, :width]))

@@ -15,7 +15,7 @@ from cases import METHODS, small_optimizer, small_problems, small_run
 
 import metatele
 from metatele import checkpoint
-from metatele.config import MethodConfig, RunConfig, TaskConfig, from_dict, preset, to_dict
+from metatele.config import FlatRunConfig, MethodConfig, TaskConfig, from_dict, preset, to_dict
 from metatele.errors import CheckpointError, ConfigError, SaveError
 from metatele.files import replace_folder, write_atomically
 
@@ -127,6 +127,7 @@ def test_future_foreign_and_unfitting_checkpoints_are_one_error(saved):
         ({"method": {**original["method"], "new": 1}}, "no field 'new'"),
         ({"task": {"widths": [4]}}, "widths must be at least two"),
         ({"method": 3}, "mapping"),
+        ({"family": "square"}, "family must be one of flat, equivariant"),
     ):
         rewrite(folder, {**original, **changes})
         fails(folder, match)
@@ -219,7 +220,7 @@ def test_unwritable_places_are_one_error(tmp_path):
 
 def test_configurations_round_trip_and_refuse_what_is_wrong():
     config = preset("paper", "lr-tele", seed=3)
-    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(FlatRunConfig, json.loads(json.dumps(to_dict(config)))) == config
     for changes in (
         {"unroll": 101},
         {"batch": 0},

@@ -31,20 +31,125 @@ def one_line(done, code, words):
     assert done.stdout == ""
 
 
+WITHOUT_TORCH = """
+import runpy, sys
+sys.argv = {arguments!r}
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+finally:
+    print("torch" in sys.modules)
+"""
+
+
+def module(*arguments):
+    """`python -m` with the arguments, and whether torch was loaded as the last line of the output."""
+    code = WITHOUT_TORCH.format(arguments=list(arguments))
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
 @pytest.mark.parametrize("name", ["train_meta.py", "eval_meta.py"])
 def test_help_does_not_wait_for_torch(name):
-    begin = os.times().children_user
     done = script(name, "--help")
     assert done.returncode == 0
-    assert os.times().children_user - begin < 1.0
     loaded = subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / name), "--help"], capture_output=True, text=True, check=False
     )
     assert "torch" not in loaded.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 0, "usage: python -m metatele COMMAND"),
+        (["--help"], 0, "usage: python -m metatele COMMAND"),
+        (["--version"], 0, f"metatele {metatele.__version__}"),
+        (["train", "--help"], 0, "python -m metatele train quick --out runs/quick"),
+        (["evaluate", "--help"], 0, "usage: python -m metatele evaluate"),
+        (["experiments"], 0, "usage: python -m metatele experiments NAME"),
+        (["experiments", "fig5", "--help"], 0, "usage: python -m metatele experiments fig5"),
+        (["tran"], 2, "python -m metatele: error: command must be one of train, evaluate, experiments, got 'tran'"),
+        (["train", "quick"], 2, "python -m metatele train: error: the following arguments are required: --out"),
+        (
+            ["train", "quick", "--out", "x", "--batch", "0"],
+            2,
+            "metatele train: error: batch must be positive",
+        ),
+        (["train", "quick", "--out", "x", "--unroll", "500"], 2, "python -m metatele train: error: unroll must be"),
+        (["evaluate", "a", "--out", "x", "--device", "gpu"], 2, "python -m metatele evaluate: error: device must be"),
+        (["experiments", "fig99"], 2, "python -m metatele experiments: error: experiment must be one of fig4"),
+        (["experiments", "fig5", "--turbo"], 2, "python -m metatele experiments fig5: error: unrecognized arguments"),
+    ],
+)
+def test_the_command_answers_without_torch(arguments, code, words):
+    done = module("metatele", *arguments)
+    assert done.returncode == code, done.stderr
+    assert words in (done.stderr if code else done.stdout)
+    assert done.stderr.count("\n") == (1 if code else 0)
+    assert done.stdout.endswith("False\n")
+
+
+def test_messages_begin_with_what_was_called():
+    for name in ("train_meta.py", "eval_meta.py"):
+        assert script(name).stderr.startswith(f"{name}: error: ")
+        assert script(name, "--help").stdout.startswith(f"usage: {name} ")
+    assert "  python train_meta.py quick --out runs/quick\n" in script("train_meta.py", "--help").stdout
+    assert module("metatele.experiments").stdout.startswith("usage: python -m metatele.experiments NAME")
+    named = module("metatele.experiments", "fig6", "--turbo").stderr
+    assert named.startswith("python -m metatele.experiments fig6: error: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "PASSIVE None 0"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None None"),
+        ({"GOMP_SPINCOUNT": "7"}, "None 7 None"),
+        ({"KMP_BLOCKTIME": "9"}, "None None 9"),
+    ],
+)
+def test_threads_wait_passively_unless_the_environment_says_otherwise(given, found):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    bare = {name: value for name, value in os.environ.items() if name not in names}
+    code = f"""
+import os
+from metatele.command_line import run_program
+def main(arguments):
+    print(*(os.environ.get(name) for name in {names!r}))
+run_program(main, "program")
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**bare, **given}, check=True)
+    assert done.stdout == found + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "found"),
+    [
+        ("", {}, 1),
+        ("", {"OMP_NUM_THREADS": "2"}, 2),
+        ("--threads 2", {}, 2),
+        ("--hidden 4000", {"OMP_NUM_THREADS": "2"}, 2),
+    ],
+)
+def test_small_runs_take_one_thread_unless_told_otherwise(flags, given, found, tmp_path):
+    bare = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    code = f"""
+import torch
+from metatele.cli.train import main
+torch.set_num_threads(int({given.get("OMP_NUM_THREADS", "3")!r}))
+from metatele.errors import RunFolderError
+try:
+    main({["quick", "--resume", "--device", "cpu", "--out", str(tmp_path / "none"), *flags.split()]!r})
+except RunFolderError:  # there is nothing to resume: nothing was computed
+    print(torch.get_num_threads())
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**bare, **given}, check=True)
+    assert done.stdout == f"{found}\n"
+
+
 SMALL = "quick --widths 3,4,2 --samples 3 --hidden 4 --batch 2 --horizon 4 --unroll 2 --validation-steps 4"
-SMALL += " --validation-score-at 4 --validation-trajectories 4 --threads 1 --quiet"
+SMALL += " --validation-score-at 4 --validation-trajectories 4 --threads 1 --device cpu --quiet"
 
 
 def test_a_warning_is_one_line(tmp_path):
@@ -103,6 +208,11 @@ def test_mistakes_are_one_line(arguments, words, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_boolean_flag_may_stand_alone():
+    for flags, value in ((["--graph"], True), (["--graph", "yes"], True), (["--graph", "false"], False)):
+        assert train.parser().parse_args(["quick", "--out", "x", *flags]).graph is value
+
+
 def test_folders_that_cannot_be_used_are_one_line(tmp_path):
     (tmp_path / "f").write_text("x")
     one_line(script("train_meta.py", "quick", "--out", tmp_path / "f"), 1, "is a file")
@@ -120,11 +230,11 @@ def test_folders_that_cannot_be_used_are_one_line(tmp_path):
 def test_train_then_evaluate(tmp_path, capsys):
     small = "--hidden 8 --widths 4,5,3 --samples 4 --trajectories 16 --batch 4 --horizon 6 --unroll 2"
     checks = "--validation-steps 6 --validation-score-at 6 --log-every 4"
-    train.main(["quick", "--out", str(tmp_path / "run"), *small.split(), *checks.split()])
+    train.main(["quick", "--out", str(tmp_path / "run"), *small.split(), *checks.split(), "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "update 12/12" in printed
     assert f"best checkpoint in {tmp_path}/run/checkpoint" in printed
-    arguments = ["--trajectories", "3", "--steps", "4", "--out", str(tmp_path / "out")]
+    arguments = ["--trajectories", "3", "--steps", "4", "--device", "cpu", "--out", str(tmp_path / "out")]
     evaluate.main([str(tmp_path / "run"), str(tmp_path / "run"), *arguments])
     printed = capsys.readouterr().out
     assert f"figure: {tmp_path}/out/loss.png" in printed

@@ -6,23 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 from cases import METHODS, small_run
+from naive import NaiveLearner
 from torch import nn
 
 import metatele
 from metatele.config import TRANSFER, transfer
 from metatele.data import load_images
 from metatele.geometry import Curvature, Landscape, Sharpness
+from metatele.learned import MetaOptimizer
 from metatele.perceptron.activations import LeakyReLU
 from metatele.perceptron.losses import CrossEntropy
 from metatele.perceptron.mlp import MLP
 from metatele.tasks import Regression
 from metatele.training.baselines import baseline_curves
 from metatele.training.curves import learned_curves
+from metatele.training.equivariant import EquivariantTrainer
+from metatele.training.flat import FlatTrainer
 from metatele.training.population import Population
 from metatele.training.replicas import Arm, Replicas
 from metatele.training.run import train
-from metatele.training.trainer import MetaTrainer
-from metatele.training.transfer import TransferTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -42,8 +44,8 @@ def close(ours, theirs, rtol=1e-3, atol=1e-5):
 )
 def test_flat_meta_training(device, method, changes):
     ours, theirs = (
-        MetaTrainer(small_run(method=method, **changes), device),
-        MetaTrainer(small_run(method=method), "cpu"),
+        FlatTrainer(small_run(method=method, **changes), device),
+        FlatTrainer(small_run(method=method), "cpu"),
     )
     loose = "precision" in changes and (device == "cuda" or changes["precision"] == "bf16")
     for _ in range(4):
@@ -56,7 +58,7 @@ def test_windows_in_their_own_memory_are_those_of_ever(device):
     """Restarts, windows of two lengths and measured ones among them; to the bit on a CPU."""
     runs = []
     for graph in (False, True):
-        trainer = MetaTrainer(small_run(horizon=7, unroll=3, trajectories=40, graph=graph), device)
+        trainer = FlatTrainer(small_run(horizon=7, unroll=3, trajectories=40, graph=graph), device)
         for update in range(12):
             trainer.step(measure=update % 4 == 3)
         runs.append(trainer)
@@ -68,10 +70,10 @@ def test_windows_in_their_own_memory_are_those_of_ever(device):
 def test_a_run_resumes_on_another_device(device, tmp_path):
     whole = train(small_run(), tmp_path / "whole", quiet=True)
 
-    trainer = MetaTrainer(small_run(), "cpu")
+    trainer = FlatTrainer(small_run(), "cpu")
     for _ in range(3):
         trainer.step()
-    resumed = MetaTrainer(small_run(), device)
+    resumed = FlatTrainer(small_run(), device)
     resumed.load_state_dict(trainer.state_dict())
     while not resumed.finished:
         resumed.step()
@@ -79,9 +81,20 @@ def test_a_run_resumes_on_another_device(device, tmp_path):
         close(a, b, 1e-2, 1e-3)
 
 
+def test_the_naive_loop_stays_on_its_device(device):
+    """On ``meta`` too, where any tensor of another device would be refused."""
+    config = small_run(method="update-tele", parametrisation="first-order", gradient_cap=0.0)
+    for where in (device, "meta"):
+        learner = NaiveLearner(MetaOptimizer(config.method, config.task).to(where))
+        problem = Regression(config.task).sample(0, "train", [0]).to(where)
+        weights, losses = learner.run(problem.initial[0], problem.inputs[0], problem.targets[0], 2)
+        torch.stack(losses).sum().backward()
+        assert {t.device.type for t in (weights, *(p.grad for p in learner.parameters()))} == {where}
+
+
 def test_equivariant_meta_training(device):
     config = transfer(trajectories=16, batch=2, groups=2, horizon=8, shorter=(4,), unroll=4, widest=12, hidden=8)
-    ours, theirs = TransferTrainer(config, device), TransferTrainer(config, "cpu")
+    ours, theirs = EquivariantTrainer(config, device), EquivariantTrainer(config, "cpu")
     for _ in range(3):
         a, b = ours.step(), theirs.step()
         assert a["meta_loss"] == pytest.approx(b["meta_loss"], rel=1e-2, abs=1e-2)
@@ -91,7 +104,7 @@ def test_evaluation(device):
     config = small_run()
     task = Regression(config.task)
     problems = task.sample(1, "evaluation", range(6))
-    optimizer = MetaTrainer(config).optimizer
+    optimizer = FlatTrainer(config).optimizer
     losses, _ = learned_curves(copy.deepcopy(optimizer).to(device), problems.to(device), 5)
     close(losses, learned_curves(optimizer, problems, 5)[0])
     found = baseline_curves(task, problems.to(device), 4, seed=0, tuning_trajectories=4)

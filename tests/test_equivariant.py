@@ -12,17 +12,20 @@ import torch
 from torch import nn
 
 import metatele
-from metatele.config import EquivariantConfig, MixtureConfig
+from metatele.config import SENSES, EquivariantConfig, MixtureConfig
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
 from metatele.learned import ConstantOptimizer, EquivariantOptimizer, Observation
-from metatele.learned.equivariant.observation import joined, parted
-from metatele.learned.equivariant.optimizer import _Close
+from metatele.learned.equivariant.controller import SEEN, Close, Sight, seen_of
+from metatele.learned.equivariant.observation import Wants, joined, parted
+from metatele.learned.equivariant.rollout import Rollout
 from metatele.learned.equivariant.spectrum import Spectrum
+from metatele.learned.equivariant.states import Level
+from metatele.network.bias import with_ones
 from metatele.perceptron.activations import LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
 from metatele.perceptron.losses import CrossEntropy, Loss, MeanSquaredError, SquaredError, kind, level
-from metatele.perceptron.mlp import MLP, Pass, Weights
-from metatele.rollout import Rollout, losses_of
+from metatele.perceptron.mlp import MLP, Weights
 from metatele.tasks.fitting import Fitting, Mixture, usual_weights
+from metatele.unroll import losses_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:batches of 4 samples")
 MLPS = [
@@ -51,6 +54,23 @@ def problems(mlp, loss=None, samples=11, batch=3, batch_size=0, seed=0):
     return Fitting(mlp, X, Y.argmax(-2) if isinstance(loss, CrossEntropy) else Y, w, loss, batch_size)
 
 
+def named(value, name=""):
+    """Every tensor of nested records."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    else:
+        for number, part in enumerate(value):
+            yield from named(part, f"{name}.{number}")
+
+
+class InTurn(Fitting):
+    """Batches in the order of the data, in every epoch."""
+
+    def batch(self, step):
+        k = slice(begin := step * self.batch_size % self.inputs.shape[-1], begin + self.batch_size)
+        return self.inputs[..., k], self.targets[..., k]
+
+
 def steps(optimizer, fitting, count=6):
     current = Rollout.begin(fitting)
     for _ in range(count):
@@ -72,9 +92,8 @@ def permuted(mlp, flat, orders):
 @pytest.mark.parametrize("mlp", MLPS, ids=str)
 @pytest.mark.parametrize("batch_size", [0, 4])
 @pytest.mark.parametrize("opening", [False, True])
-def test_steps_commute_with_permutations_of_hidden_units(mlp, batch_size, opening, monkeypatch):
-    monkeypatch.setattr("metatele.learned.equivariant.optimizer._WARM", 2)  # it pauses at once
-    optimizer, fitting = trained(opening=opening, hold=3), problems(mlp, batch_size=batch_size)
+def test_steps_commute_with_permutations_of_hidden_units(mlp, batch_size, opening):
+    optimizer, fitting = trained(opening=opening, hold=3, warm=2), problems(mlp, batch_size=batch_size)
     random = torch.Generator().manual_seed(1)
     orders = [torch.randperm(k, generator=random) for k in mlp.hidden_widths]
     plain = steps(optimizer, fitting)
@@ -113,7 +132,7 @@ def test_steps_do_not_depend_on_the_units_of_the_loss(loss, factor, opening):
 
 @pytest.mark.parametrize("inputs", [1.0, 30.0])
 @pytest.mark.parametrize("hidden", [1.0, 0.1])
-def test_steps_commute_with_rescaling_but_for_a_floor(inputs, hidden, monkeypatch):
+def test_steps_commute_with_rescaling_but_for_a_floor(inputs, hidden):
     mlp = MLP((5, 7, 6, 3), LeakyReLU(0.1))
     fitting = problems(mlp)
 
@@ -123,8 +142,7 @@ def test_steps_commute_with_rescaling_but_for_a_floor(inputs, hidden, monkeypatc
         return mlp.flatten(Weights((W[0] * hidden / inputs, W[1] / hidden, W[2]), (None,) * 3))
 
     other = dataclasses.replace(fitting, inputs=inputs * fitting.inputs, initial=scaled(fitting.initial))
-    monkeypatch.setattr("metatele.learned.equivariant.optimizer._FLOOR", 0.0)
-    plain, moved = steps(trained(), fitting), steps(trained(), other)
+    plain, moved = steps(trained(floor=0.0), fitting), steps(trained(floor=0.0), other)
     expected = scaled(plain.weights)
     assert (moved.weights - expected).norm() < 1e-7 * (expected - other.initial).norm()
 
@@ -282,11 +300,8 @@ def test_a_sample_whose_label_is_certain_to_rounding_counts_as_no_loss():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("batch_size", [0, 11])
-def test_a_lost_trajectory_leaves_the_others_alone(bad, batch_size, monkeypatch):
-    if batch_size:  # the same batch, but the controller does not know
-        monkeypatch.setattr("metatele.learned.equivariant.optimizer._WARM", 1)
-        monkeypatch.setattr("metatele.learned.equivariant.optimizer._fingerprint", lambda data: torch.rand(4))
-    optimizer, fitting = trained(), problems(MLPS[1])
+def test_a_lost_trajectory_leaves_the_others_alone(bad, batch_size):
+    optimizer, fitting = trained(warm=1), problems(MLPS[1], samples=22 if batch_size else 11, batch_size=batch_size)
     head = optimizer.lstm.head_weight.requires_grad_()
     found = []
     for value in (fitting.inputs[1, 0, 0].clone(), bad):
@@ -324,7 +339,7 @@ def test_how_much_a_loss_may_grow(batch_size, most):
     now = level(seen.outputs, seen.error, first.states.kind)
     # As if the loss had been lower by these factors.
     grown = torch.tensor([0.9 * most, 1.1 * most, 0.5]).double().log()
-    before = dataclasses.replace(first.states, level=(now - grown)[:, None].expand(-1, 3))
+    before = first.states.but(level=Level(*(now - grown,) * 3))
     assert optimizer.step(seen, before).shortened.tolist() == [False, True, False]
 
 
@@ -332,25 +347,25 @@ def test_a_loss_that_creeps_up_is_noticed():
     optimizer, fitting = trained(growth=1e9), problems(MLPS[1])
     current = steps(optimizer, fitting, 3)
     lower = torch.tensor([0.0, 0.0, 3.0]).double()  # the lowest loss was e³ times smaller; the last step rose little
-    creeping = dataclasses.replace(current.states, level=current.states.level - lower)
+    creeping = current.states.but(level=Level(*(t - by for t, by in zip(current.states.level, lower, strict=True))))
     done = optimizer.step(Observation.of(current.done), creeping)
     assert done.shortened.all()
     for layer, change in enumerate(done.changes):
-        a, b = creeping.last[:, layer, :, None, None].unbind(1)
-        old = a * creeping.velocity[layer] + b * creeping.direction[layer]
+        a, b = (t[:, layer, None, None] for t in creeping.last)
+        old = a * creeping.motion.velocity[layer] + b * creeping.motion.direction[layer]
         torch.testing.assert_close(change, -0.9 * old)
     # The rise is accepted then.
-    assert (done.states.level[:, 2] > creeping.level[:, 2] + 0.5).all()
-    assert (done.states.level[:, 1] - done.states.level[:, 2] < math.log(10)).all()
+    assert (done.states.level.lowest > creeping.level.lowest + 0.5).all()
+    assert (done.states.level.kept - done.states.level.lowest < math.log(10)).all()
 
 
 def test_one_easy_batch_does_not_stop_all_later_steps():
     optimizer, fitting = trained(), problems(MLPS[1], samples=24, batch_size=4)
     current = steps(optimizer, fitting, 3)
-    states = dataclasses.replace(current.states, level=current.states.level - 20)
+    states = current.states.but(level=Level(*(t - 20 for t in current.states.level)))
     current = dataclasses.replace(current, states=states)
     after = current.advanced(optimizer)
-    assert (after.states.level[:, 1] > states.level[:, 1] + 5).all()
+    assert (after.states.level.kept > states.level.kept + 5).all()
     seen = Observation.of(after.done)
     assert not optimizer.step(seen, after.states).shortened.any()
 
@@ -392,25 +407,31 @@ def test_constant_settings_are_whitening_with_gradient_descent():
     after = begin.advanced(optimizer)
     moved = joined(mlp.unflatten(after.weights - begin.weights))
     seen = Observation.of(begin.done)
-    layers = seen.layers()
-    for layer, (gradient, h) in enumerate(zip(seen.gradients, layers.inputs, strict=True)):
-        S = h @ h.mT / h.shape[-1]
+    for gradient, use, h, step in zip(seen.gradients, seen.uses({0, 1, 2}), begin.done.hidden, moved, strict=True):
+        h, S = with_ones(h), use.inputs.tensor
+        torch.testing.assert_close(S, h @ h.mT / 11)
         s = S.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         D = gradient @ torch.linalg.inv(S + damping * s * torch.eye(S.shape[-1]))
-        change = (D @ h).square().mean((-2, -1)) / (layers.squares[:, layer] + 0.01)
-        torch.testing.assert_close(moved[layer], -rate * D / change.sqrt()[:, None, None], rtol=1e-6, atol=1e-10)
+        change = (D @ h).square().mean((-2, -1)) / (use.square + 0.01)
+        torch.testing.assert_close(step, -rate * D / change.sqrt()[:, None, None], rtol=1e-6, atol=1e-10)
 
 
 def test_what_the_controller_does_not_see_does_not_matter():
     optimizer, fitting = trained(blind=("slopes", "loss", "clock")), problems(MLPS[0])
     current = steps(optimizer, fitting, 3)
-    seen = Observation.of(current.done)
-    close = _Close.of(seen.gradients, current.states, seen.layers())
-    seen = optimizer._features(close, current.states, current.states.predicted, True)
-    blind = [0, 1, 3, 4, 10]
-    assert (seen[..., blind] == 0).all()
-    assert seen.shape == (3, 2, 16)
-    assert (seen[..., [5, 6, 7, 8]] != 0).all()
+    seen, states = Observation.of(current.done), current.states
+    close = Close.of(seen.gradients, states)
+    sight = Sight.of(states, close, seen.uses({0, 1}), seen.sizes(), states.predicted, same=True)
+    numbers = seen_of(sight, optimizer.tables, optimizer.config)
+    assert numbers.shape == (3, 2, len(SEEN))
+    hidden = [i for i, number in enumerate(SEEN) if number.sense in optimizer.config.blind]
+    assert hidden == [0, 1, 3, 4, 10]
+    assert (numbers[..., hidden] == 0).all()
+    assert (numbers[..., [5, 6, 7, 8]] != 0).all()
+
+
+def test_the_kinds_of_numbers_in_the_settings_are_those_of_the_controller_s_table():
+    assert tuple(dict.fromkeys(number.sense for number in SEEN)) == SENSES
 
 
 def test_bad_settings_are_one_sentence():
@@ -444,19 +465,19 @@ def test_on_mini_batches_the_controller_pauses():
         old, new = before.states, current.states
         looked.append(old.looks)
         if not old.looks:
-            for name in ("pace", "bent", "log_rate", "unit"):
-                assert torch.equal(getattr(old, name), getattr(new, name)), name
-            assert torch.equal(old.lstm.hidden[0], new.lstm.hidden[0])
+            before_look, after_look = dict(named(old.control)), dict(named(new.control))
+            assert before_look.keys() == after_look.keys()
+            assert all(torch.equal(t, after_look[name]) for name, t in before_look.items())
             # V <- βV - ηD and the change is aV + bD, with D of this batch and the turns in use.
             change = joined(mlp.unflatten(current.weights - before.weights))
             for layer, gradient in enumerate(Observation.of(before.done).gradients):
-                lam_h, lam_d, p_h, p_d = old.bent[:, layer].T
-                beta, less, a, b = old.pace[:, layer].T[..., None, None]
-                half = old.errors[layer].from_left(gradient, lam_d, p_d)
-                D, _ = old.inputs[layer].from_right(half, lam_h, p_h)
+                lam_h, lam_d, p_h, p_d = (t[:, layer] for t in old.control.bend)
+                beta, rate, a, b = (t[:, layer, None, None] for t in old.control.pace)
+                half = old.moments[layer].error_spectrum.from_left(gradient, lam_d, p_d)
+                D, _ = old.moments[layer].input_spectrum.from_right(half, lam_h, p_h)
                 size = D.square().sum((-2, -1))
-                D = D * (old.limit[:, layer] / size).sqrt().clamp(max=1)[:, None, None]
-                V = beta * old.velocity[layer] + less * D
+                D = D * (old.control.limit[:, layer] / size).sqrt().clamp(max=1)[:, None, None]
+                V = beta * old.motion.velocity[layer] - rate * D
                 torch.testing.assert_close(change[layer], a * V + b * D, rtol=1e-7, atol=1e-10)
     assert looked == [True, False, False, False] * 3
 
@@ -472,20 +493,22 @@ def test_a_pause_ends_where_the_loss_has_grown():
     moved = after.weights - current.weights
     change = fitting.mlp.flatten(parted(done.changes, fitting.mlp.biases))
     torch.testing.assert_close(change, -0.9 * moved, rtol=1e-6, atol=1e-12)
-    torch.testing.assert_close(done.states.pace[..., 1], 0.1 * after.states.pace[..., 1])
-    torch.testing.assert_close(done.states.log_rate, after.states.log_rate + math.log(0.1))
+    torch.testing.assert_close(done.states.control.pace.rate, 0.1 * after.states.control.pace.rate)
+    torch.testing.assert_close(done.states.control.log_rate, after.states.control.log_rate + math.log(0.1))
 
 
-def test_passes_are_made_once(monkeypatch):
-    made, plain = [], Pass.__init__
+class Counted(Fitting):
+    """Counts the passes made."""
 
-    def counted(self, *args, **kwargs):
-        made.append(1)
-        plain(self, *args, **kwargs)
+    def visit(self, flat, step):
+        self.__dict__["visits"] = self.__dict__.get("visits", 0) + 1
+        return super().visit(flat, step)
 
-    monkeypatch.setattr(Pass, "__init__", counted)
-    losses_of(trained(), problems(MLPS[0]), 5)
-    assert len(made) == 6
+
+def test_passes_are_made_once():
+    fitting = Counted(**vars(problems(MLPS[0])))
+    losses_of(trained(), fitting, 5)
+    assert fitting.visits == 6
 
 
 # --- as a torch optimizer
@@ -501,6 +524,22 @@ def network(widths, activation=nn.Tanh, bias=True, flatten=False, seed=0):
 
 def single(seed=0, opening=True):
     return trained(seed, opening).float()
+
+
+class Watched(EquivariantOptimizer):
+    """Remembers the states at which its controller looked."""
+
+    def control(self, sight):
+        self.__dict__.setdefault("seen", []).append(sight.states)
+        return super().control(sight)
+
+
+def watched(**settings):
+    """:func:`trained` in single precision, as :class:`Watched`."""
+    plain = trained(**settings).float()
+    optimizer = Watched(plain.config)
+    optimizer.load_state_dict(plain.state_dict())
+    return optimizer.requires_grad_(False)
 
 
 def flat(model):
@@ -536,17 +575,14 @@ def test_steps_of_a_model_are_those_of_the_functional_unroll(widths, bias, openi
 
 
 @pytest.mark.parametrize("loss", ["mse", "cross-entropy"])
-def test_pauses_of_a_model_are_those_of_the_functional_unroll(loss, monkeypatch):
-    monkeypatch.setattr("metatele.learned.equivariant.optimizer._WARM", 2)
-    widths, settings = (6, 5, 7, 3), {"opening": True, "hold": 3}
+def test_pauses_of_a_model_are_those_of_the_functional_unroll(loss):
+    widths, settings = (6, 5, 7, 3), {"opening": True, "hold": 3, "warm": 2}
     model, (x, y) = network(widths).double(), [t.double() for t in data(widths)]
     mlp, function, kind_of = MLP(widths, Tanh(), True), nn.functional.mse_loss, MeanSquaredError()
     if loss == "cross-entropy":
         y, function, kind_of = y.argmax(1), nn.functional.cross_entropy, CrossEntropy()
     targets = y.T if y.dim() == 2 else y
-    fitting = Fitting(mlp, x.T, targets, flat(model)[None], kind_of, batch_size=4)
-    in_turn = lambda self, step: (x[k := slice(step * 4 % 12, step * 4 % 12 + 4)].T, targets[..., k])  # noqa: E731
-    monkeypatch.setattr(Fitting, "batch", in_turn)
+    fitting = InTurn(mlp, x.T, targets, flat(model)[None], kind_of, batch_size=4)
     expected = steps(trained(**settings), fitting, 10).weights[0]
     optimizer = metatele.LearnedOptimizer(model, trained(**settings))
     for step in range(10):
@@ -599,31 +635,31 @@ def batches(x, y, step):
     return x[begin : begin + 4], y[begin : begin + 4]
 
 
-def test_a_state_loaded_between_a_pass_and_its_step_looks_one_step_later(monkeypatch):
-    monkeypatch.setattr("metatele.learned.equivariant.optimizer._WARM", 2)
+def test_a_state_loaded_between_a_pass_and_its_step_looks_one_step_later():
     widths = (4, 9, 3)
     (x, y), model = data(widths), network(widths)
-    optimizer = metatele.LearnedOptimizer(model, trained(opening=False, hold=4).float())
+    meta = watched(opening=False, hold=4, warm=2)
+    optimizer = metatele.LearnedOptimizer(model, meta)
     for step in range(6):
         run(model, optimizer, *batches(x, y, step), 1)
-    assert optimizer.family._last[2].looks
     saved = copy.deepcopy(optimizer.state_dict())
     run(model, optimizer, *batches(x, y, 6), 1)
-    assert not optimizer.family._last[2].looks
+    assert [states.age for states in meta.seen] == [0, 1, 2, 6]
     optimizer.zero_grad()
     nn.functional.mse_loss(model(x[:4]), y[:4]).backward()
     optimizer.load_state_dict(saved)
     optimizer.step()
-    assert optimizer.family._last[2].looks
+    assert len(meta.seen) == 4
+    run(model, optimizer, *batches(x, y, 7), 1)
+    assert [states.age for states in meta.seen[4:]] == [7]
     assert torch.isfinite(flat(model)).all()
 
 
 @pytest.mark.parametrize("saved_at", range(2, 9))
-def test_a_state_goes_on_to_the_same_bits_in_an_optimizer_that_went_elsewhere(saved_at, monkeypatch):
-    monkeypatch.setattr("metatele.learned.equivariant.optimizer._WARM", 2)
+def test_a_state_goes_on_to_the_same_bits_in_an_optimizer_that_went_elsewhere(saved_at):
     widths = (4, 9, 7, 3)
     (x, y), model = data(widths), network(widths)
-    optimizer = metatele.LearnedOptimizer(model, trained(hold=4).float())
+    optimizer = metatele.LearnedOptimizer(model, trained(hold=4, warm=2).float())
     for step in range(saved_at):
         run(model, optimizer, *batches(x, y, step), 1)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -654,50 +690,50 @@ def test_a_layer_that_was_frozen_at_first_is_trained_later():
     (x, y), model = data((4, 9, 3)), network((4, 9, 3))
     for p in model[0].parameters():
         p.requires_grad_(False)
-    optimizer = metatele.LearnedOptimizer(model, single(opening=False))
+    meta = watched(opening=False)
+    optimizer = metatele.LearnedOptimizer(model, meta)
     run(model, optimizer, x, y, 2)
     begin = model[0].weight.detach().clone()
     for p in model[0].parameters():
         p.requires_grad_(True)
     run(model, optimizer, x, y, 3)
     assert (model[0].weight - begin).norm() > 1e-3 * begin.norm()
-    assert float(optimizer.family._last[2].error_moments[0].diagonal(dim1=-2, dim2=-1).sum()) > 0.5
+    assert float(meta.seen[-1].moments[0].errors.trace) > 0.5
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_averages(at):
     (x, y), model = data((4, 9, 3)), network((4, 9, 3))
-    optimizer = metatele.LearnedOptimizer(model, single(opening=False))
+    meta = watched(opening=False)
+    optimizer = metatele.LearnedOptimizer(model, meta)
     for step in range(6):
         inputs, targets = batches(x, y, step)
         run(model, optimizer, inputs * (math.nan if step == at else 1), targets, 1)
-    states = optimizer.family._last[2]
-    assert all(torch.isfinite(M).all() for M in (*states.input_moments, *states.error_moments))
+    moments = [M.tensor for layer in meta.seen[-1].moments for M in (layer.inputs, layer.errors)]
+    assert all(torch.isfinite(M).all() for M in moments)
     assert torch.isfinite(flat(model)).all()
 
 
 def test_the_data_in_another_order_are_the_same_batch():
     (x, y), model = data((4, 9, 3), samples=300), network((4, 9, 3))
     x = (x - x.mean(0)) / x.std(0)  # sums cancel
-    optimizer = metatele.LearnedOptimizer(model, single(opening=False))
+    meta = watched(opening=False)
+    optimizer = metatele.LearnedOptimizer(model, meta)
     for step in range(20):
         order = torch.randperm(300, generator=torch.Generator().manual_seed(step))
         run(model, optimizer, x[order], y[order], 1)
-        assert optimizer.family._last[2].looks
-    for step in range(16):  # only when many batches have differed does it pause
-        assert optimizer.family._last[2].looks
+    for step in range(18):  # only when many batches have differed does it pause
         half = torch.randperm(300, generator=torch.Generator().manual_seed(step))[:150]
         run(model, optimizer, x[half], y[half], 1)
-    assert not optimizer.family._last[2].looks
+    assert [states.age for states in meta.seen] == list(range(36))
 
 
-def test_an_input_buffer_may_be_filled_again_before_the_step(monkeypatch):
-    monkeypatch.setattr("metatele.learned.equivariant.optimizer._WARM", 2)
+def test_an_input_buffer_may_be_filled_again_before_the_step():
     found = []
     for filled in (False, True):
         (x, y), model = data((4, 9, 3)), network((4, 9, 3))
-        optimizer, buffer = metatele.LearnedOptimizer(model, single(opening=False)), torch.empty(4, 4)
-        optimizer.meta.config = dataclasses.replace(optimizer.meta.config, hold=3)
+        optimizer = metatele.LearnedOptimizer(model, trained(hold=3, warm=2).float())
+        buffer = torch.empty(4, 4)
         for step in range(12):
             inputs, targets = batches(x, y, step)
             optimizer.zero_grad()
@@ -768,12 +804,15 @@ def test_state_takes_no_more_memory_than_stated(widths):
     optimizer = metatele.LearnedOptimizer(model, single())
     run(model, optimizer, x, y, 4, batch_size=20)
     found = sum(t.numel() * 4 for t in optimizer.state[model[0].weight].values())
-    stated = EquivariantOptimizer.state_bytes(MLP(widths, Tanh(), True))
+    stated = single().state_bytes(MLP(widths, Tanh(), True))
     assert 0.4 * stated < found < stated + 4000  # the rest does not grow with the widths' squares
 
 
-def test_a_large_state_is_said_before_it_is_made():
-    with pytest.warns(UserWarning, match=r"state will take 4\.5 GiB, for second moments of the layers' 20000"):
+def test_the_state_of_a_wide_layer_is_linear_in_its_width():
+    narrow, wide = (single().state_bytes(MLP((k, 2), ())) for k in (10000, 20000))
+    assert wide < 2.01 * narrow < 2**25
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         metatele.LearnedOptimizer(nn.Sequential(nn.Linear(20000, 2)), single())
 
 
@@ -812,3 +851,35 @@ def test_a_spectrum_that_single_precision_does_not_give_comes_from_double(monkey
     expected = Spectrum.of((A @ A.T).double())
     monkeypatch.setattr(torch.linalg, "eigh", unsteady)
     torch.testing.assert_close(Spectrum.of(A @ A.T).values, expected.values.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [0, 12])
+@pytest.mark.parametrize("pauses", [True, False])
+def test_a_step_reads_what_it_said_it_wants_and_nothing_else(batch_size, pauses):
+    optimizer, fitting = trained(hold=4), problems(MLPS[1], samples=24, batch_size=batch_size)
+    whole = current = Rollout.begin(fitting)
+    asked = []
+    for _ in range(40):
+        states = current.states
+        wants = Wants.everything(3) if states is None else states.wants(optimizer.config, pauses)
+        seen, read = Observation.of(current.done), []
+
+        def uses(wanted, seen=seen, read=read):
+            read.append(frozenset(wanted))
+            return seen.uses(wanted)
+
+        def fingerprint(seen=seen, read=read):
+            read.append("fingerprint")
+            return seen.fingerprint()
+
+        changes, states, _ = optimizer.step(seen._replace(uses=uses, fingerprint=fingerprint), states, pauses)
+        assert ("fingerprint" in read) == wants.fingerprint
+        assert [r for r in read if r != "fingerprint"] == ([wants.layers] if wants.squares else [])
+        asked.append(len(wants.layers))
+        weights = current.weights + fitting.mlp.flatten(parted(changes, fitting.mlp.biases))
+        loss, done = fitting.visit(weights, current.age + 1)
+        current = Rollout(fitting, weights, loss, done, states, current.age + 1)
+        whole = whole.advanced(optimizer, pauses=pauses)
+    assert torch.equal(current.weights, whole.weights)
+    assert asked[:2] == [3, 3]
+    assert sum(asked) < 3 * 40

@@ -1,18 +1,24 @@
 """Sharpness, curvature and the Hessian's spectrum against plain transcriptions, closed forms and finite differences."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import nn
 
-import metatele.geometry.curvature as curvature_module
-import metatele.geometry.sharpness as sharpness_module
-import metatele.geometry.spectrum as spectrum_module
 from metatele import TeleportOptimizer, teleport_
-from metatele.errors import ConfigError, NotExactError, ShapeMismatchError, SingularInputError
+from metatele.errors import (
+    ConfigError,
+    NotExactError,
+    ShapeMismatchError,
+    SingularInputError,
+    UnsupportedModelError,
+)
 from metatele.geometry import (
     Curvature,
+    EigenSolver,
+    GradientNorm,
     Landscape,
     Sharpness,
     count_above,
@@ -80,7 +86,7 @@ SHARPNESS = {
 @pytest.mark.parametrize("case", SHARPNESS)
 @pytest.mark.parametrize("loss", LOSSES, ids=name_of)
 @pytest.mark.parametrize("orthant", [False, True])
-def test_sharpness_is_the_mean_over_displaced_losses_and_its_gradient(case, loss, orthant, monkeypatch):
+def test_sharpness_is_the_mean_over_displaced_losses_and_its_gradient(case, loss, orthant):
     landscape, w = problem(loss=loss, **SHARPNESS[case])
     phi = Sharpness(displacements=(0.1, 0.7, 2.0), directions=7, orthant=orthant, seed=3)
     w.requires_grad_()
@@ -89,7 +95,7 @@ def test_sharpness_is_the_mean_over_displaced_losses_and_its_gradient(case, loss
     expected, point = expected.detach(), landscape.at(w)
     assert expected.shape == w.shape[:-1]
     for chunk in (8 << 20, 5000, 1):
-        monkeypatch.setattr(sharpness_module, "_CHUNK_BYTES", chunk)
+        phi = dataclasses.replace(phi, chunk_bytes=chunk)
         value, gradient = phi.value_and_gradient(point)
         torch.testing.assert_close(phi.value(point), expected, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
@@ -452,12 +458,12 @@ def test_gradient_of_curvature_is_that_of_finite_differences(activation, samples
         torch.testing.assert_close((gradient * v).sum(-1), measured, rtol=1e-5, atol=1e-6 * scale)
 
 
-def test_chunks_do_not_change_curvature(monkeypatch):
+def test_chunks_do_not_change_curvature():
     landscape, w = problem(Tanh(), batch=(2,))
     psi = Curvature(curves=7)
     expected = psi.value(landscape.at(w)), *psi.value_and_gradient(landscape.at(w))
     for chunk in (1, 12 * 2 * 4 * 6 * 8 * 3):  # one curve at a time, and three
-        monkeypatch.setattr(curvature_module, "_CHUNK_BYTES", chunk)
+        psi = dataclasses.replace(psi, chunk_bytes=chunk)
         found = psi.value(landscape.at(w)), *psi.value_and_gradient(landscape.at(w))
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
 
@@ -547,12 +553,11 @@ def test_an_optimizer_that_raises_sharpness_needs_the_loss():
 @pytest.mark.parametrize("activation", [*INVERTIBLE, Identity()], ids=str)
 @pytest.mark.parametrize("loss", LOSSES, ids=name_of)
 @pytest.mark.parametrize("biases", [False, True])
-def test_dense_hessian_is_that_of_autodiff(activation, loss, biases, monkeypatch):
+def test_dense_hessian_is_that_of_autodiff(activation, loss, biases):
     landscape, w = problem(activation, widths=(5, 4, 3, 3), biases=biases, loss=loss)
     expected = torch.autograd.functional.hessian(landscape.value, w)
     torch.testing.assert_close(hessian(landscape, w), expected, rtol=1e-10, atol=1e-11)
-    monkeypatch.setattr(spectrum_module, "_CHUNK_BYTES", 20_000)
-    torch.testing.assert_close(hessian(landscape, w), expected, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(hessian(landscape, w, chunk_bytes=20_000), expected, rtol=1e-10, atol=1e-11)
     values = largest_eigenvalues(landscape, w, w.shape[-1])
     known = torch.linalg.eigvalsh(expected).flip(0)
     torch.testing.assert_close(values, known, rtol=1e-10, atol=1e-12 * float(known.abs().max()))
@@ -574,69 +579,69 @@ def test_networks_of_a_batch_are_looked_at_one_by_one(data, loss):
         torch.testing.assert_close(H[index], torch.autograd.functional.hessian(alone.value, w[index]))
 
 
-def lanczos(monkeypatch):
-    monkeypatch.setattr(spectrum_module, "_DENSE", 0)
-    monkeypatch.setattr(spectrum_module, "_SHARE", 1)
+LANCZOS = EigenSolver(dense_size=0, dense_share=1)
 
 
 @pytest.mark.parametrize("loss", [SquaredError(), CrossEntropy()], ids=name_of)
 @pytest.mark.parametrize("samples", [4, 30])  # with 4 the first layer is looked at in the span of the samples
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_lanczos_finds_the_eigenvalues_of_the_dense_hessian(loss, samples, batch, monkeypatch):
+def test_lanczos_finds_the_eigenvalues_of_the_dense_hessian(loss, samples, batch):
     landscape, w = problem(Tanh(), (12, 6, 5, 4), samples, batch=batch, loss=loss)
     known = torch.linalg.eigvalsh(hessian(landscape, w)).flip(-1)
-    lanczos(monkeypatch)
     for tolerance in (1e-3, 1e-10):
-        found = largest_eigenvalues(landscape, w, 10, tolerance=tolerance)
+        found = largest_eigenvalues(landscape, w, 10, tolerance=tolerance, solver=LANCZOS)
         torch.testing.assert_close(found, known[..., :10], rtol=max(tolerance, 1e-9), atol=0)
-    assert torch.equal(largest_eigenvalues(landscape, w, 10), largest_eigenvalues(landscape, w, 10))
-    torch.testing.assert_close(largest_eigenvalues(landscape, w, 10, seed=1), known[..., :10], rtol=1e-6, atol=0)
+    assert torch.equal(
+        largest_eigenvalues(landscape, w, 10, solver=LANCZOS), largest_eigenvalues(landscape, w, 10, solver=LANCZOS)
+    )
+    torch.testing.assert_close(
+        largest_eigenvalues(landscape, w, 10, seed=1, solver=LANCZOS), known[..., :10], rtol=1e-6, atol=0
+    )
     middle = float(known[..., 25:27].mean())
-    assert torch.equal(count_above(landscape, w, middle), (known > middle).sum(-1))
-    torch.testing.assert_close(log_volume(landscape, w, 10), known[..., :10].log().sum(-1), rtol=1e-6, atol=1e-6)
+    assert torch.equal(count_above(landscape, w, middle, solver=LANCZOS), (known > middle).sum(-1))
+    torch.testing.assert_close(
+        log_volume(landscape, w, 10, solver=LANCZOS), known[..., :10].log().sum(-1), rtol=1e-6, atol=1e-6
+    )
     single = Landscape(
         landscape.mlp,
         landscape.inputs.float(),
         landscape.targets.float() if loss.name == "squared-error" else landscape.targets,
         loss,
     )
-    found = largest_eigenvalues(single, w.float(), 10)
+    found = largest_eigenvalues(single, w.float(), 10, solver=LANCZOS)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), known[..., :10], rtol=1e-5, atol=0)
 
 
-def test_lanczos_with_a_loss_given_as_a_function(monkeypatch):
+def test_lanczos_with_a_loss_given_as_a_function():
     landscape, w = problem(Tanh(), loss=MeanSquaredError())
     given = Landscape(landscape.mlp, landscape.inputs, landscape.targets.mT, Differentiable(nn.functional.mse_loss))
     torch.testing.assert_close(hessian(given, w), hessian(landscape, w), rtol=1e-11, atol=1e-13)
     known = largest_eigenvalues(landscape, w, 6)
-    lanczos(monkeypatch)
-    torch.testing.assert_close(largest_eigenvalues(given, w, 6), known, rtol=1e-6, atol=0)
+    torch.testing.assert_close(largest_eigenvalues(given, w, 6, solver=LANCZOS), known, rtol=1e-6, atol=0)
     with pytest.raises(ConfigError, match="one network at a time"):
         hessian(given, torch.stack([w, w]))
 
 
-@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("solver", [EigenSolver(), LANCZOS], ids=["dense", "lanczos"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_spectrum_of_a_linear_network_is_that_of_its_inputs(dense, dtype, monkeypatch):
+def test_spectrum_of_a_linear_network_is_that_of_its_inputs(solver, dtype):
     """``½‖y - wX‖²`` has the Hessian ``XXᵀ``, here with the eigenvalues 25, 16, 9, 4, 1 and zeros."""
     random = torch.Generator().manual_seed(4)
     Q = torch.linalg.qr(torch.randn(40, 40, generator=random, dtype=torch.float64))[0]
     sizes = torch.tensor([5.0, 4, 3, 2, 1, *[0] * 35], dtype=torch.float64)
     mlp = MLP((40, 1), ())
     known = [25.0, 16.0, 9.0, 4.0, 1.0]
-    if not dense:
-        lanczos(monkeypatch)
     for X in ((Q * sizes) @ Q, (Q * sizes)[:, :7]):  # 40 samples of rank 5, and 7
         scene = Landscape(mlp, X.to(dtype), torch.zeros(1, X.shape[-1], dtype=dtype), SquaredError())
         w = torch.randn(2, 40, generator=random).to(dtype)
-        for row in largest_eigenvalues(scene, w, 6).tolist():
+        for row in largest_eigenvalues(scene, w, 6, solver=solver).tolist():
             assert row == pytest.approx([*known, 0.0], rel=1e-5)
             assert row[5] == 0
         for epsilon, count in ((0.0, 5), (0.5, 5), (1.5, 4), (10.0, 2), (26.0, 0), (-1.0, 40)):
-            assert count_above(scene, w, epsilon).tolist() == [count, count]
-        assert log_volume(scene, w, 5).tolist() == pytest.approx([math.log(14400)] * 2, rel=1e-5)
-        assert log_volume(scene, w, 6).tolist() == [-math.inf] * 2
+            assert count_above(scene, w, epsilon, solver=solver).tolist() == [count, count]
+        assert log_volume(scene, w, 5, solver=solver).tolist() == pytest.approx([math.log(14400)] * 2, rel=1e-5)
+        assert log_volume(scene, w, 6, solver=solver).tolist() == [-math.inf] * 2
 
 
 def test_a_negative_eigenvalue_has_no_volume():
@@ -653,17 +658,15 @@ def test_a_negative_eigenvalue_has_no_volume():
     assert float(log_volume(scene, w, 2)) == -math.inf
 
 
-@pytest.mark.parametrize("dense", [True, False])
-def test_a_linear_loss_has_no_sharpness(dense, monkeypatch):
+@pytest.mark.parametrize("solver", [EigenSolver(), LANCZOS], ids=["dense", "lanczos"])
+def test_a_linear_loss_has_no_sharpness(solver):
     landscape, w = problem(widths=(5, 4), loss=FixedGradient())
-    if not dense:
-        lanczos(monkeypatch)
-    assert largest_eigenvalues(landscape, w, 3).tolist() == [0, 0, 0]
-    assert int(count_above(landscape, w, 0.0)) == 0
-    assert float(log_volume(landscape, w, 1)) == -math.inf
+    assert largest_eigenvalues(landscape, w, 3, solver=solver).tolist() == [0, 0, 0]
+    assert int(count_above(landscape, w, 0.0, solver=solver)) == 0
+    assert float(log_volume(landscape, w, 1, solver=solver)) == -math.inf
 
 
-def test_questions_that_cannot_be_answered_are_refused(monkeypatch):
+def test_questions_that_cannot_be_answered_are_refused():
     landscape, w = problem(batch=(2,))
     size = w.shape[-1]
     for bad in (0, size + 1, 1.5, -3):
@@ -692,17 +695,11 @@ def test_questions_that_cannot_be_answered_are_refused(monkeypatch):
             ask(endless, w)
 
 
-def test_lanczos_that_does_not_converge_says_so(monkeypatch):
-    import scipy.sparse.linalg as library
-
-    def stuck(*args, **kwargs):
-        raise library.ArpackNoConvergence("stuck", torch.ones(2).numpy(), None)
-
-    landscape, w = problem()
-    lanczos(monkeypatch)
-    monkeypatch.setattr(library, "eigsh", stuck)
-    with pytest.raises(ConfigError, match="tolerance 1e-06 was not reached: 2 of 3 eigenvalues were found"):
-        largest_eigenvalues(landscape, w, 3)
+def test_lanczos_that_does_not_converge_says_so():
+    once = dataclasses.replace(LANCZOS, restarts=1)
+    landscape, w = problem(Tanh(), (12, 6, 5, 4), 30)
+    with pytest.raises(ConfigError, match=r"tolerance 1e-12 was not reached: [0-9] of 10 eigenvalues were found"):
+        largest_eigenvalues(landscape, w, 10, tolerance=1e-12, solver=once)
 
 
 @pytest.mark.parametrize("activation", [LEAKY, Tanh()], ids=str)
@@ -756,3 +753,50 @@ def test_landscapes_refuse_what_does_not_fit():
         scene.at(torch.zeros(32, dtype=torch.float64))
     with pytest.raises(ShapeMismatchError, match=r"weights must be \[..., 32\]"):
         scene.at(torch.zeros(0, 32))
+
+
+# --- modules in place of shapes and weights
+
+
+def test_a_module_gives_a_landscape_its_shape_and_a_point_its_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Sequential(nn.Linear(4, 3, bias=False))).double()
+    x, y = torch.randn(7, 5).double(), torch.randn(7, 3).double()
+    landscape = Landscape(model, x.T, y.T, MeanSquaredError())
+    assert landscape.mlp == MLP((5, 4, 3), Tanh(), (True, False))
+    loss = nn.functional.mse_loss(model(x), y)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    point = landscape.at(model)
+    torch.testing.assert_close(point.value, loss.detach())
+    torch.testing.assert_close(point.gradient, gradient)
+    torch.testing.assert_close(largest_eigenvalues(landscape, model, 2), largest_eigenvalues(landscape, point.flat, 2))
+    assert torch.equal(hessian(landscape, model), hessian(landscape, point.flat))
+    assert bool(GradientNorm().value(point).isclose(gradient.square().sum()))
+
+
+def test_what_is_no_landscape_no_weights_and_no_point_is_named():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    x, y = torch.randn(7, 5), torch.randn(7, 3)
+    with pytest.raises(ShapeMismatchError, match=r"one column per sample, got \[7, 5\], which is one row per sample"):
+        Landscape(model, x, y, MeanSquaredError())
+    with pytest.raises(ConfigError, match=r"mlp must be an MLP or an nn\.Sequential, got str"):
+        Landscape("model", x.T, y.T, MeanSquaredError())
+    with pytest.raises(UnsupportedModelError, match=r"layer '1' \(Dropout\) is not supported"):
+        Landscape(nn.Sequential(nn.Linear(5, 3), nn.Dropout()), x.T, y.T, MeanSquaredError())
+    with pytest.raises(ConfigError, match=r"\(a function goes into Differentiable\), got MSELoss"):
+        Landscape(model, x.T, y.T, nn.MSELoss())
+    landscape = Landscape(model, x.T, y.T, MeanSquaredError())
+    with pytest.raises(ShapeMismatchError, match="the module must be a 5-4-3 tanh with bias, got a 5-3 linear"):
+        landscape.at(nn.Sequential(nn.Linear(5, 3)))
+    for ask in (hessian, lambda *a: largest_eigenvalues(*a, 1), lambda *a: count_above(*a, 0.0)):
+        with pytest.raises(ConfigError, match=r"landscape must be a Landscape, such as .*, got Sequential"):
+            ask(model, x)
+    M = [torch.ones(1, 4, 4)]
+    with pytest.raises(ConfigError, match=r"landscape must be a Landscape, such as .*, got Sequential"):
+        curvatures(model, landscape.at(model).weights, M)
+    with pytest.raises(ConfigError, match=r"weights must be Weights, such as .*, got Sequential"):
+        curvatures(landscape, model, M)
+    for objective in (GradientNorm(), Sharpness(), Curvature()):
+        for ask in (objective.value, objective.value_and_gradient):
+            with pytest.raises(ConfigError, match=r"point must be a Point, such as .*, got Sequential"):
+                ask(model)

@@ -2,21 +2,27 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import metatele
-from metatele.config import transfer
 from metatele.errors import ConfigError, RunFolderError
 from metatele.experiments import transfer as experiment
+from metatele.experiments.transfer.methods import recorded, summary
+from metatele.experiments.transfer.report import SHOWN, details, table
+from metatele.experiments.transfer.results import FLAT, OURS, PATIENT, WHITENING, from_json, to_json
+from metatele.experiments.transfer.selection import kept
+from metatele.experiments.transfer.study import ABLATIONS, Study
 from metatele.perceptron.losses import CrossEntropy, SquaredError
 from metatele.perceptron.mlp import MLP
 from metatele.tasks.fitting import Fitting
 from metatele.tasks.held_out import CLASSIFICATIONS, REGRESSIONS
-from metatele.training import baselines
 from metatele.training.baselines import EVERYWHERE, Baseline, Muon, run_candidates
+from metatele.training.report import markdown
 
+ROOT = Path(__file__).resolve().parent.parent
 FEW = tuple(
     Baseline(b.name, b.optimizer, b.grid[len(b.grid) // 2 :: len(b.grid)][:1] or b.grid[:1], b.batched)
     for b in EVERYWHERE
@@ -94,85 +100,119 @@ def test_candidates_on_mini_batches_do_not_know_of_each_other(batch_size):
 
 def test_what_is_stored_of_losses():
     losses = torch.tensor([[1.0, 2.0, 3.0], [4.0, 1.0, math.nan]])
-    found = experiment.summary(losses)
-    assert found["steps"] == [0, 1]
-    assert found["mean"] == [2.0, None]
-    assert found["median"] == [2.0, 4.0]
-    assert found["highest_over_first"] is None
-    assert found["diverged"] == 1
-    assert experiment.recorded(1000)[-3:] == [900, 950, 1000]
-    assert set(experiment._SHOWN) <= set(experiment.recorded(1000))
+    found = summary("SGD", {"lr": 0.1}, losses)
+    assert found.steps == [0, 1]
+    assert found.mean == [2.0, None]
+    assert found.median == [2.0, 4.0]
+    assert found.highest_over_first is None
+    assert found.diverged == 1
+    assert (found.at(0), found.at(1), found.reached(2.0), found.reached(1.0)) == (2.0, math.inf, 0, None)
+    assert math.isnan(found.at(7))
+    assert recorded(1000)[-3:] == [900, 950, 1000]
+    assert set(SHOWN) <= set(recorded(1000))
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """The experiment with few problems, steps and candidates, and a short meta-training."""
-    settings = {"_FULL": 3, "_NETWORKS": 2, "_TUNING": 2, "_FEW": 2, "_STEPS": 12, "_LONG": 12, "_TARGET": 10}
-    for name, value in settings.items():
-        monkeypatch.setattr(experiment, name, value)
-    monkeypatch.setattr(baselines, "EVERYWHERE", FEW)
-    monkeypatch.setattr(experiment, "whitening_candidates", lambda: [{"rate": 0.1, "damping": 0.01}] * 2)
-    monkeypatch.setattr(experiment, "ABLATIONS", dict(list(experiment.ABLATIONS.items())[:2]))
+# Few problems, steps and candidates, and a short meta-training.
+SMALL = Study(
+    problems=3,
+    networks=2,
+    tuning=2,
+    alone=2,
+    alone_steps=12,
+    steps=12,
+    target=10,
+    baselines=FEW,
+    whitening=({"rate": 0.1, "damping": 0.01},) * 2,
+    training={
+        "batch": 2,
+        "groups": 2,
+        "horizon": 4,
+        "shorter": (),
+        "unroll": 2,
+        "widest": 9,
+        "hidden": 8,
+        "trajectories": 4,
+        "validation_trajectories": 4,
+        "validation_steps": 4,
+        "validation_score_at": (4,),
+    },
+    ablations=dict(list(ABLATIONS.items())[:2]),
+    ablation_trajectories=4,
+    selection={"seed": 1000, "validation_trajectories": 4},
+    selection_hidden=((20,),),
+    selection_steps=40,
+)
+NAMES = ["SGD", "Momentum", "Adam", PATIENT, "AdamW", "Muon", "L-BFGS", WHITENING, FLAT, OURS, OURS]
 
-    def short(**changes):
-        known = {"batch": 2, "groups": 2, "horizon": 4, "shorter": (), "unroll": 2, "widest": 9, "hidden": 8}
-        more = {"validation_steps": 4, "validation_score_at": (4,)}
-        return transfer(**{**known, **more, **changes, "trajectories": 4, "validation_trajectories": 4})
 
-    monkeypatch.setattr("metatele.config.transfer", short)
-
-
-def test_the_experiment_runs_redraws_and_shows_every_method(small, tmp_path, monkeypatch):
+def test_the_experiment_runs_goes_on_redraws_and_shows_every_method(tmp_path):
     flags = ["--seeds", "2", "--tasks", "paper", "digits", "--ablations"]
     flags += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--publish", str(tmp_path / "best")]
-    experiment.main(flags)
-    out = tmp_path / "out"
-    doc = json.loads((out / "results.json").read_text())
-    paper, digits = doc["tasks"]
-    names = [m["name"] for m in paper["methods"]]
-    assert (
-        names
-        == [
-            "SGD",
-            "Momentum",
-            "Adam",
-            experiment.PATIENT,
-            "AdamW",
-            "Muon",
-            "L-BFGS",
-            experiment.WHITENING,
-            experiment.FLAT,
-        ]
-        + [experiment.OURS] * 2
-    )
-    assert "L-BFGS" not in [m["name"] for m in digits["methods"]]
-    assert len(digits["methods"][0]["train_loss"]) == CLASSIFICATIONS["digits"].epochs + 1
-    assert all(paper["milliseconds"][name] > 0 for name in names)
-    assert [a["name"] for a in doc["ablations"]] == list(experiment.ABLATIONS)
-    assert all(len(a["ratios"]) == 2 and a["ratios"][0] != a["ratios"][1] for a in doc["ablations"])
-    scores = doc["selection_scores"]
+    experiment.main(flags, SMALL)
+    out, runs = tmp_path / "out", tmp_path / "runs"
+    document = json.loads((out / "results.json").read_text())
+    results = from_json(document)
+    assert json.loads(json.dumps(to_json(results))).items() <= document.items()
+    paper, digits = results.tasks
+    assert [m.name for m in paper.methods] == NAMES
+    assert [m.meta_seed for m in paper.methods[-2:]] == [0, 1]
+    assert "L-BFGS" not in [m.name for m in digits.methods]
+    assert len(digits.methods[0].train_loss) == CLASSIFICATIONS["digits"].epochs + 1
+    assert all(paper.milliseconds[name] > 0 for name in NAMES)
+    assert [a.name for a in results.ablations] == list(SMALL.ablations)
+    assert all(len(a.ratios) == 2 and a.ratios[0] != a.ratios[1] for a in results.ablations)
+    scores = results.selection_scores
     published, best = metatele.load(tmp_path / "best" / "transfer"), scores.index(min(scores))
     assert published.training["seed"] == best
     assert published.scores["selection_score"] == scores[best] != scores[1 - best]
-    chosen = metatele.load(tmp_path / "runs" / f"seed-{best}").optimizer.state_dict()
+    chosen = metatele.load(runs / f"seed-{best}").optimizer.state_dict()
     assert all(torch.equal(t, chosen[name]) for name, t in published.optimizer.state_dict().items())
-    table, details = (out / "table.md").read_text(), (out / "details.md").read_text()
-    assert table.count("\n") == 4
-    assert "no teleport at the beginning" in details
-    for name in names:
-        assert name in details
-    runs, stored = tmp_path / "runs", paper
-    assert experiment._kept(runs / "standard-paper.json", ["another key"], lambda: 5) == 5
-    assert experiment._kept(runs / "standard-paper.json", ["another key"], None) == 5
+    rows, more = (out / "table.md").read_text(), (out / "details.md").read_text()
+    assert rows.count("\n") == 4
+    assert "of 10 |" in rows or "not reached" in rows
+    assert "no teleport at the beginning" in more
+    for name in NAMES:
+        assert name in more
+
+    written = {p: p.stat().st_mtime_ns for p in runs.rglob("*.json")}
     (runs / "standard-paper.json").unlink()
-    for name in ("regression", "milliseconds", "ablation"):  # an interrupted run does not measure again
-        monkeypatch.setattr(experiment, name, lambda *_: pytest.fail("measured again"))
-    experiment.main(flags)
-    assert json.loads((out / "results.json").read_text())["tasks"][0] == stored
+    experiment.main(flags, SMALL)  # measures what is missing, and nothing else again
+    again = {p: p.stat().st_mtime_ns for p in runs.rglob("*.json")}
+    assert {p.name for p in again if again[p] != written[p]} == {"standard-paper.json"}
+    assert json.loads((out / "results.json").read_text())["tasks"] == document["tasks"]
+
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     experiment.main(["--redraw", "--out", str(out)])
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert (out / "time.png").read_bytes()[:4] == (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_is_kept_is_measured_once_under_the_same_circumstances(tmp_path):
+    made = []
+
+    def make():
+        made.append(len(made))
+        return {"value": made[-1]}
+
+    for key, value in ((["a"], 0), (["a"], 0), (["b"], 1), (["b"], 1)):
+        assert kept(tmp_path / "k.json", key, make) == {"value": value}
+    (tmp_path / "k.json").write_text("cut sho")
+    assert kept(tmp_path / "k.json", ["b"], make) == {"value": 2}
+
+
+def test_the_published_tables_are_made_of_the_stored_results_to_the_byte():
+    stored = ROOT / "results" / "transfer"
+    results = from_json(json.loads((stored / "results.json").read_text()))
+    assert markdown(table(results)) == (stored / "table.md").read_text()
+    assert details(results) == (stored / "details.md").read_text()
+
+
+def test_stored_results_of_another_version_are_one_sentence(tmp_path):
+    document = json.loads((ROOT / "results" / "transfer" / "results.json").read_text())
+    for change in ({"tasks": [{**document["tasks"][0], "kind": "ranking"}]}, {"tasks": [{"kind": "regression"}]}):
+        (tmp_path / "results.json").write_text(json.dumps({**document, **change}))
+        with pytest.raises(RunFolderError, match=r"results\.json does not hold results of this version"):
+            experiment.main(["--redraw", "--out", str(tmp_path)])
 
 
 def test_bad_requests_are_one_sentence(tmp_path):

@@ -34,7 +34,7 @@ def participation(mlp, flat, x, layer=1):
 def test_the_exact_action_keeps_the_outputs_and_evens_out_the_hidden_units(widths, bias):
     mlp = MLP(widths, LeakyReLU(0.1), bias)
     w, x = uniform(mlp, 8)
-    opened = Opening(0.3)(mlp, w, x)
+    opened = Opening(EquivariantConfig())(mlp, w, x)
     assert opened.moved.all()
     before, after = (mlp.forward(mlp.unflatten(f), x) for f in (w, opened.weights))
     torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
@@ -51,7 +51,7 @@ def test_inputs_that_are_nearly_dependent_do_not_ask_for_huge_weights(bias, apar
     mlp = MLP((12, 12, 4), LeakyReLU(0.1), bias)
     w, x = uniform(mlp, 8)
     x[..., 1] = x[..., 0] + apart * (x[..., 1] - x[..., 0])
-    opened = Opening(0.3)(mlp, w, x)
+    opened = Opening(EquivariantConfig())(mlp, w, x)
     assert opened.moved.all()
     assert opened.weights.norm() < 30 * w.norm()  # the exact action's: in proportion to 1 / apart
     before, after = (mlp.forward(mlp.unflatten(f), x) for f in (w, opened.weights))
@@ -63,7 +63,7 @@ def test_nearly_dependent_inputs_of_one_network_leave_the_others_exact():
     mlp = MLP((12, 12, 4), LeakyReLU(0.1))
     w, x = uniform(mlp, 8)
     x[2, :, 1] = x[2, :, 0] + 1e-4 * (x[2, :, 1] - x[2, :, 0])
-    opened = Opening(0.3)(mlp, w, x)
+    opened = Opening(EquivariantConfig())(mlp, w, x)
     assert opened.moved.all()
     before, after = (mlp.forward(mlp.unflatten(f), x) for f in (w, opened.weights))
     others = [0, 1, 3]
@@ -75,7 +75,7 @@ def test_the_approximate_action_keeps_the_outputs_where_samples_do_not_outnumber
     mlp, random = MLP((6, 30, 4), activation, True), torch.Generator().manual_seed(1)
     w = usual_weights(mlp, 4, random).double()
     x = torch.randn(4, 6, 10, generator=random, dtype=torch.float64)
-    opened = Opening(0.3)(mlp, w, x)
+    opened = Opening(EquivariantConfig())(mlp, w, x)
     assert opened.moved.all()
     before, after = (mlp.forward(mlp.unflatten(f), x) for f in (w, opened.weights))
     assert (after - before).norm() < 1e-2 * before.norm()
@@ -85,7 +85,7 @@ def test_the_approximate_action_keeps_the_outputs_where_samples_do_not_outnumber
 def test_a_teleport_that_drifts_too_far_is_refused():
     mlp = MLP((6, 5, 4), Tanh())
     w, x = uniform(mlp, 40)
-    free, bound = Opening(math.inf)(mlp, w, x), Opening(1e-6)(mlp, w, x)
+    free, bound = (Opening(EquivariantConfig(drift=drift))(mlp, w, x) for drift in (1e9, 1e-6))
     assert free.moved.all()
     assert not bound.moved.any()
     assert torch.equal(bound.weights, w)
@@ -95,9 +95,9 @@ def test_a_teleport_that_drifts_too_far_is_refused():
 def test_a_network_that_is_not_finite_stays_and_leaves_the_others_alone(bad):
     mlp = MLP((12, 9, 4), LeakyReLU(0.1))
     w, x = uniform(mlp, 8)
-    expected = Opening(0.3)(mlp, w, x)
+    expected = Opening(EquivariantConfig())(mlp, w, x)
     w[1, 3] = bad
-    found = Opening(0.3)(mlp, w, x)
+    found = Opening(EquivariantConfig())(mlp, w, x)
     assert not found.moved[1]
     torch.testing.assert_close(found.weights[[0, 2, 3]], expected.weights[[0, 2, 3]])
 

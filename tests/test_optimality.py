@@ -9,6 +9,7 @@ import torch
 from metatele.errors import ConfigError, ShapeMismatchError
 from metatele.experiments import theory
 from metatele.experiments.__main__ import main
+from metatele.experiments.theory import measurements
 from metatele.geometry.fields import LocalLoss, derivative
 from metatele.geometry.optimality import (
     commutator,
@@ -155,7 +156,7 @@ def test_one_teleport_is_enough_on_quadratics_and_on_monotone_functions_of_them(
 def test_checker_on_the_functions_of_the_plane(name, enough):
     f = function(name)
     w = torch.tensor(f.start).double()
-    report = one_teleport_is_enough(f.value, w, [theory.rotation(f)])
+    report = one_teleport_is_enough(f.value, w, [measurements.rotation(f)])
     assert report.enough is enough
     assert bool(report.optimal)
     assert bool(report.stays_optimal) is enough
@@ -165,7 +166,7 @@ def test_checker_on_the_functions_of_the_plane(name, enough):
 
 def test_numbers_of_the_report_have_no_scale():
     f = function("rosenbrock")
-    w, field = torch.tensor([1.3, 0.4]).double(), theory.rotation(f)
+    w, field = torch.tensor([1.3, 0.4]).double(), measurements.rotation(f)
     one = one_teleport_is_enough(f.value, w, [field])
     other = one_teleport_is_enough(lambda u: 1e6 * f.value(1e3 * u), w / 1e3, [lambda u: 7e-3 * field(1e3 * u)])
     for key in ("commutator", "derivatives", "third_order"):
@@ -187,7 +188,7 @@ def test_first_order_condition_is_met_where_the_flow_does_not_stay_optimal():
     report = one_teleport_is_enough(loss, start, fields)
     assert not report.enough
     assert bool(report.optimal.all())
-    end = theory.flow(loss, start[0])[-1:]
+    end = measurements.flow(loss, start[0])[-1:]
     torch.testing.assert_close(end[:, 1], end[:, 0] ** 4 - 1, rtol=1e-10, atol=0)
     assert abs(float(one_teleport_is_enough(loss, end, fields, move=False).commutator)) > 0.1
 
@@ -204,7 +205,7 @@ def test_points_are_judged_as_they_are_if_not_moved():
 
 def test_a_field_that_is_no_symmetry_is_named():
     ellipse, turn = function("ellipse").value, torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double()
-    own = theory.rotation(function("ellipse"))
+    own = measurements.rotation(function("ellipse"))
     with pytest.raises(ConfigError, match=r"fields\[1\] must keep the loss, but at point 0 its relative slope is"):
         one_teleport_is_enough(ellipse, draw(2), [own, turn])
     # On an axis the rotation of w is tangent to the level set, yet no symmetry.
@@ -317,7 +318,7 @@ def test_teleport_of_a_quadratic_is_the_ascent_along_its_rotations():
 def test_sgd_with_teleports_has_the_mean_that_its_recursion_says_and_stays_below_the_bound():
     problem = Shifted(torch.diag(torch.tensor([0.1, 0.4, 1.0]).double()), torch.zeros(3).double(), 0.5)
     start, T = torch.tensor([2.0, 1.0, 0.5]).double(), 30
-    runs = theory.descend(problem, start, T, 4000, teleport=True)
+    runs = measurements.descend(problem, start, T, 4000, teleport=True)
     gap = float(problem.excess(start))
     expected = 2 * torch.tensor(problem.expected_excess(gap, 1 / (T - 1) ** 0.5, T), dtype=torch.float64)
     error = runs["orbit"].std(1) / 4000**0.5
@@ -346,12 +347,10 @@ def test_linear_term_of_proposition_3_2_needs_twice_what_is_printed():
     assert left <= (1 - 0.5) * 1 * 5
 
 
-def test_experiment_leaves_results_a_table_and_a_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr(theory, "_ELLIPSES", ((2, 1.5), (3, 10.0)))
-    monkeypatch.setattr(theory, "_LEVELS", (1e-3, 1e-4))
-    monkeypatch.setattr(theory, "_STARTS", 1)
-    monkeypatch.setattr(theory, "_FLOW_POINTS", 8)
-    main(["theory", "--seeds", "40", "--steps", "30", "--out", str(tmp_path)])
+def test_experiment_leaves_results_a_table_and_a_figure(tmp_path):
+    extent = theory.Extent(ellipsoids=((2, 1.5), (3, 10.0)), levels=(1e-3, 1e-4), starts=1, flow_points=8)
+    (tmp_path / "results.json").write_text(json.dumps(theory.run(40, 30, extent)))
+    main(["theory", "--redraw", "--out", str(tmp_path)])
     doc = json.loads((tmp_path / "results.json").read_text())
     parts = {part: [arm for arm in doc["arms"] if arm["part"] == part] for part in ("theorem", "newton", "flow")}
     assert all(arm["teleport"]["mean"] < arm["bound"] for arm in parts["theorem"])

@@ -16,8 +16,8 @@ from cases import METHODS, small_run
 import metatele
 from metatele.config import preset
 from metatele.errors import CheckpointError, ConfigError, DivergedError, NotExactError, RunFolderError, SaveError
+from metatele.training.flat import FlatTrainer
 from metatele.training.run import METRICS_NAME, PREVIOUS_NAME, STATE_NAME, begun, read_state, train
-from metatele.training.trainer import MetaTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,7 +37,7 @@ def same(a, b):
 @pytest.mark.parametrize("horizon", [6, 7])
 def test_every_trajectory_runs_its_whole_horizon(staggered, horizon):
     config = small_run(horizon=horizon, unroll=3, staggered=staggered, batch=4, trajectories=40)
-    trainer, ages, lives = MetaTrainer(config), [0] * 4, [[] for _ in range(4)]
+    trainer, ages, lives = FlatTrainer(config), [0] * 4, [[] for _ in range(4)]
     while not trainer.finished:
         steps = config.training.windows[trainer.update % len(config.training.windows)]
         before = trainer.trajectories.problems.inputs.clone()
@@ -56,7 +56,7 @@ def test_every_trajectory_runs_its_whole_horizon(staggered, horizon):
 
 
 def test_horizons_of_a_batch_may_differ():
-    trainer = MetaTrainer(small_run(horizon=6, shorter=(2, 4), unroll=2, batch=6, trajectories=60, staggered=False))
+    trainer = FlatTrainer(small_run(horizon=6, shorter=(2, 4), unroll=2, batch=6, trajectories=60, staggered=False))
     restarts = [0] * 6
     for _ in range(12):
         before = trainer.trajectories.problems.inputs.clone()
@@ -72,7 +72,7 @@ def test_horizons_of_a_batch_may_differ():
 @pytest.mark.parametrize("method", METHODS)
 def test_training_lowers_the_held_out_loss(method):
     config = small_run(method=method, trajectories=400, batch=8, hidden=16, local_lr=1e-2, teleport_lr=1e-3)
-    trainer = MetaTrainer(config)
+    trainer = FlatTrainer(config)
     before, _ = trainer.validate()
     while not trainer.finished:
         trainer.step()
@@ -82,7 +82,7 @@ def test_training_lowers_the_held_out_loss(method):
 
 
 def test_streams_never_meet():
-    trainer = MetaTrainer(small_run())
+    trainer = FlatTrainer(small_run())
     draws = {
         stream: trainer.task.sample(0, stream, range(200)).inputs
         for stream in ("train", "validation", "evaluation", "tuning")
@@ -93,7 +93,7 @@ def test_streams_never_meet():
 
 @pytest.mark.parametrize("poison", ["weights", "gradient"])
 def test_a_trajectory_that_is_not_finite_skips_the_update_and_is_replaced(poison):
-    trainer = MetaTrainer(small_run(staggered=False))
+    trainer = FlatTrainer(small_run(staggered=False))
     getattr(trainer.trajectories, poison)[1, 0] = float("nan")
     parameters = [p.clone() for p in trainer.optimizer.parameters()]
     kept = trainer.trajectories.problems.inputs.clone()
@@ -109,7 +109,7 @@ def test_a_trajectory_that_is_not_finite_skips_the_update_and_is_replaced(poison
 
 def test_an_exploding_trajectory_is_replaced_and_the_update_is_made_without_it():
     config = small_run(staggered=False, lost_loss=1e4)
-    trainer = MetaTrainer(config)
+    trainer = FlatTrainer(config)
     trainer.trajectories.weights[1] *= 1e3
     kept = trainer.trajectories.problems.inputs.clone()
     metrics = trainer.step()
@@ -124,7 +124,7 @@ def test_too_many_skips_in_a_row_stop_the_run_and_leave_the_checkpoint(tmp_path)
     config = small_run(max_skipped=3)
     train(config, tmp_path / "run", quiet=True)
     good = metatele.load(tmp_path / "run")
-    trainer = MetaTrainer(config)
+    trainer = FlatTrainer(config)
     with torch.no_grad():
         trainer.optimizer.local.lstm.head_bias.fill_(float("nan"))
     for _ in range(2):
@@ -139,10 +139,10 @@ def test_too_many_skips_in_a_row_stop_the_run_and_leave_the_checkpoint(tmp_path)
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path, method, average):
     config = small_run(method=method, average=average)
     whole = train(config, tmp_path / "whole", quiet=True)
-    trainer = MetaTrainer(config)
+    trainer = FlatTrainer(config)
     for _ in range(5):
         trainer.step()
-    other = MetaTrainer(config)
+    other = FlatTrainer(config)
     torch.save(trainer.state_dict(), tmp_path / "state.pt")
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     while not other.finished:
@@ -156,6 +156,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, method, average):
 def run_script(out, *flags, **options):
     command = [
         *(sys.executable, str(ROOT / "train_meta.py"), "quick", "--out", str(out), "--threads", "1"),
+        *("--device", "cpu"),  # whose bits are the same again
         *("--hidden", "64", "--batch", "4", "--horizon", "6", "--unroll", "2", "--trajectories", "400"),
         *("--widths", "4,5,3", "--samples", "4", "--validation-trajectories", "4", "--validation-steps", "6"),
         *("--validation-score-at", "6", "--validation-every", "7", "--save-every", "5", "--log-every", "10"),
@@ -219,7 +220,7 @@ def test_every_flipped_bit_of_a_state_is_noticed(tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"action": "rescaling"}, {"action": "approximate"}, {"activation": "tanh"}])
 @pytest.mark.parametrize("poison", ["weights", "gradient"])
 def test_a_lost_network_never_stops_the_others(settings, poison):
-    trainer = MetaTrainer(small_run(widths=(5, 5, 5, 3), samples=4, low=-0.2, high=0.2, staggered=False, **settings))
+    trainer = FlatTrainer(small_run(widths=(5, 5, 5, 3), samples=4, low=-0.2, high=0.2, staggered=False, **settings))
     getattr(trainer.trajectories, poison)[1, 0] = float("nan")
     assert trainer.step()["lost_trajectories"] == 1
     while not trainer.finished:
@@ -230,11 +231,11 @@ def test_a_lost_network_never_stops_the_others(settings, poison):
 
 def test_settings_that_cannot_train_are_refused_at_once():
     with pytest.raises(ConfigError, match="lost_loss must be above the losses that trajectories begin with"):
-        MetaTrainer(small_run(lost_loss=1.0))
+        FlatTrainer(small_run(lost_loss=1.0))
     with pytest.raises(NotExactError, match=r"n <= 2 for widths \(4, 2, 3, 3\)"):
-        MetaTrainer(small_run(widths=(4, 2, 3, 3)))
+        FlatTrainer(small_run(widths=(4, 2, 3, 3)))
     with pytest.raises(ConfigError, match="needs a hidden layer"):
-        MetaTrainer(small_run(widths=(4, 3)))
+        FlatTrainer(small_run(widths=(4, 3)))
 
 
 def test_a_log_that_cannot_be_written_is_one_error(tmp_path):
@@ -333,7 +334,7 @@ def test_log_holds_what_is_promised(tmp_path):
 
 
 def test_drift_of_the_exact_action_is_rounding():
-    trainer = MetaTrainer(small_run(norm="fixed", radius=0.1, radius_decay=0.0))
+    trainer = FlatTrainer(small_run(norm="fixed", radius=0.1, radius_decay=0.0))
     metrics = trainer.step(measure=True)
     assert metrics["algebra_norm"] == pytest.approx(0.1, rel=1e-5)
     assert metrics["drift"] < 1e-4

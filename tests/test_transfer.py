@@ -12,14 +12,14 @@ import metatele
 from metatele import checkpoint
 from metatele.cli.evaluate import main as evaluate
 from metatele.cli.train import main as train_main
-from metatele.config import TransferConfig, from_dict, stored_config, to_dict, transfer
+from metatele.config import EquivariantRunConfig, from_dict, stored_config, to_dict, transfer
 from metatele.errors import CheckpointError, ConfigError, RunFolderError
 from metatele.learned import EquivariantOptimizer
-from metatele.rollout import losses_of
 from metatele.tasks.held_out import REGRESSIONS
 from metatele.training.baselines import Baseline, run_candidates
-from metatele.training.run import read_state, train, trained
-from metatele.training.transfer import TransferTrainer
+from metatele.training.equivariant import EquivariantTrainer
+from metatele.training.run import read_state, train, train_once
+from metatele.unroll import losses_of
 
 SMALL = {
     "trajectories": 12,
@@ -44,7 +44,7 @@ def parameters(optimizer):
 
 
 def test_training_lowers_the_losses_it_reaches():
-    trainer = TransferTrainer(transfer(**{**SMALL, "trajectories": 120, "groups": 6, "batch": 4}))
+    trainer = EquivariantTrainer(transfer(**{**SMALL, "trajectories": 120, "groups": 6, "batch": 4}))
     before, _ = trainer.validate()
     while not trainer.finished:
         trainer.step()
@@ -58,11 +58,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
     config = transfer(**SMALL)
     assert config.training.updates == 12
     whole = train(config, tmp_path / "whole", quiet=True)
-    part = TransferTrainer(config)
+    part = EquivariantTrainer(config)
     for _ in range(7):  # past the end of some horizons, in the middle of others
         part.step()
     torch.save(part.state_dict(), tmp_path / "state.pt")
-    again = TransferTrainer(config)
+    again = EquivariantTrainer(config)
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     while not again.finished:
         again.step()
@@ -73,11 +73,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
     assert stored_config(state["config"]) == config
     del state["trajectories"]["groups"][0]["weights"]
     with pytest.raises(CheckpointError, match="does not fit its configuration"):
-        TransferTrainer(config).load_state_dict(state)
+        EquivariantTrainer(config).load_state_dict(state)
 
 
 def test_steps_computed_anew_give_the_same_updates():
-    plain, again = (TransferTrainer(transfer(**SMALL, remat=remat)) for remat in (False, True))
+    plain, again = (EquivariantTrainer(transfer(**SMALL, remat=remat)) for remat in (False, True))
     for _ in range(4):
         assert plain.step()["meta_loss"] == again.step()["meta_loss"]
     assert all(
@@ -187,7 +187,7 @@ def test_the_published_checkpoint_learns_digits_faster_than_adam():
 
 
 def test_a_lost_trajectory_does_not_cost_the_others_their_window():
-    trainer = TransferTrainer(transfer(**SMALL))
+    trainer = EquivariantTrainer(transfer(**SMALL))
     group = trainer.groups[0]
     weights = group.at.weights.clone()
     weights[0, 3] = math.nan
@@ -200,14 +200,14 @@ def test_a_lost_trajectory_does_not_cost_the_others_their_window():
 
 
 def test_meta_training_is_done_once(tmp_path):
-    trained(transfer(**SMALL), tmp_path / "run")
+    train_once(transfer(**SMALL), tmp_path / "run")
     seconds = (tmp_path / "run" / "seconds.json").read_text()
     assert float(seconds) > 0
     state = (tmp_path / "run" / "training_state.pt").stat().st_mtime_ns
-    trained(transfer(**SMALL), tmp_path / "run")
+    train_once(transfer(**SMALL), tmp_path / "run")
     assert (tmp_path / "run" / "training_state.pt").stat().st_mtime_ns == state
     with pytest.raises(RunFolderError, match="other settings; choose another --runs"):
-        trained(transfer(seed=1, **SMALL), tmp_path / "run")
+        train_once(transfer(seed=1, **SMALL), tmp_path / "run")
 
 
 def test_the_programs_know_the_family(tmp_path, capsys):
@@ -223,9 +223,12 @@ def test_the_programs_know_the_family(tmp_path, capsys):
     for given, words in (
         (["quick", "--family", "equivariant"], "the preset quick is for the family flat"),
         (["transfer", "--family", "flat"], "the preset transfer is for the family equivariant"),
-        (["transfer", "--method", "update"], "there is no setting 'method'"),
-        (["quick", "--widest", "9"], "there is no setting 'widest'"),
-        (["transfer", "--precision", "bf16"], "precision must be float32"),
+        (["transfer", "--method", "update"], "method is a setting of the flat family, and the preset transfer"),
+        (
+            ["quick", "--widest", "9"],
+            "widest is a setting of the equivariant family, and the preset quick is",
+        ),
+        (["transfer", "--precision", "bf16"], "precision is a setting of the flat family"),
         (["transfer", "--blind", "loss,all"], "blind must be among slopes, cosine"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -235,4 +238,4 @@ def test_the_programs_know_the_family(tmp_path, capsys):
 
 def test_configurations_survive_json():
     config = transfer(seed=4, widest=32, hidden=16)
-    assert from_dict(TransferConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(EquivariantRunConfig, json.loads(json.dumps(to_dict(config)))) == config

@@ -1,4 +1,4 @@
-"""``eval_meta.py``: held-out curves of checkpoints beside tuned standard optimizers."""
+"""``metatele evaluate`` and ``eval_meta.py``: held-out curves of checkpoints beside tuned standard optimizers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from metatele.command_line import OneLineParser, device_named, make_folder, whole_number
 from metatele.errors import MetateleError
+from metatele.extras import require_modules
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,7 +19,12 @@ def parser() -> argparse.ArgumentParser:
         "SGD, Momentum, Adam and L-BFGS; writes curves.json, table.csv, table.md and loss.png.",
         allow_abbrev=False,
     )
-    p.add_argument("checkpoints", nargs="+", metavar="FOLDER", help="run folders or checkpoint folders")
+    p.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="FOLDER",
+        help="run folders, checkpoint folders, or names of published checkpoints",
+    )
     p.add_argument("--trajectories", type=whole_number(1), default=64, metavar="N", help="held-out (default 64)")
     p.add_argument("--steps", type=whole_number(1), default=100, metavar="N", help="of each (default 100)")
     p.add_argument("--seed", type=whole_number(0), default=1, metavar="N", help="of the trajectories (default 1)")
@@ -30,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
     """Parse, evaluate, print the table and where the figure lies."""
     args = parser().parse_args(arguments)
+    require_modules("an evaluation's figure", "matplotlib")
     out = Path(args.out)
     device = device_named(args.device)
     made = make_folder(out)

@@ -1,34 +1,29 @@
-"""``train_meta.py``: meta-train into a run folder."""
+"""``metatele train`` and ``train_meta.py``: meta-train into a run folder."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from metatele.command_line import OneLineParser, add_config_flags, device_named, whole_number
-from metatele.config import (
-    PRESETS,
-    TRANSFER,
-    EquivariantConfig,
-    MethodConfig,
-    MixtureConfig,
-    RunConfig,
-    TaskConfig,
-    TrainingConfig,
-    TransferConfig,
-    preset,
-    transfer,
-)
+from metatele.config import RunConfig, families, family_with, preset
 from metatele.errors import ConfigError
+from metatele.extras import require_modules
 
-_EPILOG = """examples:
-  python train_meta.py quick --out runs/quick
-  python train_meta.py best --method lr-tele --seed 3 --out runs/lr-tele
-  python train_meta.py quick --out runs/quick --resume
-"""
+_EXAMPLES = (
+    "quick --out runs/quick",
+    "best --method lr-tele --seed 3 --out runs/lr-tele",
+    "quick --out runs/quick --resume",
+)
+
+
+# Up to this batch × hidden a second thread saves little time on an idle machine and costs some on a busy one:
+# preset quick (32 × 300) takes 41 s of processor time with one thread and 57 s with two.
+_ONE_THREAD_SUFFICES = 10_000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,36 +31,44 @@ def parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="train_meta.py",
         description="Meta-train an LSTM optimizer that may teleport; presets first, any setting as a flag. "
-        "(paper: X) is the value of the preset paper; README and metatele/config.py say what the others change.",
-        epilog=_EPILOG,
+        "(paper: X) is the value of the preset paper; metatele/config/presets.py says what the others change.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("preset", choices=(*PRESETS, TRANSFER), help="settings to begin with; flags change them")
+    names = [name for family in families() for name in family.presets]
+    p.add_argument("preset", choices=names, help="settings to begin with; flags change them")
     p.add_argument(
         "--family",
-        choices=("flat", "equivariant"),
-        help=f"flat: the paper's LSTMs, for one shape of network; equivariant (preset {TRANSFER}): for every shape",
+        choices=[f.name for f in families()],
+        help="; ".join(f"{f.name} (presets {', '.join(f.presets)}): {f.title}" for f in families()),
     )
     p.add_argument("--out", required=True, metavar="FOLDER", help="run folder, new or empty")
     p.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of everything random (default 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    p.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="CPU threads (default: torch's)")
+    p.add_argument(
+        "--threads", type=whole_number(1, 1024), metavar="N", help="CPU threads (default: 1 if small, else torch's)"
+    )
     p.add_argument("--resume", action="store_true", help="go on from the last saved state of the folder")
     p.add_argument("--quiet", action="store_true", help="no progress")
-    add_config_flags(p, MethodConfig, TrainingConfig, TaskConfig)
-    add_config_flags(p, EquivariantConfig, MixtureConfig, default="default")
+    for family in families():
+        add_config_flags(p, *(family.part(name) for name in ("method", "training", "task")), default=family.defaults)
+    typed = f"python {p.prog}" if p.prog.endswith(".py") else p.prog
+    p.epilog = "\n".join(["examples:", *(f"  {typed} {example}" for example in _EXAMPLES)])
     return p
 
 
-def _configured(values: dict[str, Any]) -> RunConfig | TransferConfig:
-    name = values.pop("preset")
-    family = "equivariant" if name == TRANSFER else "flat"
-    if values.pop("family") not in (None, family):
-        raise ConfigError(f"the preset {name} is for the family {family}")
-    if family == "equivariant":
-        return transfer(**values)
-    return preset(name, values.pop("method", "update-tele"), **values)
+def _configured(values: dict[str, Any]) -> RunConfig:
+    name, family = values.pop("preset"), values.pop("family")
+    if family not in (None, family_with(name).name):
+        raise ConfigError(f"the preset {name} is for the family {family_with(name).name}")
+    return preset(name, **values)
+
+
+def _threads(asked: int | None, config: RunConfig) -> int | None:
+    """How many threads torch shall be told to use; None: what it would by itself, or what the environment says."""
+    if asked or any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
+        return asked
+    return 1 if config.training.batch * getattr(config.method, "hidden", 1) <= _ONE_THREAD_SUFFICES else None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -74,18 +77,19 @@ def main(arguments: Sequence[str]) -> None:
     out, device, threads = values.pop("out"), values.pop("device"), values.pop("threads")
     resume, quiet = values.pop("resume"), values.pop("quiet")
     config = _configured(values)
+    require_modules("meta-training", "tqdm", "tensorboard")
 
     import torch
 
     from metatele.training.processes import joined, local_device, restarted
     from metatele.training.run import CHECKPOINT_NAME, begun, train
 
-    if threads:
+    if threads := _threads(threads, config):
         torch.set_num_threads(threads)
     where = local_device(device_named(device))
     # torchrun starts all processes with the same command line again when one has failed.
     resume = resume or (restarted() and begun(Path(out)))
-    with joined() as processes:
+    with joined(where) as processes:
         trainer = train(config, out, device=where, resume=resume, quiet=quiet, processes=processes)
     if not quiet and processes.first:
         skipped = f", {trainer.skipped} skipped" if trainer.skipped else ""

@@ -1,14 +1,25 @@
 """Configuration: frozen, validated when built, saved in every checkpoint. Imports no torch.
 
-Each class is the settings of one part; :class:`RunConfig` is what ``train_meta.py`` runs. Every
-field is a command-line flag; its ``help`` says the unit or the reason of the default.
+Each class is the settings of one part of one family; a :class:`RunConfig` is what ``train_meta.py`` runs. Every
+field is a command-line flag; its ``help`` says the unit or the reason of the default. A family's settings are one
+entry of the registry (:func:`register_family`); those of another family are refused by name.
 """
 
 from metatele.config.base import from_dict, to_dict
 from metatele.config.equivariant import SENSES, EquivariantConfig, MixtureConfig
+from metatele.config.families import (
+    FamilyConfig,
+    RunConfig,
+    families,
+    family_named,
+    family_with,
+    preset,
+    register_family,
+    stored_config,
+)
 from metatele.config.flat import METHODS, MethodConfig, TaskConfig
-from metatele.config.presets import PRESETS, TRANSFER, RunConfig, TransferConfig, preset, stored_config, transfer
-from metatele.config.training import TrainingConfig
+from metatele.config.presets import PRESETS, TRANSFER, EquivariantRunConfig, FlatRunConfig, transfer
+from metatele.config.training import FlatTrainingConfig, GroupTrainingConfig, TrainingConfig
 
 __all__ = [
     "METHODS",
@@ -16,14 +27,22 @@ __all__ = [
     "SENSES",
     "TRANSFER",
     "EquivariantConfig",
+    "EquivariantRunConfig",
+    "FamilyConfig",
+    "FlatRunConfig",
+    "FlatTrainingConfig",
+    "GroupTrainingConfig",
     "MethodConfig",
     "MixtureConfig",
     "RunConfig",
     "TaskConfig",
     "TrainingConfig",
-    "TransferConfig",
+    "families",
+    "family_named",
+    "family_with",
     "from_dict",
     "preset",
+    "register_family",
     "stored_config",
     "to_dict",
     "transfer",

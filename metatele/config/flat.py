@@ -16,7 +16,18 @@ METHODS = {
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The distribution of inner problems (PAPER §4)."""
+    """The distribution of inner problems: fit random targets (Zhao et al. 2024, section 5.2).
+
+    Inputs ``X [d, n]``, targets ``Y [o, n]`` and initial weights are uniform on ``[low, high]``; d and o are the first
+    and the last width, n is ``samples``.
+
+    Raises:
+        ConfigError: A size is not positive, or low is not below high.
+
+    Example:
+        >>> TaskConfig(widths=(5, 8, 3), samples=4).widths
+        (5, 8, 3)
+    """
 
     widths: tuple[int, ...] = setting((20, 20, 20), "layer sizes of the inner network")
     samples: int = setting(20, "columns of X and Y")
@@ -41,7 +52,15 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """A meta-optimizer: which moves, and their sizes. Enough to rebuild the network."""
+    """A meta-optimizer of the flat family: which moves, and their sizes. Enough to rebuild the network.
+
+    Raises:
+        ConfigError: A value is out of range.
+
+    Example:
+        >>> MethodConfig(method="lr-tele", hidden=20).title
+        'LSTM(lr,tele)'
+    """
 
     method: str = setting("update-tele", "which moves are learned", tuple(METHODS))
     hidden: int = setting(300, "size of the LSTM cells")

@@ -1,52 +1,40 @@
-"""Whole configurations of a run, and the presets."""
+"""The families of this package: their whole configurations, and their presets."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from metatele.config.base import from_dict
 from metatele.config.equivariant import EquivariantConfig, MixtureConfig
+from metatele.config.families import FamilyConfig, RunConfig, preset, register_family
 from metatele.config.flat import METHODS, MethodConfig, TaskConfig
-from metatele.config.training import TrainingConfig
+from metatele.config.training import FlatTrainingConfig, GroupTrainingConfig
 from metatele.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything ``train_meta.py`` needs to know, but for where to run and write."""
+class FlatRunConfig(RunConfig):
+    """A run of the flat family, the paper's LSTMs; see :class:`RunConfig`."""
 
     preset: str = "quick"
     seed: int = 0
     task: TaskConfig = field(default_factory=TaskConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    training: FlatTrainingConfig = field(default_factory=FlatTrainingConfig)
 
 
 @dataclass(frozen=True)
-class TransferConfig:
-    """The same for the equivariant family."""
+class EquivariantRunConfig(RunConfig):
+    """A run of the equivariant family, which takes every shape; see :class:`RunConfig`."""
 
     preset: str = "transfer"
     seed: int = 0
     task: MixtureConfig = field(default_factory=MixtureConfig)
     method: EquivariantConfig = field(default_factory=EquivariantConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    training: GroupTrainingConfig = field(default_factory=GroupTrainingConfig)
 
 
-def stored_config(values: dict[str, Any]) -> RunConfig | TransferConfig:
-    """What :func:`to_dict` made of a run's configuration of either family.
-
-    Raises:
-        ConfigError: Unknown fields, or values out of range.
-    """
-    kind = TransferConfig if isinstance(values, dict) and values.get("preset") == "transfer" else RunConfig
-    config: RunConfig | TransferConfig = from_dict(kind, values)
-    return config
-
-
-# What each preset changes, for all methods ("") and for one. README, "Presets", has the reasons.
+# What each preset changes, for all methods ("") and for one.
 _ADAPTED: dict[str, Any] = {
     "preprocessing": "asinh",
     "objective": "mean-log",
@@ -121,28 +109,15 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "lr-tele": _LR_TELE,
     },
 }
-PRESETS = tuple(_PRESETS)
-TRANSFER = "transfer"  # the preset of the equivariant family
+PRESETS = tuple(_PRESETS)  # of the flat family
+TRANSFER = "transfer"  # of the equivariant family
 
 
-def preset(name: str, method: str = "update-tele", **changes: Any) -> RunConfig:
-    """A preset for a method, with fields of any part changed by name.
-
-    Raises:
-        ConfigError: Unknown preset, method or field, or a value out of range.
-
-    Example:
-        >>> preset("paper", "update", batch=8).training.batch
-        8
-    """
-    if name not in _PRESETS:
-        raise ConfigError(f"preset must be one of {', '.join(_PRESETS)}, got {name!r}")
+def _flat(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    method = given.get("method", "update-tele")
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    values = {**_PRESETS[name][""], **_PRESETS[name][method], **changes, "method": method}
-    parts = {"task": TaskConfig, "method": MethodConfig, "training": TrainingConfig}
-    built, seed = _built(parts, values)
-    return RunConfig(preset=name, seed=seed, **built)
+    return {**_PRESETS[name][""], **_PRESETS[name][method], "method": method}
 
 
 _TRANSFER: dict[str, Any] = {
@@ -164,30 +139,24 @@ _TRANSFER: dict[str, Any] = {
 }
 
 
-def transfer(**changes: Any) -> TransferConfig:
+register_family(
+    FamilyConfig("flat", "the paper's LSTMs, for one shape of network", FlatRunConfig, PRESETS, _flat, "paper")
+)
+register_family(
+    FamilyConfig("equivariant", "for every shape", EquivariantRunConfig, (TRANSFER,), lambda *_: dict(_TRANSFER))
+)
+
+
+def transfer(**changes: Any) -> EquivariantRunConfig:
     """The preset of the equivariant family, with fields of any part changed by name.
 
     Raises:
-        ConfigError: Unknown field, or a value out of range.
+        ConfigError: Unknown field, one of another family, or a value out of range.
 
     Example:
         >>> transfer(widest=32).task.widest
         32
     """
-    parts = {"task": MixtureConfig, "method": EquivariantConfig, "training": TrainingConfig}
-    built, seed = _built(parts, {**_TRANSFER, **changes})
-    return TransferConfig(seed=seed, **built)
-
-
-def _built(parts: dict[str, Any], values: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The parts of a configuration from fields by name, and the seed."""
-    built = {}
-    for part, cls in parts.items():
-        names = {f.name for f in dataclasses.fields(cls)}
-        built[part] = cls(**{k: values.pop(k) for k in list(values) if k in names})
-    seed = values.pop("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed must be a whole number, zero or more, got {seed!r}")
-    if values:
-        raise ConfigError(f"there is no setting {sorted(values)[0]!r}")
-    return built, seed
+    config = preset(TRANSFER, **changes)
+    assert isinstance(config, EquivariantRunConfig)
+    return config

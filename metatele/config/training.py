@@ -1,4 +1,4 @@
-"""Settings of meta-training."""
+"""Settings of meta-training: those every family has, and those of one family alone."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ from metatele.config.base import check_types, require, require_positive, setting
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Meta-training by truncated unrolling (Algorithm 1)."""
+    """Meta-training by truncated unrolling (Zhao et al. 2024, Algorithm 1): what every family has.
+
+    Lengths are steps of an inner trajectory, counts of updates are meta-updates. A trajectory is cut into
+    :attr:`windows` of ``unroll`` steps, with one meta-update after each.
+
+    Raises:
+        ConfigError: A value is out of range, or windows and horizons do not fit each other.
+
+    Example:
+        >>> TrainingConfig(trajectories=32, batch=16, horizon=100, unroll=10).updates
+        20
+    """
 
     trajectories: int = setting(700, "inner trajectories to train on, started or restarted")
     batch: int = setting(16, "trajectories unrolled at the same time")
     horizon: int = setting(100, "steps of one trajectory")
     unroll: int = setting(10, "steps between two meta-updates")
     shorter: tuple[int, ...] = setting((), "horizons that some trajectories of a batch have instead, in turn")
-    groups: int = setting(1, "groups of trajectories, each of its own shape, that are unrolled in turn")
-    staggered: bool = setting(False, "start the trajectories of a batch at different ages")
     objective: str = setting("sum", "loss of a window: sum, or mean of the logarithm", ("sum", "mean-log"))
-    local_lr: float = setting(1e-3, "Adam's rate for the local move's LSTM")
-    teleport_lr: float = setting(1e-4, "Adam's rate for what makes the teleports")
+    local_lr: float = setting(1e-3, "Adam's rate for what makes the local moves")
     decay: str = setting("constant", "of the meta learning rates over the run", ("constant", "cosine"))
     clip: float = setting(0.0, "largest norm of a meta-gradient; 0: no clipping")
     average: float = setting(0.0, "decay of the averaged weights that are evaluated and saved; 0: none")
-    precision: str = setting("float32", "of the LSTM's matrix products", ("float32", "tf32", "bf16"))
     remat: bool = setting(False, "compute inner steps anew in the backward pass: less memory, more time")
-    graph: bool = setting(False, "flat family on a GPU: replay windows as CUDA graphs; elsewhere they are as ever")
     lost_loss: float = setting(1e8, "a trajectory at this loss stops, and a new one takes its place")
     max_skipped: int = setting(20, "non-finite updates in a row before the run stops")
     validation_trajectories: int = setting(16, "held-out trajectories that choose the checkpoint")
@@ -42,17 +48,7 @@ class TrainingConfig:
         check_types(self)
         require_positive(
             self,
-            *(
-                "trajectories",
-                "batch",
-                "groups",
-                "horizon",
-                "unroll",
-                "local_lr",
-                "teleport_lr",
-                "lost_loss",
-                "max_skipped",
-            ),
+            *("trajectories", "batch", "horizon", "unroll", "local_lr", "lost_loss", "max_skipped"),
             *("validation_trajectories", "validation_steps", "validation_every", "save_every", "log_every"),
         )
         require(self.unroll <= self.horizon, "unroll", f"at most the horizon ({self.horizon})", self.unroll)
@@ -88,3 +84,30 @@ class TrainingConfig:
     def updates(self) -> int:
         """Meta-updates that advance at least ``trajectories`` whole trajectories' worth of steps."""
         return math.ceil(self.trajectories / self.batch) * len(self.windows)
+
+
+@dataclass(frozen=True)
+class FlatTrainingConfig(TrainingConfig):
+    """Meta-training of the flat family: two moves with a rate each, trajectories of one shape."""
+
+    teleport_lr: float = setting(1e-4, "Adam's rate for what makes the teleports")
+    staggered: bool = setting(False, "start the trajectories of a batch at different ages")
+    precision: str = setting("float32", "of the LSTM's matrix products", ("float32", "tf32", "bf16"))
+    graph: bool = setting(False, "on a GPU: replay windows as CUDA graphs; elsewhere they are as ever")
+
+    def __post_init__(self) -> None:
+        """Check the rate, and what the base class checks."""
+        super().__post_init__()
+        require_positive(self, "teleport_lr")
+
+
+@dataclass(frozen=True)
+class GroupTrainingConfig(TrainingConfig):
+    """Meta-training on groups of trajectories, each group of its own shape; the equivariant family's."""
+
+    groups: int = setting(1, "groups of trajectories, each of its own shape, that are unrolled in turn")
+
+    def __post_init__(self) -> None:
+        """Check the number, and what the base class checks."""
+        super().__post_init__()
+        require_positive(self, "groups")

@@ -24,8 +24,19 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
         path: The file.
         rank: Expected number of dimensions: 3 for images, 1 for labels.
 
+    Returns:
+        uint8, of the shape the file names.
+
     Raises:
         DataError: Unreadable, truncated, too long, or not such a file.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "labels-idx1-ubyte"
+        ...     _ = file.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9]))
+        ...     read_idx(file, rank=1)
+        array([7, 9], dtype=uint8)
     """
     content = _content(path)
     if len(content) < 4 or content[:2] != b"\0\0":
@@ -57,11 +68,25 @@ def _content(path: Path) -> bytes:
 def read_records(path: Path, label_bytes: int, image_bytes: int, records: int) -> tuple[np.ndarray, np.ndarray]:
     """CIFAR's binary layout, raw or gzipped: for each image its label, then its bytes, channel by channel.
 
+    Args:
+        path: The file.
+        label_bytes: Bytes of a label: 1 for CIFAR-10, 2 for CIFAR-100.
+        image_bytes: Bytes of an image.
+        records: How many the file should hold.
+
     Returns:
         Images ``[n, image_bytes]`` and labels ``[n]`` (the last label byte), both uint8.
 
     Raises:
         DataError: Unreadable, truncated or too long.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "batch.bin"
+        ...     _ = file.write_bytes(bytes([3, 10, 20, 5, 30, 40]))
+        ...     read_records(file, label_bytes=1, image_bytes=2, records=2)[1]
+        array([3, 5], dtype=uint8)
     """
     content = np.frombuffer(_content(path), np.uint8)
     size = label_bytes + image_bytes

@@ -31,6 +31,11 @@ class ImageSet:
         test_images: As above.
         test_labels: As above.
         sha256: Of all pixels and labels as bytes, so that results can say what they were made from.
+
+    Example:
+        >>> digits = load_images("digits")
+        >>> digits.features, digits.classes, float(digits.train_images.max())
+        (64, 10, 1.0)
     """
 
     name: str
@@ -61,6 +66,9 @@ def load_images(name: str = "digits", root: str | Path | None = None, download: 
         name: ``digits`` (8x8, in scikit-learn, no files needed), ``mnist``, ``fashion-mnist``, ``cifar10``.
         root: Folder with the files; the environment variable ``METATELE_DATA`` if not given.
         download: Fetch from OpenML, by scikit-learn, if the files are not there.
+
+    Returns:
+        Images as rows of numbers in [0, 1]; CIFAR-10's channel by channel.
 
     Raises:
         DataError: Unknown name, missing files (which, and where they were looked for) or damaged ones.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Sequence
 
-from metatele.command_line import run_program
+from metatele.command_line import OneLineParser, run_program
 from metatele.errors import ConfigError
+from metatele.extras import require_modules
 
+_HERE = "python -m metatele.experiments"
 EXPERIMENTS = {
     "fig4": "one teleport that raises or lowers sharpness or curvature: what it does to generalisation, SGD",
     "fig5": "four optimizers on images, with and without teleportation, against epochs",
@@ -23,19 +24,33 @@ EXPERIMENTS = {
     "theory": "the theorem and propositions of section 3, by computation",
     "optimizers-beyond": "eight optimizers and six ways to teleport, every learning rate tuned alike",
 }
+# What an experiment imports besides matplotlib before it is done; digits ask for scikit-learn when they are read.
+_NEEDS = {
+    "fig4": ("tqdm",),
+    "fig5": ("tqdm",),
+    "fig6": ("tqdm", "tensorboard"),
+    "fig7": ("scipy",),
+    "fig11": ("tqdm",),
+    "fig13": ("tqdm",),
+    "transfer": ("tqdm", "tensorboard", "sklearn"),
+    "theory": ("scipy",),
+    "optimizers-beyond": ("tqdm",),
+}
 
 
 def main(arguments: Sequence[str]) -> None:
     """Dispatch on the first argument."""
-    listed = "\n".join(f"  {name:18} {what}" for name, what in EXPERIMENTS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: python -m metatele.experiments NAME [flags]; NAME --help for its flags\n\n{listed}")
+        listed = "\n".join(f"  {name:18} {what}" for name, what in EXPERIMENTS.items())
+        print(f"usage: {OneLineParser.called or _HERE} NAME [flags]; NAME --help for its flags\n\n{listed}")
         return
-    if arguments[0] not in EXPERIMENTS:
-        raise ConfigError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {arguments[0]!r}")
-    importlib.import_module(f"metatele.experiments.{arguments[0].replace('-', '_')}").main(arguments[1:])
+    name, flags = arguments[0], arguments[1:]
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    if not {"-h", "--help"}.intersection(flags):
+        require_modules(f"the experiment {name}", "matplotlib", *_NEEDS.get(name, ()))
+    importlib.import_module(f"metatele.experiments.{name.replace('-', '_')}").main(flags)
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "metatele.experiments"
-    run_program(main, "metatele.experiments")
+    run_program(main, _HERE)

@@ -12,10 +12,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from metatele.command_line import make_folder
+from metatele import figures
 from metatele.experiments import images as common
 
 _STEPS = 300
@@ -159,12 +158,7 @@ def table(doc: dict[str, Any]) -> list[list[str]]:
 
 def figure(doc: dict[str, Any]) -> bytes:
     """Both panels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
+    fig, panels = figures.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
     for axes, name in zip(panels, ("Momentum", "AdaGrad"), strict=True):
         chosen = [arm for arm in doc["arms"] if arm["name"].startswith(name)]
         for arm, colour in zip(chosen, COLOURS, strict=False):
@@ -172,20 +166,16 @@ def figure(doc: dict[str, Any]) -> bytes:
             common.draw_band(
                 axes, range(doc["steps"] + 1), arm["loss"], color=colour, label=arm["name"], linestyle=style
             )
-        axes.set_yscale("log")
         axes.set_xlabel("step")
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize=8)
+    figures.loss_axes(*panels)
     panels[0].set_ylabel("loss")
     fig.suptitle(f"mean and one standard deviation over {len(doc['seeds'])} runs; teleport after step 5", fontsize=10)
-    return common.png(fig)
+    return figures.png(fig)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print the table."""
-    args = common.small_parser("fig12", __doc__, 5, _STEPS).parse_args(arguments)
-    out = Path(args.out)
-    if not args.redraw:
-        make_folder(out)
-    doc = common.stored(out, "fig12") if args.redraw else run(args.seeds, args.steps)
-    common.finish(doc, out, table, figure)
+    parser = common.small_parser("fig12", __doc__, 5, _STEPS)
+    common.small_main(arguments, parser, lambda args: run(args.seeds, args.steps), table, figure)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metatele import figures
 from metatele.command_line import whole_number
 from metatele.errors import ConfigError, DivergedError
 from metatele.experiments import images as common
@@ -28,7 +29,6 @@ from metatele.files import write_atomically
 if TYPE_CHECKING:
     from metatele.training.replicas import Arm, Replicas
 
-_TRAIN_SAMPLES = {"mnist": 50_000, "fashion-mnist": 50_000, "cifar10": 50_000}
 _BATCH = 2000
 _SEARCH_DRIFT = 0.01  # on one batch; the paper's fixed rates have no bound
 _STEPS = {"sharpness": 10, "curvature": 1}
@@ -136,7 +136,7 @@ def run(args: Any) -> dict[str, Any]:
         raise ConfigError(f"--at must be below --epochs {args.epochs}, got {at}")
     out = common.folder(args.experiment, args)
     data, device = common.prepare(args, out)
-    count = min(_TRAIN_SAMPLES.get(args.dataset, len(data.train_labels)), len(data.train_labels))
+    count = common.train_count(data)
     mlp = MLP((data.features, 32, 10, data.classes), LeakyReLU(0.1))
     chosen = arms(args, count, at)
 
@@ -249,12 +249,7 @@ COLOURS = {"down": "#0072B2", "up": "#D55E00"}
 
 def figure(doc: dict[str, Any]) -> bytes:
     """Above as in the paper, losses against epochs; below, validation loss less that without teleport."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, grid = plt.subplots(2, 2, figsize=(11, 8.4), layout="constrained", sharey="row")
+    fig, grid = figures.subplots(2, 2, figsize=(11, 8.4), layout="constrained", sharey="row")
     by_name = {arm["name"]: arm for arm in doc["arms"]}
     epochs, at = doc["epochs"], doc["at"]
     shown: list[float] = []
@@ -315,7 +310,7 @@ def figure(doc: dict[str, Any]) -> bytes:
         "means, below with 95 % intervals paired by seed",
         fontsize=10,
     )
-    return common.png(fig)
+    return figures.png(fig)
 
 
 def _means(runs: list[list[float | None]]) -> list[float | None]:

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metatele import figures
 from metatele.errors import ConfigError
 from metatele.experiments import images as common
 
 if TYPE_CHECKING:
     from metatele.training.replicas import Arm
 
-_TRAIN_SAMPLES = {"mnist": 50_000, "fashion-mnist": 50_000}
 # Okabe and Ito's palette.
 COLOURS = {"AdaGrad": "#0072B2", "Momentum": "#D55E00", "RMSprop": "#009E73", "Adam": "#CC79A7"}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -80,7 +80,7 @@ def run(args: Any) -> dict[str, Any]:
     from metatele.training.replicas import Replicas
 
     data, device = common.prepare(args, common.folder(args.experiment, args))
-    count = min(_TRAIN_SAMPLES.get(args.dataset, len(data.train_labels)), len(data.train_labels))
+    count = common.train_count(data)
     chosen = arms(args.settings, count)
     late = [
         arm.name
@@ -117,12 +117,8 @@ def main(arguments: Sequence[str], experiment: str = "fig5", description: str | 
 
 
 def _panels(doc: dict[str, Any], x_label: str, abscissa: Any) -> bytes:
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, grid = plt.subplots(2, 2, figsize=(10, 7.6), layout="constrained")
+    fig, grid = figures.subplots(2, 2, figsize=(10, 7.6), layout="constrained")
     by_name = {arm["name"]: arm for arm in doc["arms"]}
     for axes, (name, colour) in zip(grid.flat, COLOURS.items(), strict=True):
         # The reset goes under the teleport, which it all but equals, and is wider.
@@ -141,7 +137,7 @@ def _panels(doc: dict[str, Any], x_label: str, abscissa: Any) -> bytes:
                 linestyle="--",
                 label=f"{arm['name']}, test",
             )
-        axes.set_yscale("log")
+        figures.loss_axes(axes)
         axes.set_xlabel(x_label)
         axes.set_ylabel("loss")
         axes.grid(True, which="both", alpha=0.25)
@@ -150,7 +146,7 @@ def _panels(doc: dict[str, Any], x_label: str, abscissa: Any) -> bytes:
         f"{doc['dataset']}, mean and one standard deviation over {len(doc['seeds'])} seeds, rates: {doc['rates']}",
         fontsize=10,
     )
-    return common.png(fig)
+    return figures.png(fig)
 
 
 def figure(doc: dict[str, Any]) -> bytes:

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, run, print the table."""
     p = OneLineParser(prog="metatele.experiments fig6", description=__doc__, allow_abbrev=False)
     p.add_argument("--preset", choices=PRESETS, default="paper", help="settings of the meta-training (default paper)")
-    p.add_argument("--out", metavar="FOLDER", help="results (default results/fig6-PRESET, results/fig6 for paper)")
+    p.add_argument("--out", metavar="FOLDER", help="results (default RUNS/results)")
     p.add_argument("--runs", metavar="FOLDER", help="run folders, used again when finished (default runs/fig6-PRESET)")
     p.add_argument("--seeds", type=whole_number(1), default=1, metavar="N", help="meta-training seeds (default 1)")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which (default all)")
@@ -35,9 +35,8 @@ def main(arguments: Sequence[str]) -> None:
     p.add_argument("--publish", metavar="FOLDER", help="copy each method's best run by validation score there")
     p.add_argument("--redraw", action="store_true", help="table and figure again from the stored curves.json")
     args = p.parse_args(arguments)
-    suffix = "" if args.preset == "paper" else f"-{args.preset}"
-    out = Path(args.out or f"results/fig6{suffix}")
     runs = Path(args.runs or f"runs/fig6-{args.preset}")
+    out = Path(args.out or runs / "results")
 
     from metatele.training.report import FORMAT, write
 
@@ -80,13 +79,13 @@ def run(
     from metatele.training.baselines import baseline_curves
     from metatele.training.curves import Curves, learned_curves, worst_rise
     from metatele.training.report import document
-    from metatele.training.run import trained
+    from metatele.training.run import train_once
 
     device = device_named(device_name)
     begin_s = time.perf_counter()
     for seed in range(seeds):
         for method in methods:
-            trained(preset(preset_name, method, seed=seed), runs / f"{method}-{seed}", device)
+            train_once(preset(preset_name, method, seed=seed), runs / f"{method}-{seed}", device)
     task = preset(preset_name).task
     problems = Regression(task).sample(1, "evaluation", range(trajectories)).to(device)
     entries = []

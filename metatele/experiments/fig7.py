@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from metatele.command_line import make_folder
+from metatele import figures
 from metatele.experiments import images as common
 
 # Curve -> (largest curvature drawn, shifts), as in the paper.
@@ -85,14 +84,9 @@ def note(doc: dict[str, Any]) -> str:
 
 def figure(doc: dict[str, Any]) -> bytes:
     """Both panels, one line for each shift."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     from metatele.geometry.displacement import STRAIGHT
 
-    fig, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    fig, panels = figures.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axes, curve in zip(panels, _PANELS, strict=True):
         chosen = [arm for arm in doc["arms"] if arm["curve"] == curve]
         for arm, colour in zip(chosen, _COLOURS, strict=True):
@@ -103,14 +97,10 @@ def figure(doc: dict[str, Any]) -> bytes:
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize=8)
     panels[0].set_ylabel("E[distance] / r")
-    return common.png(fig)
+    return figures.png(fig)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print the table."""
-    args = common.small_parser("fig7", __doc__, 1, 200).parse_args(arguments)
-    out = Path(args.out)
-    if not args.redraw:
-        make_folder(out)
-    doc = common.stored(out, "fig7") if args.redraw else run(args.steps)
-    common.finish(doc, out, table, figure, "displacement.png", note(doc))
+    parser = common.small_parser("fig7", __doc__, 1, 200)
+    common.small_main(arguments, parser, lambda args: run(args.steps), table, figure, "displacement.png", note)

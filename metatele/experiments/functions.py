@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from metatele.command_line import make_folder
+from metatele import figures
 from metatele.experiments import images as common
 
 _GRID = [10 ** (e / 8) for e in range(-48, 5)]
@@ -71,7 +70,13 @@ def run(steps: int) -> dict[str, Any]:
             points, losses = descend(name, lr, steps, arm != "GD")
             kept = [v if math.isfinite(v) else None for v in losses]
             arms.append({"name": arm, "function": name, "lr": lr, "points": points, "loss": [kept]})
-    return {"format": common.FORMAT, "steps": steps, "seconds": time.perf_counter() - begin_s, "arms": arms}
+    return {
+        "format": common.FORMAT,
+        "experiment": "functions",
+        "steps": steps,
+        "seconds": time.perf_counter() - begin_s,
+        "arms": arms,
+    }
 
 
 def table(doc: dict[str, Any]) -> list[list[str]]:
@@ -93,16 +98,12 @@ def table(doc: dict[str, Any]) -> list[list[str]]:
 
 def figure(doc: dict[str, Any]) -> bytes:
     """Trajectories on the level sets above, losses below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import numpy as np
     import torch
-    from matplotlib import pyplot as plt
 
     from metatele.tasks.functions import FUNCTIONS, function
 
-    fig, grid = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+    fig, grid = figures.subplots(2, 3, figsize=(13, 8), layout="constrained")
     for column, name in enumerate(FUNCTIONS):
         f, chosen = function(name), [arm for arm in doc["arms"] if arm["function"] == name]
         everything = np.array([p for arm in chosen for p in arm["points"]] + [list(f.optimum)])
@@ -126,18 +127,14 @@ def figure(doc: dict[str, Any]) -> bytes:
         axes.plot(*f.optimum, marker="*", color="black", markersize=9, linestyle="", label="minimum")
         axes.set_title(f"{name}, rates {chosen[0]['lr']:.2g} and {chosen[1]['lr']:.2g}", fontsize=10)
         axes.legend(fontsize=8)
-        grid[1, column].set_yscale("log")
+        figures.loss_axes(grid[1, column])
         grid[1, column].set_xlabel("step")
         grid[1, column].grid(True, alpha=0.3)
     grid[1, 0].set_ylabel("loss")
-    return common.png(fig)
+    return figures.png(fig)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print the table."""
-    args = common.small_parser("functions", __doc__, 1, 100).parse_args(arguments)
-    out = Path(args.out)
-    if not args.redraw:
-        make_folder(out)
-    doc = common.stored(out) if args.redraw else run(args.steps)
-    common.finish(doc, out, table, figure)
+    parser = common.small_parser("functions", __doc__, 1, 100)
+    common.small_main(arguments, parser, lambda args: run(args.steps), table, figure)

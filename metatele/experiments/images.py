@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from metatele.command_line import OneLineParser, device_named, make_folder, whole_number
 from metatele.errors import RunFolderError
+from metatele.figures import png as png  # experiments/transfer takes it from here
 from metatele.files import write_atomically
 from metatele.intervals import half_width
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from metatele.training.replicas import Arm, History, Replicas
 
 FORMAT = 1
+# The paper trains on so many of the first samples; of other sets all are taken.
+TRAIN_SAMPLES = {"mnist": 50_000, "fashion-mnist": 50_000, "cifar10": 50_000}
 IMAGE_SETS = ("digits", "mnist", "fashion-mnist", "cifar10")
 
 
@@ -33,14 +36,14 @@ def parser(name: str, description: str | None, epochs: int = 40) -> argparse.Arg
     p.add_argument("--seeds", type=whole_number(1), default=5, metavar="N", help="replicas of each arm (default 5)")
     p.add_argument("--epochs", type=whole_number(1), default=epochs, metavar="N", help=f"(default {epochs})")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    p.add_argument("--out", metavar="FOLDER", help=f"results (default results/{name}-DATASET)")
+    p.add_argument("--out", metavar="FOLDER", help=f"results (default runs/{name}-DATASET)")
     p.add_argument("--redraw", action="store_true", help="table and figure again from the stored results.json")
     return p
 
 
 def folder(name: str, args: argparse.Namespace) -> Path:
     """Where results go."""
-    return Path(args.out or f"results/{name}-{args.dataset}")
+    return Path(args.out or f"runs/{name}-{args.dataset}")
 
 
 def stored(out: Path, *names: str, rows: str = "arms") -> dict[str, Any]:
@@ -57,7 +60,8 @@ def stored(out: Path, *names: str, rows: str = "arms") -> dict[str, Any]:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"there is no readable results.json in {out}") from error
-    if names and doc.get("experiment") not in names:
+    # Results of before 0.2 may not say whose they are.
+    if names and doc.get("experiment", names[0]) not in names:
         raise RunFolderError(f"{out} holds results of {doc.get('experiment')}, not of {' or '.join(names)}")
     return doc
 
@@ -70,6 +74,11 @@ def prepare(args: argparse.Namespace, out: Path) -> tuple[Any, Any]:
     images = load_images(args.dataset, args.data_root, args.download)  # first: what is missing leaves no folder
     make_folder(out)
     return images, device
+
+
+def train_count(images: Any) -> int:
+    """How many of an image set's training samples are trained on."""
+    return min(TRAIN_SAMPLES.get(images.name, len(images.train_labels)), len(images.train_labels))
 
 
 def run_arms(replicas: Replicas, epochs: int) -> History:
@@ -218,7 +227,7 @@ def small_parser(name: str, description: str | None, seeds: int, steps: int) -> 
     p.add_argument("--seeds", type=whole_number(1), default=seeds, metavar="N", help=f"runs (default {seeds})")
     p.add_argument("--steps", type=whole_number(10), default=steps, metavar="N", help=f"(default {steps})")
     p.add_argument("--device", choices=("auto", "cpu"), default="auto", help="the problems are tiny: cpu")
-    p.add_argument("--out", metavar="FOLDER", default=f"results/{name}", help=f"(default results/{name})")
+    p.add_argument("--out", metavar="FOLDER", default=f"runs/{name}", help=f"(default runs/{name})")
     p.add_argument("--redraw", action="store_true", help="table and figure again from the stored results.json")
     return p
 
@@ -236,6 +245,24 @@ def finish(
     print(f"figure: {out / picture}")
 
 
+def small_main(
+    arguments: Sequence[str],
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+    table: Callable[[dict[str, Any]], list[list[str]]],
+    figure: Callable[[dict[str, Any]], bytes],
+    picture: str = "loss.png",
+    note: Callable[[dict[str, Any]], str] = lambda _: "",
+) -> None:
+    """What an experiment on tiny problems does: parse, run or read what is stored, write, print the table."""
+    args = parser.parse_args(arguments)
+    out = Path(args.out)
+    if not args.redraw:
+        make_folder(out)
+    doc = stored(out, parser.prog.split()[-1]) if args.redraw else run(args)
+    finish(doc, out, table, figure, picture, note(doc))
+
+
 def draw_band(axes: Any, xs: Sequence[float], runs: list[list[float | None]], **style: Any) -> None:
     """Mean over replicas with a band of one standard deviation."""
     import numpy as np
@@ -244,13 +271,3 @@ def draw_band(axes: Any, xs: Sequence[float], runs: list[list[float | None]], **
     mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values.mean(0)
     axes.fill_between(xs, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
     axes.plot(xs, mean, **style)
-
-
-def png(fig: Any) -> bytes:
-    """A matplotlib figure as bytes."""
-    from matplotlib import pyplot as plt
-
-    buffer = io.BytesIO()
-    fig.savefig(buffer, dpi=120, format="png")
-    plt.close(fig)
-    return buffer.getvalue()

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from metatele import figures
 from metatele.errors import ConfigError
 from metatele.experiments import images as common
 
@@ -151,14 +152,9 @@ def table(doc: dict[str, Any]) -> list[list[str]]:
 
 def figure(doc: dict[str, Any]) -> bytes:
     """For each optimizer, training loss against epochs, one line for each teleport."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     palette = ["#000000", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#56B4E9", "#CC79A7"]
     names = list(dict.fromkeys(arm["name"].split(", ")[0] for arm in doc["arms"]))
-    fig, grid = plt.subplots(2, math.ceil(len(names) / 2), figsize=(15, 7.5), layout="constrained", squeeze=False)
+    fig, grid = figures.subplots(2, math.ceil(len(names) / 2), figsize=(15, 7.5), layout="constrained", squeeze=False)
     for axes, name in zip(grid.flat, names, strict=False):
         chosen = [arm for arm in doc["arms"] if arm["name"].startswith(f"{name}, ")]
         for arm, colour in zip(chosen, palette, strict=True):
@@ -168,13 +164,13 @@ def figure(doc: dict[str, Any]) -> bytes:
                 axes, range(doc["epochs"] + 1), arm["train_loss"], color=colour, label=label, linestyle=style
             )
         axes.set_title(name, fontsize=10)
-        axes.set_yscale("log")
+        figures.loss_axes(axes)
         axes.grid(True, alpha=0.3)
         axes.set_xlabel("epoch")
     grid[0, 0].set_ylabel("training loss")
     grid[0, 0].legend(fontsize=7)
     fig.suptitle(f"{doc['dataset']}, every rate tuned; mean and one standard deviation, {len(doc['seeds'])} seeds")
-    return common.png(fig)
+    return figures.png(fig)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from metatele import figures
 from metatele.command_line import whole_number
 from metatele.errors import ConfigError
 from metatele.experiments import images as common
@@ -245,12 +246,7 @@ def _mean(doc: dict[str, Any], name: str) -> float:
 
 def figure(doc: dict[str, Any]) -> bytes:
     """Scatter plots: each point is a network."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, panels = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained", sharey=True)
+    fig, panels = figures.subplots(2, 3, figsize=(11, 6.4), layout="constrained", sharey=True)
     names = _names(doc)
     if "even_rise" in names:
         del names["rise"]
@@ -267,7 +263,7 @@ def figure(doc: dict[str, Any]) -> bytes:
     for axes in panels[:, 0]:
         axes.set_ylabel("validation loss")
     fig.suptitle(f"{doc['dataset']}, {len(doc['arms'])} networks after {doc['epochs']} epochs", fontsize=10)
-    return common.png(fig)
+    return figures.png(fig)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -6,13 +6,21 @@ from metatele.geometry.landscape import Landscape, Point
 from metatele.geometry.objectives import GradientNorm, Objective
 from metatele.geometry.optimality import OptimalityReport, commutator, one_teleport_is_enough
 from metatele.geometry.sharpness import Sharpness
-from metatele.geometry.spectrum import count_above, hessian, largest_eigenvalues, log_volume
+from metatele.geometry.spectrum import EigenSolver, count_above, hessian, largest_eigenvalues, log_volume
 
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (GradientNorm, Sharpness, Curvature)}
 
 
 def objective(name: str) -> Objective:
-    """Objective by name: ``grad-norm``, ``sharpness`` or ``curvature``."""
+    """Objective by name: ``grad-norm``, ``sharpness`` or ``curvature``, with its default settings.
+
+    Raises:
+        ConfigError: There is none of this name.
+
+    Example:
+        >>> objective("curvature").curves
+        1
+    """
     if name not in OBJECTIVES:
         raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
     return OBJECTIVES[name]()
@@ -22,6 +30,7 @@ __all__ = [
     "OBJECTIVES",
     "Curvature",
     "Curvatures",
+    "EigenSolver",
     "GradientNorm",
     "Landscape",
     "Objective",

@@ -1,4 +1,4 @@
-r"""Curvature of the curves ``γ(t) = exp(tM)·w`` on a level set of the loss (PAPER §3, Eq. 5, 47, 51-60).
+r"""Curvature of the curves ``γ(t) = exp(tM)·w`` on a level set (Zhao et al. 2024, Eq. 5, 47, 51-60).
 
 Their derivatives at t = 0 come from carrying the first few derivatives of every quantity through the action,
 layer by layer: products by Leibniz's rule, the activation by Faà di Bruno's. With ``Z = VH``, ``A = f(Z)`` and
@@ -9,7 +9,7 @@ one hidden layer this is
     Y_1 = \frac{MA}{f'}, \quad Y_2 = \frac{M^2A - f''\,Y_1^2}{f'}, \quad
     Y_3 = \frac{M^3A - 3 f''\,Y_1 Y_2 - f'''\,Y_1^3}{f'}
 
-(elementwise; the paper's Eq. 58 and 60 print other coefficients, which lack the 1/j! of a Taylor series). With
+(elementwise). Zhao et al. 2024, Eq. 58, 60 print other coefficients: they lack the 1/j! of a Taylor series. With
 several hidden layers each layer's inputs move as the layers before it are acted on, and so does their
 pseudo-inverse; the curve is that of all layers together.
 """
@@ -19,144 +19,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import comb
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metatele.errors import ConfigError, NotExactError, SingularInputError
-from metatele.geometry.landscape import RANK, Landscape, Point
+from metatele.geometry.jets import (
+    Jet,
+    acted,
+    acted_from_the_right,
+    add,
+    back,
+    difference,
+    padded,
+    pseudo_inverse_jet,
+    through,
+    times,
+    with_ones_jet,
+)
+from metatele.geometry.landscape import RANK, Landscape, Point, landscape_given, point_given
 from metatele.geometry.objectives import Objective
 from metatele.network.bias import with_ones
-from metatele.perceptron.activations import Activation
 from metatele.perceptron.mlp import MLP, Weights, affine
 from metatele.symmetry import has_full_rank, pseudo_inverse
-
-_CHUNK_BYTES = 64 << 20  # of hidden units and their derivatives in one chunk
-
-# A quantity along the curve: itself and its derivatives at t = 0, None where one is zero for all curves.
-Jet = list[Tensor | None]
 
 
 class Curvatures(NamedTuple):
     """Curvature of curves and how it changes along them, a value for each network and curve ``[..., curves]``.
 
     Attributes:
-        kappa: ``κ(0)``.
+        kappa: ``κ(0)``, per unit of the weights.
         slope: ``κ'(0)``, with respect to t, or ``None``.
+
+    Example:
+        >>> Curvatures(kappa=torch.zeros(2, 5), slope=None).kappa.shape  # 2 networks, 5 curves
+        torch.Size([2, 5])
     """
 
     kappa: Tensor
     slope: Tensor | None
-
-
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _scaled(factor: int, a: Tensor) -> Tensor:
-    return a if factor == 1 else factor * a
-
-
-def _times(a: Jet, b: Jet) -> Jet:
-    """Leibniz: ``(ab)⁽ʲ⁾ = Σ C(j, i) a⁽ⁱ⁾ b⁽ʲ⁻ⁱ⁾``."""
-    result: Jet = []
-    for j in range(len(a)):
-        total: Tensor | None = None
-        for i in range(j + 1):
-            left, right = a[i], b[j - i]
-            if left is not None and right is not None:
-                total = _add(total, _scaled(comb(j, i), left @ right))
-        result.append(total)
-    return result
-
-
-def _through(f: Activation, z: Jet) -> Jet:
-    """``f(z)``: Faà di Bruno's rule."""
-    start = z[0]
-    assert start is not None
-    f1, f2, f3 = (f.derivative(start), None, None) if f.piecewise_linear else f.derivatives(start)
-    z1, z2, z3 = (*z[1:], None, None, None)[:3]
-    result: Jet = [f(start), None if z1 is None else f1 * z1]
-    second = None if z2 is None else f1 * z2
-    if f2 is not None and z1 is not None:
-        second = _add(second, f2 * z1.square())
-    result.append(second)
-    third = None if z3 is None else f1 * z3
-    if f2 is not None and f3 is not None and z1 is not None:
-        third = _add(third, f3 * z1 * z1.square())
-        if z2 is not None:
-            third = _add(third, 3 * f2 * z1 * z2)
-    result.append(third)
-    return result[: len(z)]
-
-
-def _back(f: Activation, z: Tensor, b: Jet) -> Jet:
-    """``y`` with ``f(y) = b`` and ``y(0) = z``: Faà di Bruno's rule solved for the derivatives of y."""
-    f1, f2, f3 = (f.derivative(z), None, None) if f.piecewise_linear else f.derivatives(z)
-    y: Jet = [z]
-    for j, target in enumerate(b[1:], 1):
-        assert target is not None  # MA is among its terms
-        first, second = (*y[1:], None, None)[:2]
-        if f2 is not None and first is not None and j == 2:
-            target = target - f2 * first.square()
-        if f2 is not None and f3 is not None and first is not None and second is not None and j == 3:
-            target = target - 3 * f2 * first * second - f3 * first * first.square()
-        y.append(target / f1)
-    return y
-
-
-def _acted(powers: Sequence[Tensor], A: Jet) -> Jet:
-    """``exp(tM) A``, from ``M, M², …``."""
-    result: Jet = []
-    for j in range(len(A)):
-        total = A[j]
-        for i in range(1, j + 1):
-            a = A[j - i]
-            if a is not None:
-                total = _add(total, _scaled(comb(j, i), powers[i - 1] @ a))
-        result.append(total)
-    return result
-
-
-def _inverse(G: Jet) -> Jet:
-    """Inverse matrices: ``P⁽ʲ⁾ = -P Σ_{i≥1} C(j, i) G⁽ⁱ⁾ P⁽ʲ⁻ⁱ⁾``."""
-    start = G[0]
-    assert start is not None
-    first = torch.linalg.inv(start)
-    P: Jet = [first]
-    for j in range(1, len(G)):
-        total: Tensor | None = None
-        for i in range(1, j + 1):
-            g, p = G[i], P[j - i]
-            if g is not None and p is not None:
-                total = _add(total, _scaled(comb(j, i), g @ p))
-        P.append(None if total is None else -(first @ total))
-    return P
-
-
-def _pseudo_inverse(H: Jet) -> Jet:
-    """Of full rank, tall or wide: ``(HᵀH)⁻¹Hᵀ`` or ``Hᵀ(HHᵀ)⁻¹``, in double precision as it squares H."""
-    start = H[0]
-    assert start is not None
-    if all(t is None for t in H[1:]):
-        return [pseudo_inverse(start, rank_tolerance=RANK), *H[1:]]
-    pseudo_inverse(start.detach(), rank_tolerance=RANK)  # refuses what is rank deficient
-    precise: Jet = [None if t is None else t.double() for t in H]
-    turned: Jet = [None if t is None else t.mT for t in precise]
-    if start.shape[-1] >= start.shape[-2]:
-        P = _times(turned, _inverse(_times(precise, turned)))
-    else:
-        P = _times(_inverse(_times(turned, precise)), turned)
-    return [None if t is None else t.to(start.dtype) for t in P]
-
-
-def _joined(W: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """A matrix with a column for the bias, if the layer has one: a derivative's is zero, as the bias stays."""
-    if W is None or bias is None:
-        return W
-    return torch.cat([W, torch.zeros_like(W[..., :1])], -1)
 
 
 def derivatives(
@@ -189,7 +91,20 @@ def derivatives(
     Raises:
         NotExactError: No hidden layer, or an activation that has no inverse.
         SingularInputError: Layer inputs are rank deficient, and not data that may be.
+        ConfigError: Landscape, weights, order or M are not as named.
+
+    Example:
+        >>> from metatele.perceptron.activations import Identity
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> mlp = MLP((1, 1, 1), Identity())  # γ = (v exp(t), u exp(-t))
+        >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> first, second = derivatives(scene, mlp.unflatten(torch.tensor([2.0, 3.0])), [torch.ones(1, 1, 1)], order=2)
+        >>> [part.item() for part in first], [part.item() for part in second]
+        ([2.0, -3.0], [2.0, 3.0])
     """
+    landscape_given(landscape)
+    if not isinstance(weights, Weights):
+        raise ConfigError(f"weights must be Weights, such as landscape.at(model).weights, got {type(weights).__name__}")
     mlp = landscape.mlp
     if not mlp.hidden_widths:
         raise NotExactError("curves on a level set need a hidden layer")
@@ -215,18 +130,18 @@ def derivatives(
         powers = [m]
         while len(powers) < order:
             powers.append(powers[-1] @ m)
-        A = _through(f, Z)
-        B = _acted(powers, A)
-        Y = _back(f, start, B)
-        S: Jet = [None, *(_difference(y, z) for y, z in zip(Y[1:], Z[1:], strict=True))]
-        seen = H if bias is None else _with_ones(H)
+        A = through(f, Z)
+        B = acted(powers, A)
+        Y = back(f, start, B)
+        S: Jet = [None, *(difference(y, z) for y, z in zip(Y[1:], Z[1:], strict=True))]
+        seen = H if bias is None else with_ones_jet(H)
         given = seen[0]
         assert given is not None
         truncated = truncate and layer == 0 and not landscape.full_rank
         # Truncated inputs need not be independent even where they are few.
         tall = given.shape[-1] <= given.shape[-2] and not truncated
         if truncated:
-            moved: Jet = _times(S, [landscape.truncated_inverse.unsqueeze(-3), *still])
+            moved: Jet = times(S, [landscape.truncated_inverse.unsqueeze(-3), *still])
         elif layer == 0 and tall and coordinates:
             try:
                 turn = landscape.inverse_factor.unsqueeze(-3)
@@ -236,16 +151,16 @@ def derivatives(
         elif before is not None and given.shape[-1] >= given.shape[-2]:
             # (gA)⁺ = A⁺g⁻¹ where A has full row rank; the bias's ones are not moved.
             fixed = pseudo_inverse(given, rank_tolerance=RANK)
-            moved = _acted_from_the_right([None, *(None if s is None else s @ fixed for s in S[1:])], before)
+            moved = acted_from_the_right([None, *(None if s is None else s @ fixed for s in S[1:])], before)
         else:
             try:
-                moved = _times(S, _pseudo_inverse(seen))
+                moved = times(S, pseudo_inverse_jet(seen))
             except SingularInputError as error:
                 hint = "; truncate=True takes data of any rank" if layer == 0 and not truncate else ""
                 raise SingularInputError(f"{error}{hint}") from None
         for j in range(order):
             # Behind the first layer the weights already move: they are U g⁻¹ of the layer before.
-            part = _add(moved[j + 1], _joined(W[j + 1], bias))
+            part = add(moved[j + 1], padded(W[j + 1], bias))
             assert part is not None
             parts[j].append(part)
         U, next_bias = weights.matrices[layer + 1].unsqueeze(-3), weights.biases[layer + 1]
@@ -256,48 +171,21 @@ def derivatives(
         if tall:  # f(Z) is met exactly, so the hidden units become g f(Z) and U g⁻¹ makes of them what U made
             H, Z = B, [None if a is None else U @ a for a in A]
         else:
-            change = _times(moved, seen)
-            H = _through(f, [start, *(_add(z, c) for z, c in zip(Z[1:], change[1:], strict=True))])
-            Z = _times(W, H)
+            change = times(moved, seen)
+            H = through(f, [start, *(add(z, c) for z, c in zip(Z[1:], change[1:], strict=True))])
+            Z = times(W, H)
         if next_bias is not None and Z[0] is not None:
             Z[0] = Z[0] + next_bias.unsqueeze(-2).unsqueeze(-1)
     for j in range(order):
-        last = _joined(W[j + 1], weights.biases[-1])
+        last = padded(W[j + 1], weights.biases[-1])
         assert last is not None
         parts[j].append(last)
     return parts
 
 
-def _acted_from_the_right(T: Jet, powers: Sequence[Tensor]) -> Jet:
-    """``T exp(-tM)``, from ``M, M², …``; a last column of T that belongs to a bias is not moved."""
-    k = powers[0].shape[-1]
-    result: Jet = []
-    for j in range(len(T)):
-        total = T[j]
-        for i in range(1, j + 1):
-            t = T[j - i]
-            if t is not None:
-                term = _scaled((-1) ** i * comb(j, i), t[..., :k] @ powers[i - 1])
-                total = _add(total, term if t.shape[-1] == k else _joined(term, term))
-        result.append(total)
-    return result
-
-
 def _shared(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right``, as one product where all networks and curves have the same right side."""
     return left @ (right.flatten(0, -3)[0] if right.shape[:-2].numel() == 1 else right)
-
-
-def _difference(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if b is None else -b if a is None else a - b
-
-
-def _with_ones(H: Jet) -> Jet:
-    start = H[0]
-    assert start is not None
-    ones = torch.ones_like(start[..., :1, :])
-    rest: Jet = [None if t is None else torch.cat([t, torch.zeros_like(t[..., :1, :])], -2) for t in H[1:]]
-    return [torch.cat([start, ones], -2), *rest]
 
 
 def curvatures(
@@ -308,7 +196,7 @@ def curvatures(
     truncate: bool = False,
     pre: Tensor | None = None,
 ) -> Curvatures:
-    r"""Curvature at t = 0 of ``γ(t) = exp(tM)·w`` (Eq. 47) and its derivative (Eq. 51).
+    r"""Curvature at t = 0 of ``exp(tM)·w`` (Zhao et al. 2024, Eq. 47), and its derivative (Zhao et al. 2024, Eq. 51).
 
     .. math::
         κ = \frac{‖γ''_⊥‖}{‖γ'‖^2}, \qquad
@@ -325,6 +213,11 @@ def curvatures(
         slope: Also κ'.
         truncate: The data may be rank deficient; see :func:`derivatives`.
         pre: See :func:`derivatives`.
+
+    Raises:
+        NotExactError: As for :func:`derivatives`.
+        SingularInputError: As for :func:`derivatives`.
+        ConfigError: As for :func:`derivatives`.
 
     Example:
         >>> from metatele.perceptron.activations import Identity
@@ -371,7 +264,7 @@ def _root(square: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Curvature(Objective):
-    """``ψ(w, k)``: mean over k random M of the curvature of ``exp(tM)·w`` at t = 0 (Eq. 5).
+    """``ψ(w, k)``: mean over k random M of the curvature of ``exp(tM)·w`` at t = 0 (Zhao et al. 2024, Eq. 5).
 
     The M are the same for every network and every call. Entries are uniform on [0, 1] and the Frobenius norm is 1,
     as in the reference implementation, one M for each hidden layer, all layers in one curve. Memory is
@@ -382,6 +275,7 @@ class Curvature(Objective):
         curves: k.
         seed: Of the M.
         truncate: The data may be rank deficient; see :func:`derivatives`.
+        chunk_bytes: Memory of the hidden units and their derivatives that are looked at together.
 
     Example:
         >>> from metatele.perceptron.activations import LeakyReLU
@@ -397,14 +291,16 @@ class Curvature(Objective):
     curves: int = 1
     seed: int = 0
     truncate: bool = False
+    chunk_bytes: int = 64 << 20
     name: ClassVar[str] = "curvature"
 
     def __post_init__(self) -> None:
         """Check settings."""
         if not isinstance(self.curves, int) or not isinstance(self.seed, int):
             raise ConfigError(f"curves and seed must be whole numbers, got {self.curves!r} and {self.seed!r}")
-        if self.curves < 1:
-            raise ConfigError(f"curves must be at least 1, got {self.curves}")
+        for name in ("curves", "chunk_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def draw(self, mlp: MLP, like: Tensor) -> list[Tensor]:
         """The M of each hidden layer ``[curves, k, k]``."""
@@ -415,6 +311,7 @@ class Curvature(Objective):
     @torch.no_grad()
     def value(self, point: Point) -> Tensor:
         """See the class."""
+        point_given(point)
 
         def mean(at: Point) -> tuple[Tensor, ...]:
             total = torch.zeros(at.flat.shape[:-1]).to(at.flat)
@@ -423,10 +320,11 @@ class Curvature(Objective):
                 total += done.kappa.sum(-1)
             return (total / self.curves,)
 
-        return _each(point, mean)[0]
+        return _where_defined(point, mean)[0]
 
     def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
         """See the class."""
+        point_given(point)
         mlp = point.landscape.mlp
 
         def mean(at: Point) -> tuple[Tensor, ...]:
@@ -440,19 +338,19 @@ class Curvature(Objective):
                 gradient += part
             return total / self.curves, gradient / self.curves
 
-        value, gradient = _each(point, mean)
+        value, gradient = _where_defined(point, mean)
         return value, gradient
 
     def _chunks(self, point: Point) -> Iterator[list[Tensor]]:
         mlp, networks = point.landscape.mlp, point.flat.shape[:-1].numel()
         size = 12 * networks * point.landscape.inputs.shape[-1] * max(mlp.widths[1:]) * point.flat.element_size()
-        group = max(1, _CHUNK_BYTES // size)
+        group = max(1, self.chunk_bytes // size)
         drawn = self.draw(mlp, point.flat)
         for begin in range(0, self.curves, group):
             yield [M[begin : begin + group] for M in drawn]
 
 
-def _each(point: Point, compute: Callable[[Point], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def _where_defined(point: Point, compute: Callable[[Point], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """What ``compute`` makes of a point, each network for itself: one without curves is not a number in all results."""
     try:
         return compute(point)

@@ -1,4 +1,4 @@
-r"""How far a minimum moves away from its old solution when it is shifted, against its curvature (App. E.2.1).
+r"""How far a minimum moves when it is shifted, against its curvature (Zhao et al. 2024, Figure 7).
 
 The minimum is a curve through the origin w₀ with the first axis as its tangent there. It is shifted by a
 distance r in a direction uniform on the circle; seen from the curve, w₀ is shifted instead. Only the product
@@ -16,8 +16,8 @@ from typing import ClassVar
 
 from metatele.errors import ConfigError
 
-STRAIGHT = 2 / math.pi  # E[|sin θ|], the value of a curve without curvature (Eq. 66)
-_TOLERANCE = 1e-11
+STRAIGHT = 2 / math.pi  # E[|sin θ|], the value of a curve without curvature (Zhao et al. 2024, Eq. 66)
+_QUADRATURE = 1e-11  # absolute and relative error of the integrals
 
 
 class MinimumCurve(ABC):
@@ -25,6 +25,10 @@ class MinimumCurve(ABC):
 
     Attributes:
         name: Key in :data:`CURVES`.
+
+    Example:
+        >>> [curve.distance((0.0, -1.0), 3.0) for curve in CURVES.values()]  # from below the origin is nearest
+        [1.0, 1.0]
     """
 
     name: ClassVar[str]
@@ -38,7 +42,7 @@ class MinimumCurve(ABC):
         """Angle in ``[0, π/2]`` at which the unit circle meets the curve; ``None`` where it does not."""
 
     def expected_distance(self, curvature: float) -> float:
-        r"""``E[dist(w, γ)]`` for w uniform on the unit circle, by adaptive quadrature (Eq. 65).
+        r"""``E[dist(w, γ)]`` for w uniform on the unit circle, by adaptive quadrature (Zhao et al. 2024, Eq. 65).
 
         The curve is symmetric, so half a turn is enough; it is cut at the crossing, where the distance has
         a kink. To 1e-11.
@@ -63,7 +67,7 @@ class MinimumCurve(ABC):
         cut = self.crossing(curvature)
         ends = [-math.pi / 2, *([] if cut is None else [cut]), math.pi / 2]
         parts = [
-            quad(integrand, a, b, epsabs=_TOLERANCE, epsrel=_TOLERANCE, limit=200)[0]
+            quad(integrand, a, b, epsabs=_QUADRATURE, epsrel=_QUADRATURE, limit=200)[0]
             for a, b in itertools.pairwise(ends)
         ]
         return sum(parts) / math.pi
@@ -71,7 +75,7 @@ class MinimumCurve(ABC):
 
 @dataclass(frozen=True)
 class Parabola(MinimumCurve):
-    r"""``t ↦ (t, k₁t²)`` with ``κ = 2k₁`` (Eq. 63).
+    r"""``t ↦ (t, k₁t²)`` with ``κ = 2k₁`` (Zhao et al. 2024, Eq. 63).
 
     The nearest point to (a, b) is at a root of ``2k₁²t³ + (1 - 2k₁b)t - a = 0``. By symmetry let a ≥ 0: then
     the nearest has t ≥ 0, and among these there is one root besides 0, by Descartes' rule of signs.
@@ -110,7 +114,7 @@ def _nearest_on_parabola(a: float, b: float, curvature: float) -> float:
 
 @dataclass(frozen=True)
 class Circle(MinimumCurve):
-    r"""The circle of radius ``k₂ = 1/κ`` through the origin with its centre c on the second axis (Eq. 63).
+    r"""The circle of radius ``k₂ = 1/κ`` through the origin, centre c on the second axis (Zhao et al. 2024, Eq. 63).
 
     ``dist(p, γ) = | |p - c| - k₂ |``, here as ``|x|p|² - 2b| / (|xp - xc| + 1)`` with xc = (0, 1): no
     difference of large numbers for small curvature, and the straight line at x = 0.
@@ -169,7 +173,7 @@ CURVES: dict[str, MinimumCurve] = {c.name: c for c in (Parabola(), Circle())}
 
 
 def expected_displacement(curve: str, curvature: float, shift: float) -> float:
-    """``E[dist(w₀, shifted γ)] / r`` of Figure 7.
+    """``E[dist(w₀, shifted γ)] / r`` of Zhao et al. 2024, Figure 7.
 
     Args:
         curve: ``parabola`` or ``circle``.

@@ -1,4 +1,4 @@
-r"""Vector fields that keep a loss, their commutator with the gradient flow, and ascent along them (§3.3).
+r"""Vector fields that keep a loss, and ascent along them (Zhao et al. 2024, Eq. 29-32).
 
 ``R = -∇L·∂`` is the gradient flow as a vector field, ``A = a·∂`` one with ``AL = ∇L·a = 0``: the velocity of a
 symmetry. A field is given as a matrix M, for ``a(w) = Mw``, or as a function from w to a tangent vector. Points
@@ -37,6 +37,15 @@ class LocalLoss:
         w: The point ``[P]``, a leaf.
         value: ``L(w)``, a number.
         gradient: ``∇L(w) [P]``.
+
+    Raises:
+        ShapeMismatchError: The loss gives no single number.
+        ConfigError: It cannot be differentiated, or it or its gradient is not finite.
+
+    Example:
+        >>> here = LocalLoss(lambda w: w[0] ** 2 * w[1], torch.tensor([1.0, 2.0]).double())
+        >>> here.value, here.gradient.tolist(), here.hessian_product(torch.ones(2).double()).tolist()
+        (2.0, [4.0, 1.0], [6.0, 2.0])
     """
 
     def __init__(self, loss: LossFunction, point: Tensor) -> None:
@@ -176,7 +185,7 @@ def commutator(loss: LossFunction, w: Tensor, field: Field) -> Tensor:
     r"""``([A, R]L)(w) = ∇Lᵀ(Da ∇L - ∇²L a)``, with ``a`` the field and ``Da`` its Jacobian.
 
     By the definition of the Lie bracket, for any field. If it keeps the loss around w, this is ``-A‖∇L‖²``
-    (Eq. 32); otherwise it is ``-A‖∇L‖² - R(AL)``, and :func:`slope` is not 0.
+    (Zhao et al. 2024, Eq. 32); otherwise it is ``-A‖∇L‖² - R(AL)``, and :func:`slope` is not 0.
 
     Args:
         loss: Differentiable function ``[P] → []``.

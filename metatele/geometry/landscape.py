@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metatele.errors import ConfigError, NotExactError, ShapeMismatchError, SingularInputError
 from metatele.network.bias import with_ones
+from metatele.network.sequential import describe, read_sequential
 from metatele.perceptron.losses import Loss
 from metatele.perceptron.mlp import MLP, Pass, Weights
 from metatele.symmetry import (
@@ -27,12 +28,13 @@ from metatele.symmetry import (
 RANK = 1e-6  # relative: layer inputs below it, in double precision, are rank deficient
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Landscape:
     """``w ↦ L(w)`` on fixed data, for any number of networks at the same time.
 
     Attributes:
-        mlp: Shape of the networks.
+        mlp: Shape of the networks. An ``nn.Sequential`` of Linear and activations may be given in its place: its shape
+            is taken, its weights are not, so give it to :meth:`at` as well.
         inputs: ``[..., d, n]``, one column per sample; a batch dimension of 1 is shared by the networks.
         targets: As the loss takes them.
         loss: Of the outputs.
@@ -40,7 +42,8 @@ class Landscape:
 
     Raises:
         ShapeMismatchError: Inputs or targets are not of these shapes.
-        ConfigError: They are not of one dtype, or the loss is none.
+        ConfigError: They are not of one dtype, or the loss is none, or ``mlp`` is neither a shape nor a module.
+        UnsupportedModelError: The module is no perceptron; the layer is named.
 
     Example:
         >>> import torch
@@ -49,6 +52,10 @@ class Landscape:
         >>> line = Landscape(MLP((1, 1), Identity()), torch.ones(1, 1), torch.zeros(1, 1), SquaredError())
         >>> line.at(torch.tensor([[3.0], [5.0]])).value
         tensor([ 4.5000, 12.5000])
+        >>> model = nn.Sequential(nn.Linear(1, 1, bias=False))
+        >>> _ = nn.init.constant_(model[0].weight, 3.0)
+        >>> Landscape(model, torch.ones(1, 1), torch.zeros(1, 1), SquaredError()).at(model).value
+        tensor(4.5000)
     """
 
     mlp: MLP
@@ -57,8 +64,19 @@ class Landscape:
     loss: Loss
     stored: torch.dtype | None = None
 
-    def __post_init__(self) -> None:
-        """Check that the parts fit each other."""
+    def __init__(
+        self, mlp: MLP | nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, stored: torch.dtype | None = None
+    ) -> None:
+        shape = read_sequential(mlp)[1] if isinstance(mlp, nn.Module) else mlp
+        if not isinstance(shape, MLP):
+            raise ConfigError(f"mlp must be an MLP or an nn.Sequential, got {type(mlp).__name__}")
+        parts = {"mlp": shape, "inputs": inputs, "targets": targets, "loss": loss, "stored": stored}
+        for name, value in parts.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        """Whether the parts fit each other."""
         if not isinstance(self.loss, Loss):
             raise ConfigError(
                 "loss must be one of metatele.perceptron.losses (a function goes into Differentiable), "
@@ -69,18 +87,25 @@ class Landscape:
                 raise ConfigError(f"{name} must be a tensor, got {type(getattr(self, name)).__name__}")
         x, d = self.inputs, self.mlp.widths[0]
         if x.dim() < 2 or x.shape[-2] != d or x.shape[-1] < 1:
-            raise ShapeMismatchError(f"inputs must be [..., {d}, n], one column per sample, got {list(x.shape)}")
+            hint = ", which is one row per sample: transpose them" if x.dim() == 2 and x.shape[-1] == d else ""
+            raise ShapeMismatchError(f"inputs must be [..., {d}, n], one column per sample, got {list(x.shape)}{hint}")
         if not x.is_floating_point():
             raise ConfigError(f"inputs must be floating-point numbers, got {x.dtype}")
         self.loss.check(self.targets, self.mlp.widths[-1], x)
 
-    def at(self, flat: Tensor) -> Point:
-        """The loss and its derivatives at weights ``[..., P]``.
+    def at(self, flat: Tensor | nn.Module) -> Point:
+        """The loss and its derivatives at weights ``[..., P]``, or at those of a module of this shape.
 
         Raises:
             ShapeMismatchError: They are not the network's, or there are none.
             ConfigError: Their dtype is not that of the inputs.
+            UnsupportedModelError: The module is no perceptron.
         """
+        if isinstance(flat, nn.Module):
+            linears, shape = read_sequential(flat)
+            if shape != self.mlp:
+                raise ShapeMismatchError(f"the module must be a {describe(self.mlp)}, got a {describe(shape)}")
+            flat = torch.cat([p.detach().flatten() for linear in linears for p in linear.parameters()])
         if not isinstance(flat, Tensor) or flat.dim() < 1 or not flat.numel():
             what = list(flat.shape) if isinstance(flat, Tensor) else type(flat).__name__
             raise ShapeMismatchError(f"weights must be [..., {self.mlp.num_parameters}], got {what}")
@@ -147,6 +172,29 @@ class Landscape:
         return self.mlp.forward(self.mlp.unflatten(flat), self.inputs)
 
 
+def landscape_given(landscape: Landscape) -> None:
+    """Refuse anything else in the place of a landscape.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if not isinstance(landscape, Landscape):
+        raise ConfigError(
+            "landscape must be a Landscape, such as Landscape(model, inputs.T, targets.T, loss), "
+            f"got {type(landscape).__name__}"
+        )
+
+
+def point_given(point: Point) -> None:
+    """Refuse anything else in the place of a point.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if not isinstance(point, Point):
+        raise ConfigError(f"point must be a Point, such as Landscape(...).at(weights), got {type(point).__name__}")
+
+
 class Point:
     """A landscape at given weights; passes are made when first needed, and once.
 
@@ -154,6 +202,13 @@ class Point:
         landscape: The landscape.
         weights: The weights, layer by layer.
         sites: Its hidden layers as an action left them, if one led here.
+
+    Example:
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> line = Landscape(MLP((1, 1), ()), torch.tensor([[2.0]]), torch.zeros(1, 1), SquaredError())
+        >>> point = line.at(torch.tensor([3.0]))  # ½(2w)²
+        >>> point.value, point.gradient, point.hessian_product(torch.ones(1))
+        (tensor(18.), tensor([12.]), tensor([4.]))
     """
 
     def __init__(self, landscape: Landscape, weights: Weights, sites: Sequence[Site] | None = None) -> None:

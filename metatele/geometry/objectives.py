@@ -9,15 +9,28 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from metatele.geometry.landscape import Point
+from metatele.geometry.landscape import Point, point_given
 from metatele.perceptron.mlp import Weights
 
 
 class Objective(ABC):
-    """What a teleport raises or lowers on a level set of the loss."""
+    """What a teleport raises or lowers on a level set of the loss: a number for each network, and its gradient.
+
+    A subclass gives the value ``[...]`` and the gradient ``[..., P]`` at a :class:`Point`.
+
+    Attributes:
+        name: Key in ``OBJECTIVES``.
+        needs_loss: Whether values of the loss are needed beyond its gradient at the outputs, which a backward pass
+            tells.
+
+    Example:
+        >>> from metatele.geometry import OBJECTIVES
+        >>> sorted(OBJECTIVES)
+        ['curvature', 'grad-norm', 'sharpness']
+    """
 
     name: ClassVar[str]
-    needs_loss: ClassVar[bool] = False  # beyond the gradient at the outputs, which a backward pass tells
+    needs_loss: ClassVar[bool] = False
 
     @abstractmethod
     def value(self, point: Point) -> Tensor:
@@ -35,7 +48,7 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class GradientNorm(Objective):
-    r"""``‖∇L(w)‖²``, or with a metric ``‖∇L(w)‖²_A = ∇Lᵀ A ∇L`` (PAPER §5).
+    r"""``‖∇L(w)‖²``, or with a metric ``‖∇L(w)‖²_A = ∇Lᵀ A ∇L`` (Zhao et al. 2024, Eq. 67).
 
     Its derivative is ``2 ∇²L A ∇L``, one Hessian-vector product.
 
@@ -59,15 +72,18 @@ class GradientNorm(Objective):
 
     def value(self, point: Point) -> Tensor:
         """See the class."""
+        point_given(point)
         return _inner(point.derivative, self._scaled(point))
 
     def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
         """See the class."""
+        point_given(point)
         value, derivative = self.value_and_derivative(point)
         return value, point.landscape.mlp.flatten(derivative)
 
     def value_and_derivative(self, point: Point) -> tuple[Tensor, Weights]:
         """See the class."""
+        point_given(point)
         scaled = self._scaled(point)
         return _inner(point.derivative, scaled), _map(lambda t: 2 * t, point.curvature(scaled))
 

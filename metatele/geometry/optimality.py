@@ -1,4 +1,4 @@
-r"""When one teleport is enough, and what a teleport is worth (§3, App. A to C).
+r"""When one teleport is enough, and what a teleport is worth (Zhao et al. 2024, Section 3).
 
 A point is *optimal* if every symmetry A leaves ``‖∇L‖²`` stationary there, which is the same as
 ``[A, R]L = -A‖∇L‖² = 0`` for the gradient flow R (Def. 3.3, Prop. 3.4). One teleport is enough if the gradient
@@ -42,9 +42,6 @@ __all__ = [
     "third_order_residual",
 ]
 
-_TOLERANCE = 1e-7  # what counts as zero among scale-free numbers
-_ORDERS = 2
-
 
 class OptimalityReport(NamedTuple):
     """What :func:`one_teleport_is_enough` found.
@@ -62,6 +59,13 @@ class OptimalityReport(NamedTuple):
         stays_optimal: Whether the derivatives vanish there, ``[...]`` (Prop. 3.5).
         third_order: :func:`third_order_residual` at ``points``, ``[...]`` (Prop. 3.6).
         slope: How far each field is from keeping the loss at the points given, ``[..., m]``.
+
+    Example:
+        >>> turn = torch.tensor([[[0.0, -3.0], [1 / 3, 0.0]]]).double()
+        >>> ellipse = lambda w: w[0] ** 2 + 9 * w[1] ** 2
+        >>> report = one_teleport_is_enough(ellipse, torch.tensor([3.0, 0.1]).double(), turn)
+        >>> report.enough, bool(report.commutator.abs() > 0.1), bool(report.commutator_after.abs() < 1e-7)
+        (True, True, True)
     """
 
     enough: bool
@@ -82,8 +86,8 @@ def one_teleport_is_enough(
     fields: Sequence[Field] | Tensor,
     *,
     move: bool = True,
-    orders: int = _ORDERS,
-    tolerance: float = _TOLERANCE,
+    orders: int = 2,
+    tolerance: float = 1e-7,
 ) -> OptimalityReport:
     r"""Whether the gradient flow stays optimal after one teleport from w (Prop. 3.4 to 3.6, C.3).
 
@@ -104,7 +108,7 @@ def one_teleport_is_enough(
             ``[P] → [P]``.
         move: Teleport first. Otherwise the points are judged as they are: *false* may also mean not optimal.
         orders: Highest derivative along the flow, at least 1.
-        tolerance: What counts as zero.
+        tolerance: What counts as zero among scale-free numbers.
 
     Raises:
         ShapeMismatchError: A shape is not the one named.

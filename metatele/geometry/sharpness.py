@@ -1,4 +1,4 @@
-r"""Sharpness of a minimum: the loss averaged over random displacements (PAPER §3, Eq. 4).
+r"""Sharpness of a minimum: the loss averaged over random displacements (Zhao et al. 2024, Eq. 4).
 
 Everything that is linear in the displacement is computed once: with ``Z = W₁X`` and ``E = D₁X``, the first
 layer at ``w + t d`` is ``Z + t E``, so the data are multiplied once for every network and once for every
@@ -16,18 +16,17 @@ import torch
 from torch import Tensor
 
 from metatele.errors import ConfigError
-from metatele.geometry.landscape import Landscape, Point
+from metatele.geometry.landscape import Landscape, Point, point_given
 from metatele.geometry.objectives import Objective
 from metatele.perceptron.losses import Differentiable
 from metatele.perceptron.mlp import MLP, affine, product
 
 DISPLACEMENTS = tuple(round(0.001 + 0.01 * i, 3) for i in range(20))  # the paper's, for MNIST
-_CHUNK_BYTES = 8 << 20  # of the hidden units of one chunk; about what a core's cache holds
 
 
 @dataclass(frozen=True)
 class Sharpness(Objective):
-    r"""``φ(w, T, D) = mean over t ∈ T, d ∈ D of L(w + t d)`` (Eq. 4).
+    r"""``φ(w, T, D) = mean over t ∈ T, d ∈ D of L(w + t d)`` (Zhao et al. 2024, Eq. 4).
 
     The directions are the same for every network and every call, so that differences between networks, or
     between the points of an ascent, are not those of the draw. A displaced loss that is not finite makes φ
@@ -39,6 +38,7 @@ class Sharpness(Objective):
         orthant: Take them from the positive orthant, as the reference implementation does: absolute values
             of the same directions.
         seed: Of the directions.
+        chunk_bytes: Memory of the hidden units that are looked at together; about what a core's cache holds.
 
     Example:
         >>> from metatele.perceptron.activations import Identity
@@ -53,6 +53,7 @@ class Sharpness(Objective):
     directions: int = 200
     orthant: bool = False
     seed: int = 0
+    chunk_bytes: int = 8 << 20
     name: ClassVar[str] = "sharpness"
     needs_loss: ClassVar[bool] = True
 
@@ -67,8 +68,9 @@ class Sharpness(Objective):
         object.__setattr__(self, "displacements", steps)
         if not isinstance(self.directions, int) or not isinstance(self.seed, int):
             raise ConfigError(f"directions and seed must be whole numbers, got {self.directions!r} and {self.seed!r}")
-        if self.directions < 1:
-            raise ConfigError(f"directions must be at least 1, got {self.directions}")
+        for name in ("directions", "chunk_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def value(self, point: Point) -> Tensor:
         """See the class."""
@@ -89,10 +91,11 @@ class Sharpness(Objective):
             yield d.to(like)
 
     def _sum(self, point: Point, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        point_given(point)
         scene = _Scene.of(point.landscape, point.flat)
         count, n = scene.pre.shape[0], scene.pre.shape[-1]
         size = 3 * n * max(point.landscape.mlp.widths[1:]) * scene.pre.element_size()
-        fit = max(1, _CHUNK_BYTES // size)
+        fit = max(1, self.chunk_bytes // size)
         networks = min(count, fit)
         moves = min(len(self.displacements), max(1, fit // networks))
         group = min(self.directions, max(1, fit // (networks * moves)))

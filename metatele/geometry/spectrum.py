@@ -1,4 +1,4 @@
-r"""Sharpness of a minimum from the eigenvalues ``λ₁ ≥ … ≥ λ_P`` of the Hessian (PAPER App. E, Eq. 61, 62).
+r"""Sharpness of a minimum from the eigenvalues ``λ₁ ≥ … ≥ λ_P`` of the Hessian (Zhao et al. 2024, Eq. 61, 62).
 
 .. math::
     φ_1(w, ε) = |\{i : λ_i(∇^2L(w)) > ε\}|, \qquad φ_2(w, k) = \sum_{i=1}^k \log λ_i(∇^2L(w))
@@ -14,34 +14,67 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metatele.errors import ConfigError
-from metatele.geometry.landscape import Landscape, Point
+from metatele.geometry.landscape import Landscape, Point, landscape_given
 from metatele.perceptron.losses import Differentiable
 from metatele.perceptron.mlp import MLP
 
 if TYPE_CHECKING:
     import numpy as np
 
-_DENSE = 600  # up to so many weights all eigenvalues are computed; Lanczos is not faster there
-_SHARE = 10  # nor is it where more than one eigenvalue in so many is asked for
 _FIRST = 16  # eigenvalues that counting begins with
-_CHUNK_BYTES = 64 << 20  # of the Hessian-vector products of one chunk
+
+
+@dataclass(frozen=True)
+class EigenSolver:
+    """When eigenvalues are those of the dense Hessian, and when they come from Lanczos' method.
+
+    The defaults are where one becomes faster than the other on a CPU; the answer is the same to the accuracy named in
+    :func:`largest_eigenvalues`.
+
+    Attributes:
+        dense_size: Up to so many weights the Hessian is made and all its eigenvalues are computed.
+        dense_share: So it is where more than one eigenvalue in so many is asked for.
+        restarts: Of Lanczos' method, at most; ``None`` leaves the number to ARPACK.
+        chunk_bytes: Memory of the Hessian-vector products that are made at a time.
+
+    Example:
+        >>> EigenSolver(dense_size=0).restarts is None  # Lanczos for small networks too
+        True
+    """
+
+    dense_size: int = 600
+    dense_share: int = 10
+    restarts: int | None = None
+    chunk_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        """Check that the numbers can be used."""
+        if self.dense_size < 0 or self.dense_share < 1 or self.chunk_bytes < 1:
+            raise ConfigError(f"dense_size must be at least 0, dense_share and chunk_bytes at least 1, got {self}")
+        if self.restarts is not None and self.restarts < 1:
+            raise ConfigError(f"restarts must be at least 1, got {self.restarts}")
+
+
+_SOLVER = EigenSolver()
 
 
 @torch.no_grad()
-def hessian(landscape: Landscape, flat: Tensor) -> Tensor:
+def hessian(landscape: Landscape, flat: Tensor | nn.Module, *, chunk_bytes: int = _SOLVER.chunk_bytes) -> Tensor:
     """``∇²L(w)``, dense: exact Hessian-vector products with the unit vectors, many at a time.
 
     At the kinks of a piecewise linear activation, where it does not exist, it is that of one side.
 
     Args:
         landscape: Data and loss.
-        flat: Weights ``[..., P]``; the result takes P² numbers for each network.
+        flat: Weights ``[..., P]``, or a module of the landscape's shape; the result takes P² numbers for each network.
+        chunk_bytes: Memory of the products that are made at a time.
 
     Returns:
         ``[..., P, P]``, symmetric.
@@ -57,13 +90,20 @@ def hessian(landscape: Landscape, flat: Tensor) -> Tensor:
         tensor([[1., 2.],
                 [2., 4.]])
     """
-    matrices = [_dense(point) for point in _networks(landscape, flat)]
+    flat = _weights(landscape, flat)
+    matrices = [_dense(point, chunk_bytes) for point in _networks(landscape, flat)]
     return torch.stack(matrices).view(*flat.shape, flat.shape[-1])
 
 
 @torch.no_grad()
 def largest_eigenvalues(
-    landscape: Landscape, flat: Tensor, count: int, *, tolerance: float = 1e-6, seed: int = 0
+    landscape: Landscape,
+    flat: Tensor | nn.Module,
+    count: int,
+    *,
+    tolerance: float = 1e-6,
+    seed: int = 0,
+    solver: EigenSolver = _SOLVER,
 ) -> Tensor:
     """The ``count`` largest eigenvalues of ``∇²L(w)``, algebraically, in falling order.
 
@@ -75,10 +115,11 @@ def largest_eigenvalues(
 
     Args:
         landscape: Data and loss.
-        flat: Weights ``[..., P]``; networks are looked at one after another.
+        flat: Weights ``[..., P]``, or a module of the landscape's shape; networks are looked at one after another.
         count: How many, from 1 to P.
         tolerance: Relative accuracy of Lanczos' method; 0 asks for machine precision.
         seed: Of its start vector.
+        solver: When the Hessian is made, and when not.
 
     Returns:
         ``[..., count]``.
@@ -95,27 +136,35 @@ def largest_eigenvalues(
         >>> largest_eigenvalues(line, torch.zeros(3), 2)  # of XXᵀ
         tensor([9., 4.])
     """
+    flat = _weights(landscape, flat)
     count = _whole("count", count, flat.shape[-1])
     _check_tolerance(tolerance)
-    found = [_largest(point, count, tolerance, seed) for point in _networks(landscape, flat)]
+    found = [_largest(point, count, tolerance, seed, solver) for point in _networks(landscape, flat)]
     return torch.stack(found).view(*flat.shape[:-1], count)
 
 
 @torch.no_grad()
 def count_above(
-    landscape: Landscape, flat: Tensor, epsilon: float, *, tolerance: float = 1e-6, seed: int = 0
+    landscape: Landscape,
+    flat: Tensor | nn.Module,
+    epsilon: float,
+    *,
+    tolerance: float = 1e-6,
+    seed: int = 0,
+    solver: EigenSolver = _SOLVER,
 ) -> Tensor:
-    """``φ₁(w, ε)``: how many eigenvalues of ``∇²L(w)`` are larger than ε (Eq. 61).
+    """``φ₁(w, ε)``: how many eigenvalues of ``∇²L(w)`` are larger than ε (Zhao et al. 2024, Eq. 61).
 
     The number of eigenvalues that are looked for is doubled until one is not larger. How far they can be trusted
     says :func:`largest_eigenvalues`: one as near to ε as its accuracy may fall on either side.
 
     Args:
         landscape: Data and loss.
-        flat: Weights ``[..., P]``; networks are looked at one after another.
+        flat: Weights ``[..., P]``, or a module of the landscape's shape; networks are looked at one after another.
         epsilon: ε; with 0, the number of positive eigenvalues.
         tolerance: Relative accuracy of Lanczos' method.
         seed: Of its start vector.
+        solver: When the Hessian is made, and when not.
 
     Returns:
         Whole numbers ``[...]``.
@@ -131,32 +180,42 @@ def count_above(
         >>> count_above(line, torch.zeros(3), 2.0)  # 9 and 4, not 1
         tensor(2)
     """
+    flat = _weights(landscape, flat)
     if not math.isfinite(epsilon):
         raise ConfigError(f"epsilon must be a finite number, got {epsilon}")
     _check_tolerance(tolerance)
     counts = []
     for point in _networks(landscape, flat):
         count, size = min(_FIRST, flat.shape[-1]), flat.shape[-1]
-        above = _above(_largest(point, count, tolerance, seed), epsilon)
+        above = _above(_largest(point, count, tolerance, seed, solver), epsilon)
         while above == count < size:
             count = min(2 * count, size)
-            above = _above(_largest(point, count, tolerance, seed), epsilon)
+            above = _above(_largest(point, count, tolerance, seed, solver), epsilon)
         counts.append(above)
     return torch.tensor(counts, device=flat.device).view(flat.shape[:-1])
 
 
 @torch.no_grad()
-def log_volume(landscape: Landscape, flat: Tensor, k: int, *, tolerance: float = 1e-6, seed: int = 0) -> Tensor:
-    """``φ₂(w, k)``: sum of the logarithms of the k largest eigenvalues of ``∇²L(w)`` (Eq. 62).
+def log_volume(
+    landscape: Landscape,
+    flat: Tensor | nn.Module,
+    k: int,
+    *,
+    tolerance: float = 1e-6,
+    seed: int = 0,
+    solver: EigenSolver = _SOLVER,
+) -> Tensor:
+    """``φ₂(w, k)``: sum of the logarithms of the k largest eigenvalues of ``∇²L(w)`` (Zhao et al. 2024, Eq. 62).
 
     Where one of them is not positive it is ``-inf``, the limit as an eigenvalue falls to zero.
 
     Args:
         landscape: Data and loss.
-        flat: Weights ``[..., P]``; networks are looked at one after another.
+        flat: Weights ``[..., P]``, or a module of the landscape's shape; networks are looked at one after another.
         k: How many, from 1 to P.
         tolerance: Relative accuracy of Lanczos' method; see :func:`largest_eigenvalues`.
         seed: Of its start vector.
+        solver: When the Hessian is made, and when not.
 
     Returns:
         ``[...]``.
@@ -172,12 +231,19 @@ def log_volume(landscape: Landscape, flat: Tensor, k: int, *, tolerance: float =
         >>> log_volume(line, torch.zeros(3), 2), log_volume(line, torch.zeros(3), 3)  # log 9·4, log 0
         (tensor(3.5835), tensor(-inf))
     """
+    flat = _weights(landscape, flat)
     k = _whole("k", k, flat.shape[-1])
     _check_tolerance(tolerance)
-    values = largest_eigenvalues(landscape, flat, k, tolerance=tolerance, seed=seed)
+    values = largest_eigenvalues(landscape, flat, k, tolerance=tolerance, seed=seed, solver=solver)
     positive = values > 0
     logs = torch.where(positive, values, 1.0).log().sum(-1)
     return torch.where(positive.all(-1), logs, -math.inf)
+
+
+def _weights(landscape: Landscape, flat: Tensor | nn.Module) -> Tensor:
+    """The weights, if they are some of the landscape's."""
+    landscape_given(landscape)
+    return landscape.at(flat).flat
 
 
 def _whole(name: str, value: int, size: int) -> int:
@@ -201,9 +267,9 @@ def _networks(landscape: Landscape, flat: Tensor) -> Iterator[Point]:
     mlp.unflatten(flat)  # refuses another number of weights
     if isinstance(loss, Differentiable) and shape:
         raise ConfigError("a loss given as a function sees one network at a time")
-    inputs, targets = _each(landscape.inputs, 2, shape), landscape.targets
+    inputs, targets = _per_network(landscape.inputs, 2, shape), landscape.targets
     if not isinstance(loss, Differentiable):  # whose targets may have any shape
-        targets = _each(targets, 2 if targets.is_floating_point() else 1, shape)
+        targets = _per_network(targets, 2 if targets.is_floating_point() else 1, shape)
     for index in itertools.product(*map(range, shape)):
         scene = Landscape(mlp, inputs[index], targets[index], loss, landscape.stored)
         point = scene.at(flat[index])
@@ -213,7 +279,7 @@ def _networks(landscape: Landscape, flat: Tensor) -> Iterator[Point]:
         yield point
 
 
-def _each(data: Tensor, own: int, shape: torch.Size) -> Tensor:
+def _per_network(data: Tensor, own: int, shape: torch.Size) -> Tensor:
     """Data of every network, of which ``own`` dimensions are one network's."""
     if data.shape[:-own].numel() == 1:
         data = data.reshape(data.shape[-own:])
@@ -240,10 +306,10 @@ def _products(point: Point, directions: Tensor) -> Tensor:
     return point.hessian_product(directions)
 
 
-def _dense(point: Point) -> Tensor:
+def _dense(point: Point, chunk_bytes: int) -> Tensor:
     mlp, size = point.landscape.mlp, point.flat.shape[-1]
     each = 2 * size + 4 * point.landscape.inputs.shape[-1] * sum(mlp.widths[1:])
-    group = max(1, _CHUNK_BYTES // (each * point.flat.element_size()))
+    group = max(1, chunk_bytes // (each * point.flat.element_size()))
     rows = torch.empty(size, size).to(point.flat)
     for begin in range(0, size, group):
         units = torch.zeros(min(group, size - begin), size).to(point.flat)
@@ -258,20 +324,20 @@ def _require_finite(products: Tensor) -> None:
         raise ConfigError("a spectrum needs finite numbers: a Hessian-vector product overflows")
 
 
-def _largest(point: Point, count: int, tolerance: float, seed: int) -> Tensor:
+def _largest(point: Point, count: int, tolerance: float, seed: int, solver: EigenSolver) -> Tensor:
     small = _reduced(point)
     size = small.flat.shape[-1]
-    if size <= _DENSE or _SHARE * count >= size:
-        values = torch.linalg.eigvalsh(_dense(small).double())
+    if size <= solver.dense_size or solver.dense_share * count >= size:
+        values = torch.linalg.eigvalsh(_dense(small, solver.chunk_bytes).double())
     else:
-        values = _lanczos(small, count, tolerance, seed)
+        values = _lanczos(small, count, tolerance, seed, solver.restarts)
     rounding = 4 * math.sqrt(size) * torch.finfo(point.flat.dtype).eps * values.abs().max()
     values = torch.where(values.abs() > rounding, values, 0.0)
     values = torch.cat([values, values.new_zeros(min(count, point.flat.shape[-1] - size))])
     return values.sort(descending=True).values[:count].to(point.flat)
 
 
-def _lanczos(point: Point, count: int, tolerance: float, seed: int) -> Tensor:
+def _lanczos(point: Point, count: int, tolerance: float, seed: int, restarts: int | None) -> Tensor:
     import numpy as np
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
@@ -288,7 +354,9 @@ def _lanczos(point: Point, count: int, tolerance: float, seed: int) -> Tensor:
         return torch.zeros(count, dtype=torch.float64, device=flat.device)
     operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
     try:
-        values = eigsh(operator, k=count, which="LA", v0=start, tol=tolerance, return_eigenvectors=False)
+        values = eigsh(
+            operator, k=count, which="LA", v0=start, maxiter=restarts, tol=tolerance, return_eigenvectors=False
+        )
     except ArpackNoConvergence as error:
         raise ConfigError(
             f"tolerance {tolerance} was not reached: {len(error.eigenvalues)} of {count} eigenvalues were found"

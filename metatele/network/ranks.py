@@ -6,7 +6,7 @@ a model in one process, and then nothing here does anything. Sums and gathered c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metatele.errors import UnsupportedModelError
+from metatele.network.use import Moment
 
 Group = Any  # a torch.distributed.ProcessGroup, which torch without distributed support does not have
 
@@ -73,6 +74,26 @@ def gathered(columns: Tensor, group: Group | None) -> Tensor:
     parts = [torch.empty_like(mine) for _ in numbers]
     dist.all_gather(parts, mine, group=group)
     return torch.cat([part[:n] for part, n in zip(parts, numbers, strict=True)]).T
+
+
+def moments(moments: Sequence[Moment | None], rank: int, group: Group | None) -> list[Moment | None]:
+    """Sums of second moments over the ranks: whole ones are added, factors of wide ones gathered and compressed."""
+    if group is None:
+        return list(moments)
+    whole = [m.tensor.clone() for m in moments if m is not None and m.rest is None]
+    sum_(whole, group)
+    rest = iter(whole)
+    found: list[Moment | None] = []
+    for moment in moments:
+        if moment is None:
+            found.append(None)
+        elif moment.rest is None:
+            found.append(Moment(next(rest)))
+        else:
+            factors, rests = gathered(moment.tensor, group), gathered(moment.rest.view(1, 1), group)
+            total = Moment(factors, rests.sum().view(1, 1))
+            found.append(total.compressed(rank, total.trace))
+    return found
 
 
 def refuse_sharded(parameters: Iterable[Tensor], what: str) -> None:

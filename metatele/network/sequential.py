@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from metatele.errors import UnsupportedModelError
@@ -58,11 +60,49 @@ _REASONS: dict[type[nn.Module], str] = {
 _ENDS = (nn.Softmax, nn.LogSoftmax)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The plain ``nn.Sequential`` in a module that holds all of the module's parameters, or else the module itself.
+
+    Compiled models, ``DataParallel``, ``DistributedDataParallel``, Fabric's and Accelerate's wrappers and modules of
+    one's own may lie around it.
+
+    Example:
+        >>> inside = nn.Sequential(nn.Linear(3, 2))
+        >>> unwrapped(nn.DataParallel(inside)) is inside
+        True
+    """
+    own = {id(p) for p in model.parameters()}
+    for module in model.modules():  # from outside to inside
+        if _is_plain_sequential(module) and {id(p) for p in module.parameters()} == own:
+            return module
+    return model
+
+
+def parameters_of(linears: Sequence[nn.Linear]) -> list[nn.Parameter]:
+    """Weight and bias of each layer, in the order of a pass.
+
+    Raises:
+        UnsupportedModelError: A weight is no parameter any more: pruning or a parametrisation computes it.
+    """
+    found: list[nn.Parameter] = []
+    for layer, linear in enumerate(linears):
+        known = linear._parameters
+        if set(known) != {"weight", "bias"}:
+            raise UnsupportedModelError(
+                f"the weight or bias of Linear number {layer} is computed from others since the optimizer was made "
+                f"(it holds {', '.join(known)}), as pruning and parametrisations do: make that permanent, with "
+                "torch.nn.utils.prune.remove for instance, and then the optimizer anew"
+            )
+        found += [p for p in (known["weight"], known["bias"]) if p is not None]
+    return found
+
+
 def read_sequential(model: nn.Module, framed: bool = False) -> tuple[list[nn.Linear], MLP]:
     """The linear layers of an ``nn.Sequential`` (nested or not) and its shape.
 
     Args:
-        model: ``Linear`` layers with one activation between each two.
+        model: ``Linear`` layers with one activation between each two; modules around it are looked through
+            (:func:`unwrapped`).
         framed: Also take ``Flatten`` before the first Linear, and an activation or (log-)softmax after the
             last; they are no part of the perceptron.
 
@@ -74,6 +114,7 @@ def read_sequential(model: nn.Module, framed: bool = False) -> tuple[list[nn.Lin
         >>> read_sequential(model)[1].widths
         (3, 4, 2)
     """
+    model = unwrapped(model)
     if not _is_plain_sequential(model):
         raise UnsupportedModelError(
             f"model must be an nn.Sequential of Linear and activations, got {type(model).__name__}"

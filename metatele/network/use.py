@@ -7,6 +7,8 @@ A layer that computes ``z = W h`` receives ``h [i, n]``, one column for each sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 WIDEST = 1024  # rows up to which a second moment is kept whole
 RANK = 64  # columns of a wider one's factor
+_TINY = 1e-38  # below float32's smallest normal number, so that no logarithm is of zero
 
 
 class Moment(NamedTuple):
@@ -44,17 +47,24 @@ class Moment(NamedTuple):
         """
         if columns.shape[-2] <= widest:
             return Moment(columns @ columns.mT)
-        trace = columns.square().sum((-2, -1))
+        trace = _squared(columns)
         most = 8 * rank
         if columns.shape[-1] > most:
             random = torch.Generator().manual_seed(columns.shape[-1])
             signs = torch.randint(2, (columns.shape[-1], most), generator=random).to(columns) * 2 - 1
             columns = columns @ (signs / most**0.5)
-        return Moment(columns, torch.zeros_like(trace)[..., None, None])._compressed(rank, trace)
+        return Moment(columns, torch.zeros_like(trace)[..., None, None]).compressed(rank, trace)
+
+    @staticmethod
+    def zero(rows: int, like: Tensor, widest: int = WIDEST) -> Moment:
+        """Of nothing, in the dtype and on the device of a tensor."""
+        if rows <= widest:
+            return Moment(like.new_zeros(rows, rows))
+        return Moment(like.new_zeros(rows, 1), like.new_zeros(1, 1))
 
     @property
     def rows(self) -> int:
-        """K."""
+        """Number of rows k."""
         return self.tensor.shape[-2]
 
     @property
@@ -62,7 +72,7 @@ class Moment(NamedTuple):
         """``tr M``, ``[...]``."""
         if self.rest is None:
             return self.tensor.diagonal(dim1=-2, dim2=-1).sum(-1)
-        return self.tensor.square().sum((-2, -1)) + self.rows * self.rest[..., 0, 0]
+        return _squared(self.tensor) + self.rows * self.rest[..., 0, 0]
 
     @property
     def dense(self) -> Tensor:
@@ -82,27 +92,103 @@ class Moment(NamedTuple):
         if self.rest is None or other.rest is None:
             return Moment(self.dense + other.dense)
         joined = Moment(torch.cat([self.tensor, other.tensor], -1), self.rest + other.rest)
-        return joined._compressed(max(self.tensor.shape[-1], other.tensor.shape[-1]), joined.trace)
+        return joined.compressed(max(self.tensor.shape[-1], other.tensor.shape[-1]), joined.trace)
 
     def mixed(self, new: Moment, share: float) -> Moment:
-        """``(1 - share) M + share M'``."""
+        """``(1 - share) M + share M'``.
+
+        Example:
+            >>> Moment(torch.eye(2)).mixed(Moment(torch.ones(2, 2)), 0.25).tensor
+            tensor([[1.0000, 0.2500],
+                    [0.2500, 1.0000]])
+        """
         if self.rest is None and new.rest is None:
             return Moment(self.tensor.lerp(new.tensor, share))
         return self.scaled(1 - share).plus(new.scaled(share))
 
-    def map(self, function: object) -> Moment:
+    def over(self, count: float) -> Moment:
+        """``M / n``; rounds as a division does."""
+        return Moment(self.tensor / count) if self.rest is None else self.scaled(1 / count)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Moment:
         """The same with a function applied to its tensors."""
-        assert callable(function)
         return Moment(function(self.tensor), None if self.rest is None else function(self.rest))
 
-    def _compressed(self, rank: int, trace: Tensor) -> Moment:
-        """The factor with its ``rank`` largest directions; what is left of the trace is spread evenly."""
+    def where(self, chosen: Tensor, other: Moment) -> Moment:
+        """M where chosen ``[...]`` is true, else the other, of the same kind."""
+        at = chosen[..., None, None]
+        if self.rest is None or other.rest is None:
+            return Moment(torch.where(at, self.dense, other.dense))
+        columns = max(self.tensor.shape[-1], other.tensor.shape[-1])
+        F, other_F = (torch.nn.functional.pad(m.tensor, (0, columns - m.tensor.shape[-1])) for m in (self, other))
+        return Moment(torch.where(at, F, other_F), torch.where(at, self.rest, other.rest))
+
+    def compressed(self, rank: int, trace: Tensor) -> Moment:
+        """A factor with its ``rank`` largest directions; what is left of the trace is spread evenly."""
         F = self.tensor
         if F.shape[-1] > rank:
-            _, V = torch.linalg.eigh(F.mT @ F)
+            _, V = torch.linalg.eigh((F.mT @ F).nan_to_num(0.0, 0.0, 0.0))  # which refuses what is not finite
             F = F @ V[..., -rank:]
-        rest = (trace - F.square().sum((-2, -1))).clamp_min(0) / self.rows
+        rest = (trace - _squared(F)).clamp_min(0) / self.rows
         return Moment(F, rest[..., None, None])
+
+
+def _squared(x: Tensor) -> Tensor:
+    """``‖x‖²`` of matrices, without a matrix of squares."""
+    return torch.linalg.vector_norm(x, dim=(-2, -1)).square()
+
+
+class Fingerprint(NamedTuple):
+    r"""Sums by which a batch ``x [B, d, n]`` is known again, whatever the order of its samples.
+
+    They are sums over batch and samples of ``r_a = Σ_i x_i`` and ``r_b = Σ_i t_i x_i``, t a line from -1 to 1, so
+    those of several passes, or of several processes, add up.
+
+    Attributes:
+        sums: ``Σ r``, ``[2]``.
+        squares: ``Σ r²``, ``[2]``.
+        columns: ``B n``.
+    """
+
+    sums: Tensor
+    squares: Tensor
+    columns: int
+
+    @staticmethod
+    @torch.no_grad()
+    def of(columns: Tensor) -> Fingerprint:
+        """Of what the first layer receives, ``[B, d, n]``.
+
+        Example:
+            >>> x = torch.tensor([[[1.0, 2.0], [3.0, 5.0]]])
+            >>> whole = Fingerprint.of(x)
+            >>> whole.sums, whole.columns
+            (tensor([11.,  5.]), 2)
+            >>> parts = Fingerprint.of(x[..., :1]).plus(Fingerprint.of(x[..., 1:]))
+            >>> torch.equal(parts.numbers(), whole.numbers())
+            True
+        """
+        rows = _ramps(columns.shape[-2], columns.dtype, columns.device) @ columns
+        return Fingerprint(rows.sum((0, 2)), rows.square().sum((0, 2)), columns.shape[0] * columns.shape[-1])
+
+    def plus(self, other: Fingerprint) -> Fingerprint:
+        """Of the samples of both."""
+        return Fingerprint(self.sums + other.sums, self.squares + other.squares, self.columns + other.columns)
+
+    def numbers(self) -> Tensor:
+        """``Σr / √(Bn Σr²)`` and ``log Σr²``, ``[4]``; zero where they are not finite.
+
+        A sum may cancel: what counts is how large it is beside the largest there could be.
+        """
+        share = self.sums / (self.squares * self.columns).sqrt().clamp_min(_TINY)
+        return torch.cat([share, self.squares.clamp_min(_TINY).log()]).nan_to_num(0.0, 0.0, 0.0)
+
+
+@lru_cache(maxsize=32)
+def _ramps(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Ones, and a line from -1 to 1, ``[2, rows]``."""
+    ramp = torch.linspace(-1, 1, rows, dtype=dtype, device=device)
+    return torch.stack([torch.ones_like(ramp), ramp])
 
 
 class Use(NamedTuple):

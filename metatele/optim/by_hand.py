@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metatele.errors import ConfigError, ShapeMismatchError
 from metatele.geometry import Landscape, Objective
 from metatele.geometry import objective as objective_by_name
-from metatele.network.sequential import flat_modules, read_sequential
+from metatele.network.sequential import flat_modules, read_sequential, unwrapped
 from metatele.perceptron.losses import Differentiable
 from metatele.teleport import Ascent, TeleportMove, TeleportReport
 
@@ -44,7 +44,7 @@ def batch_landscape(
     linears, mlp = read_sequential(model, framed=True)
     if not inputs.numel() or inputs.ndim < 2:
         raise ShapeMismatchError(f"a teleport needs a batch [n, ...] of at least one sample, got {tuple(inputs.shape)}")
-    modules = [module for _, module in flat_modules(model)]
+    modules = [module for _, module in flat_modules(unwrapped(model))]
     begin, end = (next(i for i, m in enumerate(modules) if m is linear) for linear in (linears[0], linears[-1]))
     with torch.no_grad():
         first = inputs

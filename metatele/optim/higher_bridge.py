@@ -18,9 +18,9 @@ from higher.optim import DifferentiableOptimizer
 
 from metatele.errors import MetateleError
 from metatele.learned import MetaOptimizer
-from metatele.network.capture import PassCapture
+from metatele.network.capture import NOTHING, Capture, Wanted
 from metatele.network.sequential import read_sequential
-from metatele.optim.families import read_states
+from metatele.optim.flat import states_of
 from metatele.optim.learned import LearnedOptimizer
 
 
@@ -38,17 +38,13 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
             raise MetateleError("higher is supported for checkpoints of the flat family")
         super().__init__(other, reference_params, fmodel=fmodel, **settings)
         self._meta = other.meta
-        self._states = read_states(other.state.get(other.param_groups[0]["params"][0], {}), other.meta)
+        self._states = states_of(other.state, other.param_groups[0], other.meta)
         linears = read_sequential(other.model)[0]
         paths = {module: path for path, module in other.model.named_modules()}
         patched = dict(fmodel.named_modules())
-        self._capture = PassCapture([patched[paths[linear]] for linear in linears], accumulated=False)
+        self._capture = Capture([patched[paths[linear]] for linear in linears], accumulated=False)
+        self._capture.wanted = NOTHING if self._meta.teleport is None else Wanted(data=True)
         self._capture.attach(self)
-
-    @property
-    def teleport_due(self) -> bool:
-        """Whether a step teleports."""
-        return self._meta.teleport is not None
 
     def step(self, loss: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
         """As higher's; only the passes that this loss came from are teleported on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,40 @@ import torch
 from torch import Tensor, nn
 
 from metatele import checkpoint as checkpoints
-from metatele.errors import MetateleError, ShapeMismatchError
-from metatele.learned import EquivariantOptimizer, MetaOptimizer
-from metatele.network.sequential import read_sequential
-from metatele.optim.families import Situation, family_of
+from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
+from metatele.learned import EquivariantOptimizer, MetaOptimizer, family_of
+from metatele.network.capture import Capture
+from metatele.network.ranks import refuse_sharded
+from metatele.network.sequential import parameters_of, read_sequential
+from metatele.optim.equivariant import EquivariantStepper
+from metatele.optim.flat import FlatStepper
+from metatele.optim.steppers import Situation, Stepper
+from metatele.perceptron.mlp import MLP
+
+DEFAULT = "transfer"  # the checkpoint that comes with the package
+# Name of a family to what steps a model by one of its optimizers.
+STEPPERS: dict[str, Callable[[Any, list[nn.Linear], MLP], Stepper]] = {
+    "flat": FlatStepper,
+    "equivariant": EquivariantStepper,
+}
+# What schedulers and checkpoints of others write into groups, beside our own settings.
+_OF_OTHERS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
     r"""Steps ``w ← g_t·(w + lr·f_t)`` with f and g from a checkpoint.
 
     A checkpoint of the equivariant family takes a model of any shape and teleports by conjugation,
-    ``w ← g⁻¹·(g·w + lr·f)``; one of the flat family, the paper's LSTMs, takes models of the shape it was trained on.
+    ``w ← g⁻¹·(g·w + lr·f)``; one of the flat family, the paper's LSTMs (Zhao et al. 2024, Algorithm 1), takes models of
+    the shape it was trained on.
 
-    The layer inputs a teleport needs are those of the forward passes whose gradients were taken
-    since the last ``zero_grad`` or ``step``; nothing is asked of the training loop.
+    What a step needs of the layers' inputs and errors is taken by hooks, in the passes whose gradients were taken since
+    the last ``zero_grad`` or ``step``; nothing is asked of the training loop. Wrappers around the model
+    (``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, Fabric, a module of one's own around one
+    ``nn.Sequential``) are looked through. Under ``DistributedDataParallel`` a step is that of the whole batch, and all
+    ranks make the same one.
 
-    The network's parameters form one flat vector, so the optimizer is joint over all of them: a
-    parameter without gradient (or in no group, or with ``lr`` 0) enters as zero gradient and does
+    A parameter without gradient (or in no group, or with ``lr`` 0) enters as zero gradient and does
     not move, and a step with such a parameter does not teleport. With no gradient at all, or with
     every ``lr`` 0, a step changes nothing. The arithmetic is float32 whatever the parameters are, so
     parameters of another dtype are rounded through it.
@@ -41,16 +59,24 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Args:
         model: ``nn.Sequential`` of ``Linear`` and activations; for a flat checkpoint with its shapes.
-        checkpoint: A checkpoint folder, a run folder, what :func:`metatele.load` returns, or a meta-optimizer
-            (used as it is, and moved to the model's device).
-        lr: Factor on the local update, a number or a 0-d tensor; 1 is what was trained.
+        checkpoint: A name (``transfer``, the default, comes with the package), a checkpoint folder, a run folder, what
+            :func:`metatele.load` returns, or a meta-optimizer (used as it is, and moved to the model's device).
+        lr: Factor on the local update, a number or a 0-d tensor; 1 is what was trained. A setting of each group.
         params: The parameters to optimize, as for any torch optimizer; all of the model's by default.
         max_drift: Largest accepted relative change of the output by a teleport of the flat family.
+        weight_decay: Decoupled: each step first multiplies the weights by ``1 - lr · weight_decay``. As ``lr`` is 1
+            here, 1e-5 is what AdamW calls 0.01 at its rate of 1e-3. A setting of each group.
+        maximize: Go up instead of down; the same for all groups. What is maximized should have an upper bound, as minus
+            a loss has.
+
+    Groups of the equivariant family have ``momentum``, a factor on the momentum that the controller chooses, which
+    schedulers that cycle it need.
 
     Raises:
         ShapeMismatchError: The model does not have the checkpoint's shape.
-        UnsupportedModelError: The model holds a layer that is not covered.
+        UnsupportedModelError: The model holds a layer that is not covered, or its parameters are split over processes.
         CheckpointError: The checkpoint cannot be used.
+        ConfigError: A group has a setting that there is not.
 
     Example:
         >>> from metatele.config import MethodConfig, TaskConfig
@@ -66,10 +92,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        checkpoint: str | Path | checkpoints.Checkpoint | MetaOptimizer | EquivariantOptimizer,
+        checkpoint: str | Path | checkpoints.Checkpoint | MetaOptimizer | EquivariantOptimizer = DEFAULT,
         lr: float | Tensor = 1.0,
         params: Iterable[Any] | None = None,
         max_drift: float = 0.01,
+        *,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must be a number or a 0-d tensor, got shape {tuple(lr.shape)}")
@@ -77,38 +106,73 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"lr must be zero or positive, got {lr}")
         if not max_drift > 0:
             raise ValueError(f"max_drift must be positive, got {max_drift}")
+        refuse_sharded(model.parameters(), "LearnedOptimizer")
         if isinstance(checkpoint, str | Path):
             checkpoint = checkpoints.load(checkpoint)
         self.model = model
         given = checkpoint.optimizer if isinstance(checkpoint, checkpoints.Checkpoint) else checkpoint
-        linears, mlp = read_sequential(model, framed=isinstance(given, EquivariantOptimizer))
-        self.family = family_of(given, linears, mlp)
-        defaults = {"lr": lr, "max_drift": max_drift, "drift": 0.0, "rolled_back": 0}
+        try:
+            kind = STEPPERS[family_of(given).name]
+        except (KeyError, TypeError):
+            raise TypeError(
+                f"checkpoint must be a name, a path, a Checkpoint or a meta-optimizer, got {type(given).__name__}"
+            ) from None
+        linears, mlp = read_sequential(model, framed=kind is not FlatStepper)
+        self.stepper = kind(given, linears, mlp)
+        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, **self.stepper.defaults}
+        defaults |= {"max_drift": max_drift, "drift": 0.0, "rolled_back": 0}
         super().__init__(model.parameters() if params is None else params, defaults)
-        self.family.capture.attach(self)
+        self.stepper.capture.attach(self)
 
     @property
     def meta(self) -> nn.Module:
         """The meta-optimizer."""
-        return self.family.meta
+        return self.stepper.meta
 
     @property
-    def teleport_due(self) -> bool:
-        """Whether a step teleports, and so needs the layer inputs: with a method that does, always."""
-        return self.family.needs_passes
+    def capture(self) -> Capture:
+        """What the passes since the last step showed."""
+        return self.stepper.capture
+
+    @property
+    def state(self) -> defaultdict[Any, dict[str, Any]]:
+        """What is remembered for each parameter; up to date whenever it is looked at."""
+        self.stepper.store(self._memory, self.param_groups[0] if self.param_groups else {})
+        return self._memory
+
+    @state.setter
+    def state(self, value: defaultdict[Any, dict[str, Any]]) -> None:
+        self._memory = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters of the model that were left out so far."""
+        """Add parameters of the model that were left out so far.
+
+        Raises:
+            ConfigError: A setting that there is not, or one with a value that cannot be.
+            ValueError: A parameter that is not the model's.
+        """
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         known = {id(p) for p in self.model.parameters()}
-        for p in self.param_groups[-1]["params"]:
-            if id(p) not in known:
-                self.param_groups.pop()
-                raise ValueError(f"a parameter of shape {tuple(p.shape)} does not belong to the model")
+        try:
+            for name in group:
+                if name not in self.defaults and name not in _OF_OTHERS:
+                    settings = ", ".join(n for n in self.defaults if n not in ("drift", "rolled_back"))
+                    raise ConfigError(f"a parameter group has no setting {name!r}; it has {settings}")
+            if not 0 <= float(group["weight_decay"]) < math.inf:
+                raise ConfigError(f"weight_decay must be zero or positive, got {group['weight_decay']}")
+            if bool(group["maximize"]) != bool(self.param_groups[0]["maximize"]):
+                raise ConfigError("maximize must be the same for all parameter groups: a step is of the whole network")
+            for p in group["params"]:
+                if id(p) not in known:
+                    raise ValueError(f"a parameter of shape {tuple(p.shape)} does not belong to the model")
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and forget the layer inputs they came from."""
-        self.family.capture.clear()
+        self.capture.clear()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -118,69 +182,95 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._advance()
-        self.family.capture.clear()
+        try:
+            self._advance()
+        finally:
+            self.capture.clear()
         return loss
 
     def _advance(self) -> None:
-        found = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        parameters = [p for linear in self.family.capture.linears for p in linear._parameters.values() if p is not None]
+        found = {id(p): group for group in self.param_groups for p in group["params"]}
+        parameters = parameters_of(self.capture.linears)
         gradients = [p.grad for p in parameters]
         if any(g is not None and g.is_sparse for g in gradients):
             raise RuntimeError("LearnedOptimizer does not support sparse gradients")
-        rates = [found.pop(id(p), None) for p in parameters]
-        if all(g is None or rate is None for g, rate in zip(gradients, rates, strict=True)):
-            return
-        if found:
+        groups = [found.pop(id(p), None) for p in parameters]
+        if found and any(g is not None for g in gradients):
             raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
-        home = self.param_groups[0]["params"][0]
-        used = [0.0 if g is None or rate is None else rate for g, rate in zip(gradients, rates, strict=True)]
-        stored = {name: t for name, t in self.state.get(home, {}).items() if name != "step"}
-        if not any(used):
-            self._write(home, self.family.idle(stored), advance=0)
+        if all(g is None or group is None for g, group in zip(gradients, groups, strict=True)):
             return
-        device, first = parameters[0].device, next(self.meta.parameters())
-        if first.device != device:
+        rates = [
+            0.0 if g is None or group is None else float(group["lr"])
+            for g, group in zip(gradients, groups, strict=True)
+        ]
+        first = self.param_groups[0]
+        device, weight = parameters[0].device, next(self.meta.parameters())
+        if weight.device != device:
             self.meta.to(device)  # the model was moved after the optimizer was made
-        dtype = first.dtype
-        kept = self.family.advance(Situation(parameters, used, stored, self.param_groups[0], dtype))
-        self._write(home, kept, advance=1)
+        sign = -1.0 if first["maximize"] else 1.0
+        at = Situation(parameters, rates, sign, first.get("momentum", 1.0), self._memory, first, weight.dtype)
+        if not any(rates):
+            self._count(advance=0)
+            self.stepper.idle(at)
+            return
+        for p, rate, group in zip(parameters, rates, groups, strict=True):
+            if rate and group is not None and group["weight_decay"]:
+                p.mul_(1 - rate * group["weight_decay"])
+        self.stepper.advance(at)
+        self._count(advance=1)
 
-    def _write(self, home: Tensor, kept: dict[str, Tensor], advance: int) -> None:
-        # Every parameter has an entry, which tools that save state parameter by parameter ask for; the
-        # memories are joint and lie with the first one.
-        entries = [self.state[p] for group in self.param_groups for p in group["params"]]
+    def _count(self, advance: int) -> None:
+        """Every parameter has an entry, which tools that save state parameter by parameter ask for."""
+        entries = [self._memory[p] for group in self.param_groups for p in group["params"]]
         for entry in entries:
             if "step" not in entry:
                 entry["step"] = torch.zeros(())
         torch._foreach_add_([entry["step"] for entry in entries], float(advance))
-        self.state[home].update(kept)
+
+    # --- saving and loading
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's; what belongs to the whole network lies in the first group."""
+        self.stepper.store(self._memory, self.param_groups[0])
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's; the memories keep their float32 whatever the parameters are.
 
+        What version 0.1 has saved is read too.
+
         Raises:
             ShapeMismatchError: The state is another optimizer's.
         """
-        for stored in state_dict["state"].values():
-            self.family.check_stored({name: tuple(value.shape) for name, value in stored.items() if name != "step"})
+        numbers = {
+            number: p
+            for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False)
+            for number, p in zip(saved["params"], group["params"], strict=False)
+        }
+        state_dict = self.stepper.checked(state_dict, numbers)
         if any("max_drift" not in group for group in state_dict["param_groups"]):
             raise ShapeMismatchError("the state is of another kind of optimizer")
         super().load_state_dict(state_dict)
-        self.family.forget()
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for key, p in zip(saved["params"], group["params"], strict=True):
-                for name, value in state_dict["state"].get(key, {}).items():
-                    # Copies: steps are made in place, and what was loaded belongs to the caller.
-                    where = value.device if name == "step" else p.device
-                    self.state[p][name] = value.detach().to(where, copy=True)
+        for number, p in numbers.items():
+            for name, value in state_dict["state"].get(number, {}).items():
+                # Copies: steps are made in place, and what was loaded belongs to the caller.
+                where = value.device if name == "step" else p.device
+                self._memory[p][name] = value.detach().to(where, copy=True)
+        self.stepper.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry: the model too, so that both halves stay together."""
-        return {**super().__getstate__(), "model": self.model, "family": self.family}
+        return {**super().__getstate__(), "model": self.model, "stepper": self.stepper}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and listen to the copied model."""
+        state = dict(state)
+        self._memory = state.pop("state", defaultdict(dict))
         super().__setstate__(state)
-        if "family" in state:
-            self.family.capture.attach(self)
+        for group in self.param_groups:
+            for name, value in self.stepper.defaults.items() if hasattr(self, "stepper") else ():
+                group.setdefault(name, value)
+            for name in ("weight_decay", "maximize"):  # not in what version 0.1 has saved
+                group.setdefault(name, self.defaults[name])
+        if "stepper" in state:
+            self.capture.attach(self)

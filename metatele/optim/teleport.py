@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,49 +14,28 @@ from torch import Tensor, nn
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError, UnsupportedModelError
 from metatele.geometry import GradientNorm, Landscape
 from metatele.network import ranks
-from metatele.network.sequential import read_sequential
+from metatele.network.capture import NOTHING, Capture, Wanted
+from metatele.network.sequential import parameters_of, read_sequential
 from metatele.optim.by_hand import LossFunction, batch_landscape, teleport_
 from metatele.optim.conjugate import Conjugation
-from metatele.optim.passes import Batch, Passes, fingerprint, known_again
 from metatele.optim.state import ADAPTIVE, STRATEGIES, carried_tensors, carry_state, metric_of, reset_state_
-from metatele.optim.wrapper import Wrapper
+from metatele.optim.wrapper import Wrapper, schedule
 from metatele.perceptron.losses import FixedGradient
-from metatele.perceptron.mlp import MLP
 from metatele.symmetry import action
 from metatele.teleport import (
     Ascent,
-    GradientNormAscent,
     Reason,
     Report,
     TeleportMove,
     TeleportReport,
     Whitening,
+    default_move,
 )
 
-__all__ = ["TeleportOptimizer", "batch_landscape", "default_move", "teleport_"]
+__all__ = ["TeleportOptimizer", "batch_landscape", "teleport_"]
 
+_SAME_BATCH = 1e-5  # between fingerprints: other batches differ by a hundredth and more, the same one by rounding
 _COUNTERS = {"teleport_steps": 0, "teleports": 0, "teleports_rolled_back": 0}
-
-
-def default_move(mlp: MLP) -> Ascent:
-    """What :class:`TeleportOptimizer` does if no move is given: raise ``‖∇L‖²`` without leaving the function.
-
-    Where every activation is positively homogeneous (ReLU, LeakyReLU, Identity) it rescales hidden units, which keeps
-    the outputs for every input, to rounding. No unit is brought further out of balance than ``|log ‖v‖/‖u‖| = 1``:
-    without that bound Adam on digits stands still after some hundred teleports. Elsewhere it is the approximate action,
-    which changes the outputs on the batch by up to 1 %, and others about as much.
-
-    Args:
-        mlp: Shape of the network.
-
-    Example:
-        >>> from metatele.perceptron.activations import ReLU, Tanh
-        >>> default_move(MLP((4, 3, 2), ReLU())).action, default_move(MLP((4, 3, 2), Tanh())).action
-        ('rescaling', 'approximate')
-    """
-    if all(a.positively_homogeneous for a in mlp.activations):
-        return Ascent(action="rescaling", max_imbalance=1.0)
-    return GradientNormAscent(tries=16)
 
 
 class TeleportOptimizer(Wrapper):
@@ -71,9 +49,9 @@ class TeleportOptimizer(Wrapper):
     knows no loss, and its drift is the change of the outputs relative to their spread over the samples.
     With ``batches`` and ``loss_fn`` the teleport is made on those instead, one after another, with the real loss.
 
-    If no move is given, it is that of :func:`default_move`: up to ten steps that raise ``‖∇L‖²``. In networks of ReLU,
-    LeakyReLU and Identity they rescale hidden units: the function stays the same for every input, and the squared norm
-    grows by a factor of 1.08 to 1.6. In others they are approximate: outputs change by up to 1 % each time, and the
+    If no move is given, it is that of :func:`~metatele.teleport.default_move`: up to ten steps that raise ``‖∇L‖²``. In
+    networks of ReLU, LeakyReLU and Identity they rescale hidden units: the function stays the same for every input, and
+    the squared norm grows by a factor of 1.08 to 1.6. In others they are approximate: outputs change by up to 1 %, and the
     factor is 1.02 to 2.3. A teleport costs about 30 passes through the batch in the first case; up to 160, with a QR
     factorisation for each hidden layer, in the second. A larger gradient norm need not be faster training, and
     approximate teleports that are repeated add up on data they have not seen.
@@ -158,7 +136,7 @@ class TeleportOptimizer(Wrapper):
         conjugate = isinstance(move, Whitening) and move.mode == "conjugate"
         if conjugate and at is None and every is None:
             every = 1
-        steps, every = _schedule(at, every)
+        steps, every = schedule(at, every)
         if state not in STRATEGIES:
             raise ConfigError(f"state must be one of {', '.join(STRATEGIES)}, got {state!r}")
         if metric not in ("euclidean", "adaptive"):
@@ -189,8 +167,17 @@ class TeleportOptimizer(Wrapper):
         for name, value in _COUNTERS.items():
             base.param_groups[0].setdefault(name, value)
         self._conjugation = Conjugation(move, self._linears) if isinstance(move, Whitening) and conjugate else None
-        self._passes = Passes(self._linears, self._mlp)
-        self._passes.attach(self)
+        self._capture = Capture(self._linears)
+        self._watch()
+        self._capture.attach(self)
+
+    def _watch(self) -> None:
+        """Say what the next passes are to be asked for: the batch, and whether it is the one before."""
+        like = self._linears[0].weight.dtype
+        dtype = like if like in (torch.float32, torch.float64) else torch.float32
+        known = self.listening and self._knows_batches
+        wanted = Wanted(data=self.teleport_due, product=self.teleport_due, fingerprint=known, dtype=dtype)
+        self._capture.wanted = wanted if self.listening else NOTHING
 
     # --- the wrapped optimizer's own things
 
@@ -211,7 +198,7 @@ class TeleportOptimizer(Wrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and forget the passes they came from."""
-        self._passes.clear()
+        self._capture.clear()
         self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,6 +217,7 @@ class TeleportOptimizer(Wrapper):
             self._conjugation.load_state_dict(averages)
         for name, value in _COUNTERS.items():
             self.base.param_groups[0].setdefault(name, value)
+        self._watch()
 
     # --- steps
 
@@ -262,21 +250,22 @@ class TeleportOptimizer(Wrapper):
             given = closure
 
             def closure() -> Any:  # an optimizer may call it several times: the last passes count
-                self._passes.clear()
+                self._capture.clear()
                 return given()
 
         # Without a closure gradients and passes are there before the step, with one they come in it.
-        seen = self._seen(listening, current=True) if closure is None else None
+        seen = self._seen(due) if closure is None else None
         loss = self.base.step() if closure is None else self.base.step(closure)
-        moving, batch = self._seen(listening, current=False) if seen is None else seen
+        moving, batch = self._seen(due) if seen is None else seen
         try:
             if any(moving) and listening:
-                whole = self._is_all_the_data(batch)
+                whole = self._is_all_the_data()
                 if due:
                     self._teleport(moving, batch, whole)
         finally:
             self.param_groups[0]["teleport_steps"] += any(moving)
-            self._passes.clear()
+            self._capture.clear()
+            self._watch()
         return loss
 
     def _conjugated(self, closure: Callable[[], Any] | None) -> Any:
@@ -286,7 +275,7 @@ class TeleportOptimizer(Wrapper):
             with torch.enable_grad():
                 loss = closure()
         begin_s = time.perf_counter()
-        moving, batch = self._seen(True, current=True)
+        moving, batch = self._seen(due=True)
         if any(moving) and self._conjugation is not None:
             flat = self._flat()
             landscapes = self._landscapes(batch)
@@ -294,7 +283,7 @@ class TeleportOptimizer(Wrapper):
             usable = finite
             if usable:
                 hidden = self._mlp.layer_inputs(self._mlp.unflatten(flat), landscapes[0].inputs)
-                usable = self._conjugation.observe(hidden, self._linears, self._passes.group)
+                usable = self._conjugation.observe(hidden, self._linears, self._capture.group)
             if usable:
                 before = self._squared_gradient(flat)
                 with self._conjugation.whitened(self._linears):
@@ -310,7 +299,8 @@ class TeleportOptimizer(Wrapper):
             self.report = TeleportReport.of(report, self.teleport.measured.name, loss_known=False)
             self.param_groups[0]["teleport_steps"] += 1
             self.param_groups[0]["teleports"] += usable
-        self._passes.clear()
+        self._capture.clear()
+        self._watch()
         return loss
 
     def _squared_gradient(self, like: Tensor) -> Tensor:
@@ -318,29 +308,35 @@ class TeleportOptimizer(Wrapper):
         squares = [p.grad.square().sum().to(like) for p in self.model.parameters() if p.grad is not None]
         return torch.stack(squares).sum()
 
-    def _seen(self, listening: bool, current: bool) -> tuple[list[bool], Batch | None]:
-        """Which parameters a step moves, and if it is listened to its batch; the weights may be current still."""
+    def _seen(self, due: bool) -> tuple[list[bool], tuple[Tensor, Tensor] | None]:
+        """Which parameters a step moves, and if a teleport is due the batch, of all ranks, scaled as gradients are."""
         moving = self._moving()
-        if not listening:
+        if not due:
             return moving, None
         flat = self._flat()
-        return moving, self._passes.batch(flat, current) if any(moving) else None
+        return moving, self._capture.columns(flat.dtype) if any(moving) else None
 
     def _moving(self) -> list[bool]:
-        """Which parameters of the model a step changes."""
+        """Which parameters of the layers a step changes."""
         rates = {id(p): float(group.get("lr", 1.0)) for group in self.param_groups for p in group["params"]}
-        return [p.grad is not None and rates.get(id(p), 0.0) != 0 for p in self.model.parameters()]
+        return [
+            p.grad is not None and rates.get(id(p), 0.0) != 0 for linear in self._linears for p in linear.parameters()
+        ]
 
-    def _is_all_the_data(self, batch: Batch | None) -> bool:
+    def _is_all_the_data(self) -> bool:
         """Whether this step's batch is that of the step before, as a batch is that is all the data."""
-        if batch is None or not self._knows_batches:
+        found = self._capture.fingerprint() if self._knows_batches else None
+        if found is None:
             return False
         group, step = self.param_groups[0], self.param_groups[0]["teleport_steps"]
-        then, group["last_batch"] = group.get("last_batch"), [float(step), *fingerprint(batch.inputs)]
-        return then is not None and then[0] + 1 == step and known_again(then[1:], group["last_batch"][1:])
+        now = [float(step), float(found.columns), *found.numbers().tolist()]
+        then, group["last_batch"] = group.get("last_batch"), now
+        if then is None or then[0] + 1 != step or then[1] != found.columns:
+            return False
+        return all(abs(a - b) <= _SAME_BATCH for a, b in zip(then[2:], now[2:], strict=True))
 
-    def _teleport(self, moving: Sequence[bool], batch: Batch | None, whole: bool) -> None:
-        parameters, group = list(self.model.parameters()), self.param_groups[0]
+    def _teleport(self, moving: Sequence[bool], batch: tuple[Tensor, Tensor] | None, whole: bool) -> None:
+        parameters, group = parameters_of(self._linears), self.param_groups[0]
         flat, movable = self._flat(), self._movable(moving)
         move = self._with_metric(parameters, flat.dtype).settled(whole)
         report = Report.refused(Reason.EMPTY if any(movable) else Reason.FROZEN, flat[0])
@@ -357,11 +353,11 @@ class TeleportOptimizer(Wrapper):
             if self._strategy == "transport":
                 carry_state(self.base, parameters, self._mlp, flat, result)
             flat = result.weights
-        if self._passes.group is not None:
+        if self._capture.group is not None:
             # The first rank's word: random moves differ by rank, and so may batches.
             told = torch.cat([report.numbers(), report.numbers().new_tensor([teleports, rolled_back])])
             state = carried_tensors(self.base, parameters) if self._strategy == "transport" else []
-            ranks.broadcast_([flat, told, *state], self._passes.group)
+            ranks.broadcast_([flat, told, *state], self._capture.group)
             report, teleports, rolled_back = Report.of_numbers(told[:-2]), int(told[-2]), int(told[-1])
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.copy_(part.view_as(p))
@@ -379,15 +375,8 @@ class TeleportOptimizer(Wrapper):
 
     def _flat(self) -> Tensor:
         """The model's parameters as one vector, in float32 at least."""
-        parameters = list(self.model.parameters())
+        parameters = parameters_of(self._linears)
         known = {id(p) for group in self.param_groups for p in group["params"]}
-        for linear in self._linears:
-            if type(linear) is not nn.Linear or set(linear._parameters) != {"weight", "bias"}:
-                raise MetateleError(
-                    "a layer was pruned or parametrised after the optimizer was made, so its weight is computed from "
-                    "others: make that permanent (prune.remove, parametrize.remove_parametrizations), then the "
-                    "optimizer anew"
-                )
         if len(known & {id(p) for p in parameters}) < len(known):
             raise MetateleError(
                 "a parameter of the model was replaced after the optimizer was made: make base and TeleportOptimizer "
@@ -409,56 +398,33 @@ class TeleportOptimizer(Wrapper):
         metric = metric_of(self.base, parameters).to(dtype)
         return dataclasses.replace(self.teleport, objective=GradientNorm(metric))  # type: ignore[call-arg]
 
-    def _landscapes(self, batch: Batch | None) -> list[Landscape]:
+    def _landscapes(self, batch: tuple[Tensor, Tensor] | None) -> list[Landscape]:
         if self.batches is not None and self.loss_fn is not None:
             dtype = self._flat().dtype
             return [batch_landscape(self.model, x, y, self.loss_fn, dtype) for x, y in self.batches()]
-        if batch is None and self._passes.any:
+        if batch is None and self._capture.seen:
             return []  # it was empty
         if batch is None:
-            raise MetateleError(
-                "a teleport needs the layer inputs, and no gradient was taken through a forward pass of the model "
-                "since the last step or zero_grad"
-            )
+            raise MetateleError(f"a teleport needs the layer inputs, and {self._capture.why_nothing()}")
+        inputs, gradient = batch
         stored = next(self.model.parameters()).dtype
-        kept = None if stored == batch.inputs.dtype else stored
-        return [Landscape(self._mlp, batch.inputs, batch.gradient, FixedGradient(), kept)]
+        kept = None if stored == inputs.dtype else stored
+        return [Landscape(self._mlp, inputs, gradient, FixedGradient(), kept)]
 
     # --- copies
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry: wrapped optimizer and model together."""
         kept = ("base", "model", "teleport", "at", "every", "strategy", "metric", "batches", "loss_fn", "report")
-        return {name: self.__dict__[name] for name in (*kept, "_conjugation", "_passes")}
+        return {name: self.__dict__[name] for name in (*kept, "_conjugation", "_capture")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and listen to the copied model."""
         self.__dict__.update(state)
         super().__setstate__({})
         self._linears, self._mlp = read_sequential(self.model, framed=True)
-        self._passes.attach(self)
+        self._watch()
+        self._capture.attach(self)
 
     def __repr__(self) -> str:
         return f"TeleportOptimizer({self.base!r}, teleport={type(self.teleport).__name__})"
-
-
-def _schedule(at: Iterable[int] | None, every: int | None) -> tuple[frozenset[int] | None, int | None]:
-    """The steps after which to teleport, as they were given."""
-    if (at is None) == (every is None):
-        raise ConfigError("give either at or every: the steps after which to teleport")
-    if every is not None:
-        try:
-            number = operator.index(every)
-        except TypeError:
-            number = 0
-        if number < 1:
-            raise ConfigError(f"every must be a whole number of at least 1, got {every!r}")
-        return None, number
-    assert at is not None
-    try:
-        steps = frozenset(at)
-    except TypeError:
-        raise ConfigError(f"at must be a collection of steps, got {at!r}") from None
-    if not all(hasattr(s, "__index__") and operator.index(s) >= 0 for s in steps):
-        raise ConfigError(f"at must hold whole numbers, zero or more, got {at!r}")
-    return steps, None

@@ -20,7 +20,9 @@ from metatele.errors import ConfigError, NotExactError
 
 @dataclass(frozen=True)
 class Activation(ABC):
-    """An elementwise function with its derivatives and, where it exists, its inverse.
+    """An elementwise function ``f`` with its derivatives and, where it exists, its inverse.
+
+    All methods take a tensor of any shape and give one of the same shape, dtype and device.
 
     Attributes:
         name: Key in :func:`activation`.
@@ -60,7 +62,7 @@ class Activation(ABC):
             NotExactError: The function has no inverse, or ``a`` leaves its range.
         """
         if not self.invertible:
-            raise NotExactError(f"{self.describe()} has no inverse: {self._why_not_invertible()}")
+            raise NotExactError(f"{self.describe()} has no inverse: {self.why_not_invertible()}")
         low, high = self.range
         if (math.isfinite(low) or math.isfinite(high)) and not bool(((a > low) & (a < high)).all()):
             raise NotExactError(
@@ -73,7 +75,8 @@ class Activation(ABC):
         """:meth:`inverse` without its checks: not a number, or infinite, outside the range."""
         raise NotImplementedError
 
-    def _why_not_invertible(self) -> str:
+    def why_not_invertible(self) -> str:
+        """The reason, and what to do, in words; of activations without inverse alone."""
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -83,7 +86,12 @@ class Activation(ABC):
 
 @dataclass(frozen=True)
 class Identity(Activation):
-    """``f(z) = z``."""
+    """``f(z) = z``; with it a perceptron is linear, and every group element acts exactly.
+
+    Example:
+        >>> Identity()(torch.tensor([-2.0, 3.0]))
+        tensor([-2.,  3.])
+    """
 
     name: ClassVar[str] = "identity"
     positively_homogeneous: ClassVar[bool] = True
@@ -109,6 +117,14 @@ class LeakyReLU(Activation):
 
     Args:
         slope: Slope for negative ``z``; must be positive, or the function has no inverse.
+
+    Raises:
+        ConfigError: The slope is not positive, or infinite.
+
+    Example:
+        >>> f = LeakyReLU(0.1)
+        >>> f(torch.tensor([-2.0, 3.0])), f.derivative(torch.tensor([-2.0, 3.0]))
+        (tensor([-0.2000,  3.0000]), tensor([0.1000, 1.0000]))
     """
 
     slope: float = 0.01
@@ -146,7 +162,12 @@ class LeakyReLU(Activation):
 
 @dataclass(frozen=True)
 class ReLU(Activation):
-    """``f(z) = max(z, 0)``; positive rescaling is its only symmetry here."""
+    """``f(z) = max(z, 0)``, with ``f'(0) = 0``; positive rescaling is its only symmetry here.
+
+    Example:
+        >>> ReLU()(torch.tensor([-2.0, 3.0]))
+        tensor([0., 3.])
+    """
 
     name: ClassVar[str] = "relu"
     range: ClassVar[tuple[float, float]] = (0.0, math.inf)
@@ -163,13 +184,19 @@ class ReLU(Activation):
         zero = torch.zeros_like(z)
         return (z > 0).to(z.dtype), zero, zero
 
-    def _why_not_invertible(self) -> str:
+    def why_not_invertible(self) -> str:
+        """See the base class."""
         return "it maps every negative number to 0; use the rescaling action"
 
 
 @dataclass(frozen=True)
 class Tanh(Activation):
-    """Hyperbolic tangent."""
+    """``f(z) = tanh z``, with values in (-1, 1).
+
+    Example:
+        >>> Tanh().derivatives(torch.tensor(0.0))  # tanh z = z - z³/3 + …
+        (tensor(1.), tensor(-0.), tensor(-2.))
+    """
 
     name: ClassVar[str] = "tanh"
     range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
@@ -191,7 +218,12 @@ class Tanh(Activation):
 
 @dataclass(frozen=True)
 class Sigmoid(Activation):
-    """Logistic function ``1/(1+exp(-z))``."""
+    """Logistic function ``f(z) = 1/(1 + exp(-z))``, with values in (0, 1).
+
+    Example:
+        >>> Sigmoid()(torch.tensor(0.0)), Sigmoid().derivative(torch.tensor(0.0))
+        (tensor(0.5000), tensor(0.2500))
+    """
 
     name: ClassVar[str] = "sigmoid"
     range: ClassVar[tuple[float, float]] = (0.0, 1.0)
@@ -213,7 +245,12 @@ class Sigmoid(Activation):
 
 @dataclass(frozen=True)
 class Softplus(Activation):
-    """``f(z) = log(1 + exp z)``."""
+    """``f(z) = log(1 + exp z)``, with values in (0, ∞).
+
+    Example:
+        >>> Softplus()(torch.tensor(0.0))  # log 2
+        tensor(0.6931)
+    """
 
     name: ClassVar[str] = "softplus"
     range: ClassVar[tuple[float, float]] = (0.0, math.inf)
@@ -236,7 +273,12 @@ class Softplus(Activation):
 
 @dataclass(frozen=True)
 class SiLU(Activation):
-    """``f(z) = z · sigmoid(z)``; not monotone, so only data-driven (approximate) actions apply."""
+    """``f(z) = z / (1 + exp(-z))``; not monotone, so it has no inverse and only the approximate action applies.
+
+    Example:
+        >>> SiLU()(torch.tensor(0.0)), SiLU().derivative(torch.tensor(0.0))
+        (tensor(0.), tensor(0.5000))
+    """
 
     name: ClassVar[str] = "silu"
     range: ClassVar[tuple[float, float]] = (-0.2784645427610738, math.inf)
@@ -254,7 +296,8 @@ class SiLU(Activation):
         d3 = d1 * (1 - 6 * d1)
         return s + z * d1, 2 * d1 + z * d2, 3 * d2 + z * d3
 
-    def _why_not_invertible(self) -> str:
+    def why_not_invertible(self) -> str:
+        """See the base class."""
         return "it falls and rises again below z = -1.28; use the approximate action"
 
 
@@ -262,7 +305,11 @@ _CLASSES: dict[str, type[Activation]] = {c.name: c for c in (Identity, LeakyReLU
 
 
 def activation(spec: str) -> Activation:
-    """Activation from its specification, ``"tanh"`` or ``"leaky_relu:0.1"``.
+    """Activation from its specification.
+
+    Args:
+        spec: ``identity``, ``leaky_relu``, ``relu``, ``tanh``, ``sigmoid``, ``softplus`` or ``silu``;
+            ``leaky_relu:0.1`` sets the slope, which is 0.01 otherwise.
 
     Raises:
         ConfigError: Unknown name, or a parameter where none is taken.

@@ -18,24 +18,54 @@ from metatele.errors import ConfigError, ShapeMismatchError
 
 
 class Loss(ABC):
-    """A loss ``L(y)`` of outputs ``y`` given targets."""
+    """A loss ``L(y)`` of outputs ``y [..., o, n]``, one column per sample, given targets.
+
+    A subclass gives the value ``[...]``, the gradient ``∂L/∂y`` and products with ``∂²L/∂y²``, both ``[..., o, n]``.
+
+    Attributes:
+        name: As in tables and messages.
+
+    Example:
+        >>> loss: Loss = SquaredError()
+        >>> loss.drift(torch.tensor([[2.0]]), torch.tensor([[3.0]]), torch.zeros(1, 1))  # from 2 to 4.5
+        tensor(1.2500)
+    """
 
     name: ClassVar[str]
 
     @abstractmethod
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """``[...]`` from outputs ``[..., o, n]``."""
+        """``L(y)``, one number for each network; differentiable.
+
+        Args:
+            outputs: y ``[..., o, n]``.
+            targets: As the loss takes them.
+
+        Returns:
+            ``[...]``.
+        """
 
     @abstractmethod
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """``∂L/∂y``, ``[..., o, n]``."""
+        """``∂L/∂y``, ``[..., o, n]``; arguments as for :meth:`value`."""
 
     @abstractmethod
     def curvature(self, outputs: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
-        """``(∂²L/∂y²) r`` for a direction ``r``, ``[..., o, n]``."""
+        """``(∂²L/∂y²) r``, ``[..., o, n]``.
+
+        Args:
+            outputs: y ``[..., o, n]``.
+            targets: As the loss takes them.
+            direction: r ``[..., o, n]``.
+        """
 
     def check(self, targets: Tensor, outputs: int, inputs: Tensor) -> None:
-        """Refuse targets that do not fit a network with so many outputs on inputs ``[..., d, n]``.
+        """Refuse targets that do not fit a network.
+
+        Args:
+            targets: As the loss takes them.
+            outputs: Number of the network's outputs, o.
+            inputs: ``[..., d, n]``.
 
         Raises:
             ShapeMismatchError: Their shape does not.
@@ -57,7 +87,14 @@ class Loss(ABC):
 
 @dataclass(frozen=True)
 class SquaredError(Loss):
-    """``½‖y - t‖²``, summed over outputs and samples (PAPER §4)."""
+    """``½‖y - t‖²``, summed over outputs and samples, for targets ``[..., o, n]``.
+
+    The inner loss of Zhao et al. 2024, Figure 6, whose text leaves the ½ out.
+
+    Example:
+        >>> SquaredError().value(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))
+        tensor(2.5000)
+    """
 
     name: ClassVar[str] = "squared-error"
 
@@ -76,7 +113,12 @@ class SquaredError(Loss):
 
 @dataclass(frozen=True)
 class MeanSquaredError(Loss):
-    """``mean((y - t)²)`` over outputs and samples, as ``nn.MSELoss``."""
+    """``mean((y - t)²)`` over outputs and samples, as ``nn.MSELoss``, for targets ``[..., o, n]``.
+
+    Example:
+        >>> MeanSquaredError().value(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))
+        tensor(2.5000)
+    """
 
     name: ClassVar[str] = "mse"
 
@@ -95,7 +137,7 @@ class MeanSquaredError(Loss):
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """Mean over samples of ``-log softmax(y)_t`` for class indices t ``[..., n]``.
+    """Mean over samples of ``-log softmax(y)_t`` for class indices t ``[..., n]`` of dtype int64, in nats.
 
     Example:
         >>> loss = CrossEntropy()
@@ -142,6 +184,10 @@ class FixedGradient(Loss):
 
     A teleport that keeps the outputs keeps ``∂L/∂y`` too, whatever the loss. So on an orbit the
     gradient recorded in a backward pass stands for the loss it came from.
+
+    Example:
+        >>> FixedGradient().gradient(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
+        tensor([[3., 4.]])
     """
 
     name: ClassVar[str] = "fixed-gradient"

@@ -28,6 +28,12 @@ class Weights(NamedTuple):
     Attributes:
         matrices: ``W_m`` of shape ``[..., out, in]``, the shape of ``nn.Linear.weight``.
         biases: ``b_m`` of shape ``[..., out]``, or ``None`` for a layer without bias.
+
+    Example:
+        >>> from metatele.perceptron.activations import Identity
+        >>> W, b = MLP((2, 1), Identity(), biases=True).unflatten(torch.tensor([1.0, 2.0, 3.0]))
+        >>> W[0], b[0]
+        (tensor([[1., 2.]]), tensor([3.]))
     """
 
     matrices: tuple[Tensor, ...]
@@ -40,6 +46,13 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     Args:
         left: ``[..., m, a, b]``.
         right: ``[..., 1, b, c]`` to share it, or anything that ``@`` takes.
+
+    Returns:
+        ``[..., m, a, c]``.
+
+    Example:
+        >>> product(torch.ones(5, 2, 3), torch.ones(1, 3, 4)).shape
+        torch.Size([5, 2, 4])
     """
     if left.ndim > 3 and left.ndim == right.ndim and right.shape[-3] == 1 < left.shape[-3]:
         return (left.flatten(-3, -2) @ right.squeeze(-3)).unflatten(-2, left.shape[-3:-1])
@@ -47,7 +60,12 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def affine(matrix: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    """``W h + b`` for columns ``h``: ``[..., out, in], [..., in, n] -> [..., out, n]``."""
+    """``W h + b`` for columns ``h``: ``[..., out, in], [..., out], [..., in, n] -> [..., out, n]``.
+
+    Example:
+        >>> affine(torch.tensor([[2.0]]), torch.tensor([1.0]), torch.tensor([[3.0, 4.0]]))
+        tensor([[7., 9.]])
+    """
     result = product(matrix, inputs)
     return result if bias is None else result + bias.unsqueeze(-1)
 
@@ -60,6 +78,9 @@ class MLP:
         widths: Sizes from input to output, at least two.
         activations: Applied after every layer but the last: one for all, or one for each hidden layer.
         biases: Whether layers have a bias: one answer for all, or one for each layer.
+
+    Raises:
+        ConfigError: Fewer than two widths, one that is not positive, or another number of activations or biases.
 
     Example:
         >>> from metatele.perceptron.activations import LeakyReLU
@@ -150,7 +171,7 @@ class MLP:
         )
 
     def flatten(self, weights: Weights) -> Tensor:
-        """Inverse of :meth:`unflatten`."""
+        """Inverse of :meth:`unflatten`: ``[..., num_parameters]``, a copy."""
         parts: list[Tensor] = []
         for matrix, bias in zip(weights.matrices, weights.biases, strict=True):
             parts.append(matrix.flatten(-2))
@@ -159,11 +180,19 @@ class MLP:
         return torch.cat(parts, -1)
 
     def forward(self, weights: Weights, inputs: Tensor) -> Tensor:
-        """Output for inputs of shape ``[..., in, n]``."""
+        """Outputs ``W_L h_{L-1} + b_L``; differentiable.
+
+        Args:
+            weights: Weights with any batch dimensions.
+            inputs: ``[..., in, n]``, one column per sample.
+
+        Returns:
+            ``[..., out, n]``.
+        """
         return affine(weights.matrices[-1], weights.biases[-1], self.layer_inputs(weights, inputs)[-1])
 
     def layer_inputs(self, weights: Weights, inputs: Tensor) -> list[Tensor]:
-        """``h_0 … h_{L-1}``: what each layer receives."""
+        """``h_0 … h_{L-1}``, each ``[..., width, n]``: what each layer receives; differentiable."""
         hidden = [inputs]
         for matrix, bias, activation in zip(weights.matrices[:-1], weights.biases[:-1], self.activations, strict=True):
             hidden.append(activation(affine(matrix, bias, hidden[-1])))
@@ -211,7 +240,7 @@ class Pass:
         mlp: Shape of the networks.
         weights: With any batch dimensions.
         inputs: ``[..., in, n]``.
-        known: ``z_m`` and ``h_m`` of the hidden layers, if they are known.
+        known: ``z_m`` and ``h_m`` of the first hidden layers, if they are known.
 
     Attributes:
         pre: ``z_1 … z_L``.
@@ -241,7 +270,12 @@ class Pass:
 
     @torch.no_grad()
     def backward(self, targets: Tensor, loss: Loss) -> None:
-        """Propagate the loss's derivative back to every layer."""
+        """Propagate the loss's derivative back to every layer: fills :attr:`errors`.
+
+        Args:
+            targets: As the loss takes them.
+            loss: Of the outputs.
+        """
         self._targets, self._loss = targets, loss
         error = loss.gradient(self.pre[-1], targets)
         self.errors = [error]
@@ -259,7 +293,7 @@ class Pass:
 
     @torch.no_grad()
     def gradient(self) -> Weights:
-        """``∂L/∂w`` in the shape of the weights."""
+        """``∂L/∂w`` in the shape of the weights: ``∂L/∂W_m = Σ δ_m h_{m-1}ᵀ`` over samples; after :meth:`backward`."""
         pairs = list(zip(self.errors, self.hidden, strict=True))
         return Weights(
             tuple(product(error, h.mT) for error, h in pairs),

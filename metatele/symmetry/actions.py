@@ -1,4 +1,4 @@
-r"""Actions of GL(k) on a pair of layers ``(V, U)`` around ``k`` hidden units (PAPER §2).
+r"""Actions of GL(k) on a pair of layers ``(V, U)`` around ``k`` hidden units (Zhao et al. 2024, Eq. 46, 54, 56).
 
 With layer inputs ``H``, ``Z = VH + b`` and activation f:
 
@@ -10,8 +10,8 @@ action               new V                          new U                       
 :class:`Rescaling`   ``g V``, g diagonal > 0        ``U g⁻¹``                     to rounding
 ==================== ============================== ============================= =================
 
-The first two are the paper's Eq. 54 and 46 written as increments. Where the paper's formulas keep
-the loss they agree with these; where they project (``V H H⁺`` or ``U f(Z')f(Z')⁺`` differs from
+The first two are Zhao et al. 2024, Eq. 54 and Zhao et al. 2024, Eq. 46 written as increments. Where the
+paper's formulas keep the loss they agree with these; where they project (``V H H⁺`` or ``U f(Z')f(Z')⁺`` differs from
 ``V`` or ``U``) the increments leave the untouched part in place, so ``g = I`` is always the identity.
 A bias travels with ``V``: it is one more column, whose input is constantly 1.
 """
@@ -41,7 +41,14 @@ from metatele.symmetry.least_squares import (
 
 
 class Pair(NamedTuple):
-    """Incoming weights ``V [..., k, d]``, outgoing ``U [..., o, k]``, bias ``[..., k]`` of V."""
+    """Incoming weights ``V [..., k, d]``, outgoing ``U [..., o, k]``, bias ``[..., k]`` of V.
+
+    Example:
+        >>> from metatele.perceptron.activations import ReLU
+        >>> pair = Pair(V=torch.tensor([[2.0], [-1.0]]), U=torch.tensor([[10.0, 100.0]]))
+        >>> pair.output(torch.tensor([[1.0, -1.0]]), ReLU())
+        tensor([[ 20., 100.]])
+    """
 
     V: Tensor
     U: Tensor
@@ -58,6 +65,14 @@ class Acted(NamedTuple):
     Attributes:
         pair: The new weights.
         drift: ``‖U'f(Z') - U f(Z)‖_F / ‖U f(Z)‖_F`` on the given inputs, shape ``[...]``.
+
+    Example:
+        >>> from metatele.perceptron.activations import ReLU
+        >>> from metatele.symmetry.group import direct
+        >>> pair = Pair(V=torch.ones(1, 1), U=torch.ones(1, 1))
+        >>> acted = Rescaling().act(pair, torch.ones(1, 2), direct(torch.ones(1, 1)), ReLU())
+        >>> acted.pair.V, acted.pair.U, acted.drift
+        (tensor([[2.]]), tensor([[0.5000]]), tensor(0.))
     """
 
     pair: Pair
@@ -73,6 +88,12 @@ class Site:
         activation: Between the two layers.
         prepared: :meth:`Action.prepare` of the inputs, if it is known.
         known: ``pre``, ``hidden`` and ``slope``, if they are known.
+
+    Example:
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> site = Site(Pair(torch.tensor([[2.0]]), torch.ones(1, 1)), torch.tensor([[1.0, -1.0]]), LeakyReLU(0.1))
+        >>> site.pre, site.hidden, site.slope
+        (tensor([[ 2., -2.]]), tensor([[ 2.0000, -0.2000]]), tensor([[1.0000, 0.1000]]))
     """
 
     def __init__(
@@ -118,6 +139,10 @@ class Action(ABC):
         strict: Raise where the action is undefined for any network of the batch; otherwise that
             network's weights come out as non-finite numbers, and the others are not disturbed.
         exact: Whether the loss is kept to rounding on the given inputs.
+
+    Example:
+        >>> [(name, act.exact, act.algebra_size(3)) for name, act in ACTIONS.items()]
+        [('exact', True, 9), ('approximate', False, 9), ('rescaling', True, 3)]
     """
 
     name: ClassVar[str]
@@ -129,11 +154,16 @@ class Action(ABC):
         return k * k
 
     def algebra(self, coordinates: Tensor, k: int) -> Tensor:
-        """Algebra elements ``[..., k, k]`` from coordinates ``[..., algebra_size(k)]``."""
+        """Algebra elements ``[..., k, k]`` from coordinates ``[..., algebra_size(k)]``, row by row."""
         return coordinates.unflatten(-1, (k, k))
 
     def prepare(self, inputs: Tensor, bias: bool = False) -> Tensor | None:
-        """Whatever depends on the inputs alone, to be reused while they stay the same."""
+        """Whatever depends on the inputs alone, to be reused while they stay the same.
+
+        Args:
+            inputs: ``H [..., d, n]``.
+            bias: Whether the layer has a bias, which sees a row of ones.
+        """
         return None
 
     @abstractmethod
@@ -142,7 +172,16 @@ class Action(ABC):
 
     @abstractmethod
     def move(self, site: Site, g: GroupElement) -> Site:
-        """The site with the new pair; nothing is mutated."""
+        """The site with the new pair; nothing is mutated.
+
+        Args:
+            site: Weights with any batch dimensions, and the batch.
+            g: Group element ``[..., k, k]``.
+
+        Raises:
+            NotExactError: An exact action does not exist for this activation, size or element.
+            SingularInputError: The exact action met rank-deficient inputs.
+        """
 
     @abstractmethod
     def pullback(self, site: Site, covector: Pair) -> Tensor:
@@ -193,12 +232,24 @@ class Action(ABC):
 
 @dataclass(frozen=True)
 class Exact(Action):
-    """The exact action (Eq. 54, 56); needs an invertible activation and n ≤ d (d + 1 with bias).
+    """The exact action (Zhao et al. 2024, Eq. 54, 56); needs an invertible activation and n ≤ d (d + 1 with bias).
 
     Args:
         rank_tolerance: Inputs whose QR factor has a diagonal ratio at or below this are refused as
             rank deficient; ``None`` takes ``eps · max(d, n)`` of their dtype, and 0 refuses none.
         strict: See :class:`Action`.
+
+    Raises:
+        NotExactError: The activation has no inverse, a value leaves its range, or there are more samples than inputs.
+        SingularInputError: The samples are linearly dependent.
+
+    Example:
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.symmetry.group import direct
+        >>> pair = Pair(V=torch.tensor([[3.0, -1.0]]), U=torch.tensor([[1.0]]))
+        >>> double = direct(torch.tensor([[1.0]]))
+        >>> Exact().act(pair, torch.eye(2), double, LeakyReLU(0.5)).pair
+        Pair(V=tensor([[ 6., -2.]]), U=tensor([[0.5000]]), bias=None)
     """
 
     rank_tolerance: float | None = None
@@ -211,7 +262,7 @@ class Exact(Action):
         if not activation.invertible:
             raise NotExactError(
                 f"the exact action needs an invertible activation; {activation.describe()} is not: "
-                f"{activation._why_not_invertible()}"
+                f"{activation.why_not_invertible()}"
             )
 
     def prepare(self, inputs: Tensor, bias: bool = False) -> Tensor:
@@ -252,7 +303,7 @@ class Exact(Action):
 
 @dataclass(frozen=True)
 class Approximate(Action):
-    """The approximate action (Eq. 46): any activation and batch, kept in the least-squares sense.
+    """The approximate action (Zhao et al. 2024, Eq. 46): any activation, any batch; outputs kept by least squares.
 
     Exact when ``f(Z')`` has full column rank (no more samples than hidden units), up to the damping.
 
@@ -260,6 +311,21 @@ class Approximate(Action):
         damping: Relative Tikhonov damping of the fit, ``λ/‖f(Z')‖²_F``; ``None`` takes
             ``eps^{3/4}`` of the dtype (6e-6 in float32, 2e-12 in float64).
         strict: See :class:`Action`; nothing is undefined here.
+
+    Raises:
+        ConfigError: The damping is not positive.
+
+    Example:
+        >>> from metatele.perceptron.activations import ReLU
+        >>> from metatele.symmetry.group import from_matrix
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> pair = Pair(torch.randn(6, 3, generator=generator), torch.randn(2, 6, generator=generator))
+        >>> g = from_matrix(torch.eye(6) + 0.1 * torch.randn(6, 6, generator=generator))
+        >>> few, many = torch.randn(3, 4, generator=generator), torch.randn(3, 40, generator=generator)
+        >>> bool(Approximate().act(pair, few, g, ReLU()).drift < 1e-3)  # no more samples than hidden units
+        True
+        >>> bool(Approximate().act(pair, many, g, ReLU()).drift > 1e-2)  # a fit
+        True
     """
 
     damping: float | None = None
@@ -307,6 +373,17 @@ class Rescaling(Action):
 
     Args:
         strict: See :class:`Action`.
+
+    Raises:
+        NotExactError: The activation is not positively homogeneous, or a scale is not positive.
+
+    Example:
+        >>> from metatele.perceptron.activations import ReLU
+        >>> from metatele.symmetry.group import exponential
+        >>> pair = Pair(V=torch.ones(2, 1), U=torch.ones(1, 2))
+        >>> log_scales = Rescaling().algebra(torch.tensor([2.0, 4.0]).log(), 2)
+        >>> Rescaling().act(pair, torch.ones(1, 1), exponential(log_scales), ReLU()).pair.U
+        tensor([[0.5000, 0.2500]])
     """
 
     strict: bool = True
@@ -352,7 +429,10 @@ ACTIONS: dict[str, Action] = {a.name: a for a in (Exact(), Approximate(), Rescal
 
 
 def action(name: str) -> Action:
-    """Action by name: ``exact``, ``approximate`` or ``rescaling``.
+    """Action by name: ``exact``, ``approximate`` or ``rescaling``, with its default settings.
+
+    Raises:
+        ConfigError: There is none of this name.
 
     Example:
         >>> action("rescaling").exact
@@ -384,6 +464,11 @@ def sweep(
     Returns:
         New weights; drift is reported by :func:`drift`.
 
+    Raises:
+        ShapeMismatchError: There is another number of elements than of hidden layers.
+        NotExactError: The action does not exist here; see :class:`Exact` and :class:`Rescaling`.
+        SingularInputError: See :class:`Exact`.
+
     Example:
         >>> from metatele.perceptron.activations import LeakyReLU
         >>> from metatele.symmetry.group import exponential
@@ -404,7 +489,29 @@ def sweep(
 def walk(
     action: Action, mlp: MLP, weights: Weights, first: Site, elements: Sequence[GroupElement | None]
 ) -> tuple[Weights, list[Site]]:
-    """:func:`sweep` from what is known of the first hidden layer, with what becomes known of all."""
+    """:func:`sweep` from what is known of the first hidden layer, with what becomes known of all.
+
+    Args:
+        action: How each pair is moved.
+        mlp: Shape of the network.
+        weights: Weights with any batch dimensions.
+        first: The first hidden layer on the data.
+        elements: One group element per hidden layer; ``None`` leaves that layer alone.
+
+    Returns:
+        New weights, and each hidden layer with them.
+
+    Raises:
+        ShapeMismatchError: There is another number of elements than of hidden layers.
+
+    Example:
+        >>> from metatele.perceptron.activations import ReLU
+        >>> mlp = MLP((1, 1, 1), ReLU())
+        >>> w = mlp.unflatten(torch.tensor([3.0, 5.0]))
+        >>> first = Site(Pair(*w.matrices), torch.ones(1, 1), ReLU())
+        >>> walk(Rescaling(), mlp, w, first, [None])[1][0].hidden
+        tensor([[3.]])
+    """
     if len(elements) != len(mlp.hidden_widths):
         raise ShapeMismatchError(
             f"expected one group element for each of {len(mlp.hidden_widths)} hidden layers, got {len(elements)}"
@@ -428,7 +535,23 @@ def walk(
 
 
 def drift(mlp: MLP, before: Weights, after: Weights, inputs: Tensor) -> Tensor:
-    """Relative change of the network's output on ``inputs``, in the Frobenius norm, ``[...]``."""
+    """Relative change of the network's output on ``inputs``: ``‖f(X; after) - f(X; before)‖_F / ‖f(X; before)‖_F``.
+
+    Args:
+        mlp: Shape of the network.
+        before: Weights with any batch dimensions.
+        after: Weights of the same shapes.
+        inputs: ``[..., in, n]``.
+
+    Returns:
+        ``[...]``, without unit; not attached to a graph.
+
+    Example:
+        >>> line = MLP((1, 1), ())
+        >>> one, other = (line.unflatten(torch.tensor([v])) for v in (2.0, 3.0))
+        >>> drift(line, one, other, torch.ones(1, 4))
+        tensor(0.5000)
+    """
     with torch.no_grad():
         reference = mlp.forward(before, inputs)
         change = (mlp.forward(after, inputs) - reference).norm(dim=(-2, -1))

@@ -69,10 +69,20 @@ def truncated_inverse(H: Tensor, rank_tolerance: float) -> Tensor:
 
 
 def inverse_factor(H: Tensor, rank_tolerance: float) -> Tensor:
-    """``R⁻¹`` of ``H = QR`` for tall constant matrices ``[..., d, n]``, in double precision, rounded once.
+    """``R⁻¹ [..., n, n]`` of ``H = QR`` for tall constant matrices ``[..., d, n]``, in double precision, rounded once.
+
+    ``S H⁺ = S R⁻¹ Qᵀ`` has the norm of ``S R⁻¹``, so that nothing as large as ``H⁺`` need be made.
+
+    Args:
+        H: At least as many rows as columns.
+        rank_tolerance: Least accepted ratio of diagonal entries of R.
 
     Raises:
-        SingularInputError: Some ``H`` is rank deficient to rounding.
+        SingularInputError: Some ``H`` is rank deficient to the tolerance, or not finite.
+
+    Example:
+        >>> inverse_factor(torch.tensor([[3.0], [4.0]]), rank_tolerance=1e-6).abs()  # 1/‖H‖; the sign is QR's
+        tensor([[0.2000]])
     """
     R = torch.linalg.qr(H.double(), mode="r")[1]
     if not bool(torch.isfinite(H).all()):
@@ -83,7 +93,19 @@ def inverse_factor(H: Tensor, rank_tolerance: float) -> Tensor:
 
 
 def has_full_rank(H: Tensor, rank_tolerance: float) -> Tensor:
-    """Whether each matrix ``[..., d, n]`` is finite and of full rank, by the diagonal of its QR factorisation."""
+    """Whether each matrix ``[..., d, n]`` is finite and of full rank, by the diagonal of its QR factorisation.
+
+    Args:
+        H: Tall or wide.
+        rank_tolerance: A ratio of diagonal entries of R at or below it is rank deficient.
+
+    Returns:
+        Booleans ``[...]``.
+
+    Example:
+        >>> has_full_rank(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0], [1.0, 2.0]]]), rank_tolerance=1e-6)
+        tensor([ True, False])
+    """
     finite = torch.isfinite(H).all(-1).all(-1)
     tall = torch.where(finite[..., None, None], H, 0.0)
     R = torch.linalg.qr((tall if H.shape[-2] >= H.shape[-1] else tall.mT).double(), mode="r")[1]
@@ -105,7 +127,7 @@ def _require_full_rank(R: Tensor, H: Tensor, limit: float) -> None:
 
 
 def default_damping(dtype: torch.dtype) -> float:
-    """Relative damping that keeps rank-deficient problems finite and barely moves others."""
+    """Relative damping that keeps rank-deficient problems finite and barely moves others: ``eps^{3/4}``."""
     return torch.finfo(dtype).eps ** 0.75
 
 
@@ -119,6 +141,11 @@ def damped_right_solve(B: Tensor, A: Tensor, damping: float) -> Tensor:
 
     Returns:
         ``X`` of shape ``[..., m, k]``.
+
+    Example:
+        >>> damped_right_solve(torch.eye(2), torch.tensor([[3.0, 4.0]]), damping=1.0)  # Aᵀ/(25 + 25)
+        tensor([[0.0600],
+                [0.0800]])
     """
     return DampedInverse.of(A, damping).after(B)
 

@@ -18,7 +18,9 @@ from metatele.random import generator
 
 @dataclass(frozen=True)
 class Fitting:
-    """``[B]`` problems of one shape: fit targets, on all samples at once or on mini-batches.
+    r"""``[B]`` problems of one shape: fit targets, on all samples at once or on mini-batches.
+
+    .. math:: \min_w \; \text{loss}(f(X; w), Y)
 
     Attributes:
         mlp: Shape of the networks.
@@ -28,6 +30,13 @@ class Fitting:
         loss: Of the outputs.
         batch_size: Samples of a mini-batch; 0 takes all.
         seed: Of the order of the samples.
+
+    Example:
+        >>> mlp = MLP((2, 3, 1), Tanh())
+        >>> X, Y, w = torch.randn(5, 2, 12), torch.randn(5, 1, 12), torch.randn(5, mlp.num_parameters)
+        >>> problems = Fitting(mlp, X, Y, w, MeanSquaredError(), batch_size=4)
+        >>> problems.batches, problems.batch(0)[0].shape, problems.loss_and_gradient(w)[0].shape
+        (3, torch.Size([5, 2, 4]), torch.Size([5]))
     """
 
     mlp: MLP
@@ -57,7 +66,7 @@ class Fitting:
         return self.inputs[..., chosen], self.targets[..., chosen]
 
     def visit(self, flat: Tensor, step: int) -> tuple[Tensor, Pass]:
-        """Loss ``[B]`` on the batch of a step, and the pass, backwards too."""
+        """Loss ``[B]`` of flat weights ``[B, P]`` on the batch of a step, and the pass, backwards too; all detached."""
         inputs, targets = self.batch(step)
         done = Pass(self.mlp, self.mlp.unflatten(flat.detach()), inputs)
         done.backward(targets, self.loss)
@@ -67,6 +76,10 @@ class Fitting:
         """Loss ``[B]`` on the batch of a step and its gradient ``[B, P]``, both detached."""
         loss, done = self.visit(flat, step)
         return loss, self.mlp.flatten(done.gradient())
+
+    def fitting(self) -> Fitting:
+        """These; problems of other kinds say here what they are as these."""
+        return self
 
     def repeat(self, times: int) -> Fitting:
         """``times`` copies in a row, for instance one for each learning rate of a grid."""
@@ -152,7 +165,14 @@ class Mixture:
     config: MixtureConfig
 
     def sample(self, seed: int, stream: str, index: int, count: int) -> Fitting:
-        """``count`` problems of one shape; number ``index`` of a stream."""
+        """``count`` problems of one shape; number ``index`` of a stream, the same on every machine.
+
+        Args:
+            seed: Of all streams.
+            stream: ``"train"``, ``"validation"`` and so on; two streams never meet.
+            index: Which draw of shape, data and loss.
+            count: Problems of that shape.
+        """
         draws = generator(seed, stream, index)
         choose = random.Random(int(torch.randint(2**62, (), generator=draws)))
         kind = choose.choices(("paper", "random", "teacher", "classes", "digits", "wide"), (3, 3, 2, 2, 2, 3))[0]

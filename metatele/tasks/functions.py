@@ -1,7 +1,7 @@
 r"""Functions of two variables with a known symmetry and optimum.
 
 Each is ``L(w) = ‖u(w)‖²`` for an invertible map u of the plane, so its level sets are circles in u and
-the rotations ``w ↦ u⁻¹(R(θ) u(w))`` keep it (PAPER §5, and §3 for the theory on quadratics).
+the rotations ``w ↦ u⁻¹(R(θ) u(w))`` keep it. The ellipse is the quadratic of Zhao et al. 2024, Section 3.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ class CircularFunction(ABC):
         name: Key in :data:`FUNCTIONS`.
         start: Where experiments begin.
         optimum: The minimiser.
+
+    Example:
+        >>> w = torch.tensor([3.0, 2.0])
+        >>> turned = function("booth").rotate(w, torch.tensor(1.0))  # along the level set
+        >>> torch.allclose(function("booth").value(turned), function("booth").value(w))
+        True
     """
 
     name: ClassVar[str]
@@ -78,6 +84,9 @@ class CircularFunction(ABC):
             w: Points ``[..., 2]``.
             steps: At most so many.
             tolerance: Stop where the slope relative to the norm is below it everywhere.
+
+        Returns:
+            Points ``[..., 2]`` of the same loss.
         """
         angle = torch.full(w.shape[:-1], 0.5, dtype=w.dtype)
         for _ in range(steps):
@@ -96,7 +105,10 @@ class CircularFunction(ABC):
 
 @dataclass(frozen=True)
 class Ellipse(CircularFunction):
-    """``½(w₁² + λ²w₂²)``.
+    """``½(w₁² + λ²w₂²)``, least at (0, 0).
+
+    Args:
+        ratio: λ; the condition number is its square.
 
     Example:
         >>> ellipse = Ellipse()
@@ -128,7 +140,12 @@ class Ellipse(CircularFunction):
 
 @dataclass(frozen=True)
 class Booth(CircularFunction):
-    """``(w₁ + 2w₂ - 7)² + (2w₁ + w₂ - 5)²``, least at (1, 3)."""
+    """``(w₁ + 2w₂ - 7)² + (2w₁ + w₂ - 5)²``, least at (1, 3).
+
+    Example:
+        >>> Booth().value(torch.tensor([[1.0, 3.0], [0.0, 0.0]]))
+        tensor([ 0., 74.])
+    """
 
     name: ClassVar[str] = "booth"
     start: ClassVar[tuple[float, float]] = (-6.0, 9.0)
@@ -153,7 +170,12 @@ class Booth(CircularFunction):
 
 @dataclass(frozen=True)
 class Rosenbrock(CircularFunction):
-    """``(1 - w₁)² + 100(w₂ - w₁²)²``, least at (1, 1)."""
+    """``(1 - w₁)² + 100(w₂ - w₁²)²``, least at (1, 1).
+
+    Example:
+        >>> Rosenbrock().value(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+        tensor([  0., 101.])
+    """
 
     name: ClassVar[str] = "rosenbrock"
     start: ClassVar[tuple[float, float]] = (-1.0, -1.0)
@@ -179,7 +201,15 @@ FUNCTIONS: dict[str, CircularFunction] = {f.name: f for f in (Ellipse(), Booth()
 
 
 def function(name: str) -> CircularFunction:
-    """Function by name: ``ellipse``, ``booth`` or ``rosenbrock``."""
+    """Function by name: ``ellipse``, ``booth`` or ``rosenbrock``.
+
+    Raises:
+        ConfigError: There is none of this name.
+
+    Example:
+        >>> function("booth").optimum
+        (1.0, 3.0)
+    """
     if name not in FUNCTIONS:
         raise ConfigError(f"function must be one of {', '.join(FUNCTIONS)}, got {name!r}")
     return FUNCTIONS[name]

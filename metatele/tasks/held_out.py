@@ -26,6 +26,11 @@ class Regressions:
         loss: Of the outputs.
         draw: ``(draws, (count, d, n)) -> (X, Y)``.
         uniform: Whether weights begin uniform on [0, 1], as the paper's, rather than as ``nn.Linear``'s.
+
+    Example:
+        >>> problems = REGRESSIONS["deep"].sample(seed=0, stream="evaluation", count=3)
+        >>> problems.inputs.shape, problems.targets.shape
+        (torch.Size([3, 10, 30]), torch.Size([3, 5, 30]))
     """
 
     title: str
@@ -41,7 +46,7 @@ class Regressions:
         return self.samples <= min(self.mlp.hidden_widths)
 
     def sample(self, seed: int, stream: str, count: int) -> Fitting:
-        """``count`` problems of a stream."""
+        """``count`` problems of a stream; see :mod:`metatele.random`."""
         draws = generator(seed, stream)
         X, Y = self.draw(draws, self.mlp, (count, self.mlp.widths[0], self.samples))
         w = torch.rand(count, self.mlp.num_parameters, generator=draws)
@@ -58,6 +63,10 @@ class Classification:
         hidden: Widths.
         epochs: How long.
         batch_size: Samples of a step.
+
+    Example:
+        >>> CLASSIFICATIONS["digits"].hidden
+        (48, 32)
     """
 
     title: str

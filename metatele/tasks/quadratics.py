@@ -1,4 +1,4 @@
-r"""Quadratics with noisy gradients, and the optimal teleport on them in closed form (§3.1).
+r"""Quadratics with noisy gradients, and the optimal teleport on them in closed form (Zhao et al. 2024, Theorem 3.1).
 
 ``L(w) - L* = ½(w - w*)ᵀH(w - w*)``. In ``u = H^{1/2}(w - w*)`` the level sets are spheres, on which the rotations
 act transitively; the gradient ``H^{1/2}u`` is longest where u, and with it ``w - w*``, is the top eigenvector.
@@ -26,6 +26,11 @@ class Quadratic(ABC):
     Raises:
         ShapeMismatchError: The shapes are not these.
         ConfigError: H is not symmetric, or not positive definite.
+
+    Example:
+        >>> bowl: Quadratic = Shifted(torch.diag(torch.tensor([1.0, 4.0])), torch.zeros(2), 0.0)
+        >>> bowl.teleport(torch.tensor([4.0, 0.0])).abs()  # to the short axis of the level set
+        tensor([0., 2.])
     """
 
     hessian: Tensor
@@ -139,6 +144,10 @@ class LeastSquares(Quadratic):
     Args:
         inputs: X ``[n, d]``.
         targets: y ``[n]``.
+
+    Example:
+        >>> least_squares(torch.tensor([[1.0], [2.0]]), torch.zeros(2)).smoothness
+        4.0
     """
 
     inputs: Tensor

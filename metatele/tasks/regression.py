@@ -1,4 +1,4 @@
-"""The paper's inner problem: fit random targets with a small perceptron (PAPER §4)."""
+"""The paper's inner problem: fit random targets with a small perceptron (Zhao et al. 2024, Figure 6)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from metatele.tasks.fitting import Fitting
 
 @dataclass(frozen=True)
 class Problems:
-    """A batch of inner problems, one for each trajectory.
+    """A batch of inner problems ``½‖Y - f(X; w)‖²_F``, one for each trajectory.
 
     Attributes:
         mlp: Shape shared by all networks.
         inputs: ``X [B, d, n]``, one column per sample.
         targets: ``Y [B, o, n]``.
         initial: Initial flat weights ``[B, P]``.
+
+    Example:
+        >>> line = Problems(MLP((1, 1), ()), torch.ones(2, 1, 1), torch.zeros(2, 1, 1), torch.tensor([[3.0], [5.0]]))
+        >>> len(line), line.loss_and_gradient(line.initial)
+        (2, (tensor([ 4.5000, 12.5000]), tensor([[3.],
+                [5.]])))
     """
 
     mlp: MLP
@@ -37,7 +43,14 @@ class Problems:
         return self.inputs.shape[0]
 
     def loss_and_gradient(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """``½‖Y - f(X; w)‖²_F`` as ``[B]`` and its gradient ``[B, P]``, both detached."""
+        """``½‖Y - f(X; w)‖²_F`` as ``[B]`` and its gradient ``[B, P]``, both detached.
+
+        Args:
+            flat: Weights ``[B, P]``.
+
+        Raises:
+            ShapeMismatchError: There is another number of weights.
+        """
         return self.mlp.squared_error(self.mlp.unflatten(flat.detach()), self.inputs, self.targets)
 
     def fitting(self) -> Fitting:
@@ -77,6 +90,11 @@ class Problems:
 class Regression:
     """Distribution of problems with all of X, Y and the weights uniform on one interval.
 
+    The paper's has widths 20-20-20, 20 samples, LeakyReLU 0.1 and [0, 1] (Zhao et al. 2024, Figure 6).
+
+    Args:
+        config: Widths, activation, bias, number of samples and interval.
+
     Example:
         >>> problems = Regression(TaskConfig()).sample(seed=0, stream="train", indices=range(2))
         >>> loss, gradient = problems.loss_and_gradient(problems.initial)
@@ -92,7 +110,13 @@ class Regression:
         return MLP(self.config.widths, activation(self.config.activation), self.config.bias)
 
     def sample(self, seed: int, stream: str, indices: Sequence[int]) -> Problems:
-        """Problems number ``indices`` of a stream; the same on every machine."""
+        """Problems number ``indices`` of a stream; the same on every machine.
+
+        Args:
+            seed: Of all randomness.
+            stream: Its use, as named in :mod:`metatele.random`; streams never overlap.
+            indices: Which problems, counted from 0.
+        """
         c, mlp = self.config, self.mlp
         d, o, n = c.widths[0], c.widths[-1], c.samples
         sizes = [d * n, o * n, mlp.num_parameters]

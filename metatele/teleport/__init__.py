@@ -1,6 +1,6 @@
 """Teleport moves by hand: along an objective, in closed form, at random."""
 
-from metatele.teleport.ascent import Ascent, GradientNormAscent
+from metatele.teleport.ascent import Ascent, GradientNormAscent, default_move
 from metatele.teleport.closed_form import Random, Rescaling, Whitening
 from metatele.teleport.control import MatchedRandom
 from metatele.teleport.move import Course, Leg, Teleport, TeleportMove, in_sequence
@@ -21,6 +21,7 @@ __all__ = [
     "TeleportMove",
     "TeleportReport",
     "Whitening",
+    "default_move",
     "in_sequence",
     "transport",
 ]

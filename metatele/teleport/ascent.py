@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metatele.errors import ConfigError
 from metatele.geometry import GradientNorm, Landscape, Objective, Point
-from metatele.perceptron.mlp import Weights
+from metatele.perceptron.mlp import MLP, Weights
 from metatele.symmetry import PARAMETRISATIONS, Action, Pair
 from metatele.teleport.move import Course, Leg, TeleportMove, finite_radius
 from metatele.teleport.report import Reason
@@ -251,3 +251,24 @@ def GradientNormAscent(
         parametrisation=parametrisation,
         max_drift=max_drift,
     )
+
+
+def default_move(mlp: MLP) -> Ascent:
+    """What :class:`~metatele.TeleportOptimizer` does if no move is given: raise ``‖∇L‖²`` without leaving the function.
+
+    Where every activation is positively homogeneous (ReLU, LeakyReLU, Identity) it rescales hidden units, which keeps
+    the outputs for every input, to rounding. No unit is brought further out of balance than ``|log ‖v‖/‖u‖| = 1``:
+    without that bound Adam on digits stands still after some hundred teleports. Elsewhere it is the approximate action,
+    which changes the outputs on the batch by up to 1 %, and others about as much.
+
+    Args:
+        mlp: Shape of the network.
+
+    Example:
+        >>> from metatele.perceptron.activations import ReLU, Tanh
+        >>> default_move(MLP((4, 3, 2), ReLU())).action, default_move(MLP((4, 3, 2), Tanh())).action
+        ('rescaling', 'approximate')
+    """
+    if all(a.positively_homogeneous for a in mlp.activations):
+        return Ascent(action="rescaling", max_imbalance=1.0)
+    return GradientNormAscent(tries=16)

@@ -19,7 +19,7 @@ from torch import Tensor
 from metatele.tasks import Fitting, Problems, Regression
 from metatele.training.curves import Curves
 
-PAPER_RATE = 3e-4  # the largest that does not diverge (PAPER §4)
+PAPER_RATE = 3e-4  # the largest that does not diverge (Zhao et al. 2024, section 5.2)
 
 
 def _decades(low: int, high: int, per_decade: int = 4) -> list[float]:
@@ -132,6 +132,12 @@ def run_candidates(
         num_steps: How far.
         watch: Called with the number of steps done and the weights ``[candidates · B, P]`` there; where an optimizer
             is not batched, of one candidate and problem after another.
+
+    Example:
+        >>> from metatele.config import TaskConfig
+        >>> problems = Regression(TaskConfig(widths=(3, 4, 2), samples=3)).sample(0, "evaluation", range(5))
+        >>> run_candidates(BASELINES[1], [{"lr": 1e-3}, {"lr": 1e-2}], problems, num_steps=3).shape
+        torch.Size([4, 2, 5])
     """
     if isinstance(problems, Problems):
         problems = problems.fitting()
@@ -198,7 +204,19 @@ def _run_alone(
 
 
 def tune(baseline: Baseline, problems: Problems | Fitting, num_steps: int) -> dict[str, Any]:
-    """The candidate with the least mean loss after ``num_steps`` on the given problems."""
+    """The candidate with the least mean loss after ``num_steps`` on the given problems.
+
+    Args:
+        baseline: The optimizer and its grid; one with a single candidate is not run.
+        problems: To tune on; not those it is evaluated on.
+        num_steps: Step whose mean loss counts; one that is not finite is the worst.
+
+    Example:
+        >>> from metatele.config import TaskConfig
+        >>> problems = Regression(TaskConfig(widths=(3, 4, 2), samples=3)).sample(0, "tuning", range(5))
+        >>> sorted(tune(BASELINES[2], problems, num_steps=3))
+        ['lr', 'momentum']
+    """
     if len(baseline.grid) == 1:
         return baseline.grid[0]
     final = run_candidates(baseline, baseline.grid, problems, num_steps)[-1].double().mean(-1)
@@ -208,7 +226,15 @@ def tune(baseline: Baseline, problems: Problems | Fitting, num_steps: int) -> di
 def baseline_curves(
     task: Regression, problems: Problems, num_steps: int, seed: int, tuning_trajectories: int = 32
 ) -> list[Curves]:
-    """Curves of all baselines, each tuned on trajectories of a stream of its own."""
+    """Curves of all baselines, each tuned on trajectories of a stream of its own.
+
+    Args:
+        task: The distribution of problems, to draw those for tuning from.
+        problems: Those that all are evaluated on, ``[B]``.
+        num_steps: Of each trajectory; they are tuned for its end.
+        seed: Of the tuning stream.
+        tuning_trajectories: How many; those that run one trajectory at a time are tuned on 8 of them.
+    """
     device = problems.inputs.device
     tuning = task.sample(seed, "tuning", range(tuning_trajectories)).to(device)
     few = task.sample(seed, "tuning", range(min(8, tuning_trajectories))).to(device)

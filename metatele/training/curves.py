@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metatele.learned import EquivariantOptimizer, MetaOptimizer
-from metatele.rollout import losses_of
 from metatele.tasks import Problems
-from metatele.unroll import start, unroll
+from metatele.unroll import losses_of
 
 _QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 
@@ -61,22 +59,29 @@ class Curves:
         }
 
 
-@torch.no_grad()
-def learned_curves(
-    optimizer: MetaOptimizer | EquivariantOptimizer, problems: Problems, num_steps: int
-) -> tuple[Tensor, float]:
-    """Losses ``[num_steps + 1, B]`` of a meta-optimizer, and seconds per trajectory-step."""
+def learned_curves(optimizer: nn.Module, problems: Problems, num_steps: int) -> tuple[Tensor, float]:
+    """Losses of a meta-optimizer of any family along trajectories, and the time they took.
+
+    Args:
+        optimizer: Of any family.
+        problems: ``[B]`` of them.
+        num_steps: Of each trajectory.
+
+    Returns:
+        Losses ``[num_steps + 1, B]`` on the CPU, and seconds per trajectory-step.
+
+    Example:
+        >>> from metatele.config import TaskConfig
+        >>> from metatele.learned import ConstantOptimizer
+        >>> from metatele.tasks import Regression
+        >>> problems = Regression(TaskConfig(widths=(3, 4, 2), samples=3)).sample(0, "evaluation", range(5))
+        >>> losses, seconds = learned_curves(ConstantOptimizer(0.1, 0.01), problems, 2)
+        >>> losses.shape
+        torch.Size([3, 5])
+    """
     begin_s = time.perf_counter()
-    if isinstance(optimizer, EquivariantOptimizer):
-        result = losses_of(optimizer, problems.fitting(), num_steps).cpu()
-        return result, (time.perf_counter() - begin_s) / (num_steps * len(problems))
-    current = start(optimizer, problems)
-    losses = [current.loss]
-    for _ in range(num_steps):
-        current, window = unroll(optimizer, current, 1)
-        losses.append(window[0])
-    result = torch.stack(losses).cpu()
-    return result, (time.perf_counter() - begin_s) / (num_steps * len(problems))
+    losses = losses_of(optimizer, problems, num_steps).cpu()
+    return losses, (time.perf_counter() - begin_s) / (num_steps * len(problems))
 
 
 def held_out_score(mean: Tensor, steps: Sequence[int]) -> float:

@@ -27,6 +27,9 @@ def evaluate(
         seed: Of the problems; the evaluation stream never meets the training stream.
         device: Where.
 
+    Returns:
+        A curve for each checkpoint and each baseline, and the task they were evaluated on.
+
     Raises:
         CheckpointError: A checkpoint cannot be used, or they are for different tasks.
     """

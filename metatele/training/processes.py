@@ -101,10 +101,14 @@ class Processes:
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def joined(device: torch.device | None = None) -> Iterator[Processes]:
     """The processes that ``torchrun`` started, or this one alone.
 
-    gloo carries what lies on the CPU, nccl what lies on GPUs.
+    gloo carries what they send. Where each has a GPU of its own, nccl carries what lies there; it refuses two
+    processes on one GPU.
+
+    Args:
+        device: Of this process, as :func:`local_device` gives it; without one, the CPU.
 
     Raises:
         PeerLostError: They did not find each other.
@@ -119,7 +123,9 @@ def joined() -> Iterator[Processes]:
         store, rank, count = next(rendezvous("env://"))
         # torchrun keeps its store when it starts processes again: addresses of dead ones must not be found there.
         store = PrefixStore(f"attempt {_attempt()}", store)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store.set(f"own GPU {rank}", str(_has_own_gpu(device)))
+        own = all(store.get(f"own GPU {one}") == b"True" for one in range(count))
+        backend = "cpu:gloo,cuda:nccl" if own else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -136,6 +142,11 @@ def local_device(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return device
+
+
+def _has_own_gpu(device: torch.device | None) -> bool:
+    """Whether no other process of this machine can be on the same GPU: they are numbered alike."""
+    return device is not None and device.type == "cuda" and device.index == int(os.environ.get("LOCAL_RANK", "-1"))
 
 
 def _attempt() -> int:

@@ -36,7 +36,14 @@ _MARKERS = {"LSTM(update,tele)": "o", "LSTM(lr,tele)": "s", "LSTM(update)": "^"}
 
 
 def document(curves: list[Curves], task: TaskConfig, seed: int, device: str) -> dict[str, Any]:
-    """The content of ``curves.json``."""
+    """The content of ``curves.json``.
+
+    Args:
+        curves: Of all methods on the same trajectories, at the same steps.
+        task: What they were evaluated on.
+        seed: Of the trajectories.
+        device: Where it ran.
+    """
     return {
         "format": FORMAT,
         "task": to_dict(task),
@@ -54,7 +61,16 @@ def _steps(doc: dict[str, Any]) -> list[int]:
 
 
 def rows(doc: dict[str, Any]) -> list[list[str]]:
-    """Table of mean losses, one method a row, the first row the head."""
+    """Table of mean losses, one method a row, the first row the head.
+
+    Args:
+        doc: What :func:`document` made.
+
+    Example:
+        >>> curve = Curves("GD", torch.tensor([[4.0, 8.0], [1.0, 3.0]]), 0.0)
+        >>> rows(document([curve], TaskConfig(), 0, "cpu"))[1][:3]
+        ['GD', '6', '2']
+    """
     steps = _steps(doc)
     several = any(len(m.get("seed_means", [])) > 1 for m in doc["methods"])
     table = [["method", *(f"step {s}" for s in steps), f"p10-p90 at {steps[-1]}", "diverged", "us per step"]]
@@ -98,7 +114,14 @@ def _number(value: float | None) -> str:
 
 
 def markdown(table: list[list[str]]) -> str:
-    """A table in Markdown, aligned."""
+    """A table in Markdown, aligned; the first row is the head, the first column to the left.
+
+    Example:
+        >>> print(markdown([["a", "loss"], ["GD", "2"]]), end="")
+        | a  | loss |
+        |:---|-----:|
+        | GD |    2 |
+    """
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
 
     def line(row: list[str]) -> str:

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from metatele import checkpoint
-from metatele.config import RunConfig, TransferConfig, stored_config, to_dict
+from metatele.config import RunConfig, stored_config, to_dict
 from metatele.errors import CheckpointError, RunFolderError, SaveError
 from metatele.files import existing_folder, write_atomically
+from metatele.training.families import trainer_of
 from metatele.training.processes import Processes
-from metatele.training.trainer import MetaTrainer, Trainer
-from metatele.training.transfer import TransferTrainer
+from metatele.training.trainer import Trainer
 
 _SEAL = b"\nmetatele sha256 "  # the file ends with its own checksum; torch.load does not check any
 STATE_NAME, METRICS_NAME, CHECKPOINT_NAME = "training_state.pt", "metrics.jsonl", "checkpoint"
@@ -37,7 +37,7 @@ PREVIOUS_NAME = "training_state.previous.pt"
 
 
 def train(
-    config: RunConfig | TransferConfig,
+    config: RunConfig,
     out: str | Path,
     *,
     device: torch.device | str = "cpu",
@@ -55,14 +55,26 @@ def train(
         quiet: No progress on stderr or stdout.
         processes: Those that share the batch; the first one alone writes.
 
+    Returns:
+        The trainer at the end, whose ``best`` is the least validation score.
+
     Raises:
         RunFolderError: The folder holds another run, or none to resume.
         DivergedError: Too many non-finite updates in a row.
         SaveError: Nothing could be written; earlier files are intact.
         PeerLostError: Another process of the run is gone.
+
+    Example:
+        >>> import tempfile
+        >>> from metatele.config import preset
+        >>> config = preset("paper", trajectories=4, batch=2, horizon=4, unroll=2, hidden=8, widths=(3, 4, 2),
+        ...     samples=3, validation_steps=4, validation_score_at=(4,))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     train(config, Path(folder) / "run", quiet=True).update
+        4
     """
     folder, processes, c = Path(out), processes or Processes(), config.training
-    trainer = (_resumed if resume else _begun)(config, folder, device, processes)
+    trainer = (_resumed_trainer if resume else _new_trainer)(config, folder, device, processes)
     with _Log(folder, trainer, quiet) if processes.first else nullcontext() as log:
         if not resume:
             _save(trainer, folder)
@@ -83,10 +95,15 @@ def train(
     return trainer
 
 
-def trained(config: RunConfig | TransferConfig, folder: Path, device: torch.device | str = "cpu") -> None:
+def train_once(config: RunConfig, folder: Path, device: torch.device | str = "cpu") -> None:
     """Meta-train into a folder, unless that was done before; an interrupted run is gone on with.
 
     ``seconds.json`` holds the time it took, or null for a run that was resumed.
+
+    Args:
+        config: What to train.
+        folder: The run folder.
+        device: Where.
 
     Raises:
         RunFolderError: The folder holds a run with other settings.
@@ -105,17 +122,9 @@ def trained(config: RunConfig | TransferConfig, folder: Path, device: torch.devi
     write_atomically(folder / "seconds.json", json.dumps(seconds).encode())
 
 
-def _trainer(config: RunConfig | TransferConfig, device: torch.device | str, processes: Processes) -> Trainer:
-    if isinstance(config, TransferConfig):
-        return TransferTrainer(config, device, processes)
-    return MetaTrainer(config, device, processes)
-
-
-def _begun(
-    config: RunConfig | TransferConfig, folder: Path, device: torch.device | str, processes: Processes
-) -> Trainer:
+def _new_trainer(config: RunConfig, folder: Path, device: torch.device | str, processes: Processes) -> Trainer:
     processes.checked(lambda: _check_new(folder))
-    trainer = _trainer(config, device, processes)  # first, so that settings it refuses leave no folder behind
+    trainer = trainer_of(config, device, processes)  # first, so that settings it refuses leave no folder behind
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,9 +151,7 @@ def _check_new(folder: Path) -> None:
         raise RunFolderError(f"{folder} is not empty (it holds {sorted(foreign)[0]}); choose another --out")
 
 
-def _resumed(
-    config: RunConfig | TransferConfig, folder: Path, device: torch.device | str, processes: Processes
-) -> Trainer:
+def _resumed_trainer(config: RunConfig, folder: Path, device: torch.device | str, processes: Processes) -> Trainer:
     state = usable_state(folder)
     stored = stored_config(state["config"])
     if type(stored) is not type(config):
@@ -155,7 +162,7 @@ def _resumed(
             names = [k for k in ours if ours[k] != theirs[k]] if isinstance(ours, dict) else [part]
             a, b = (ours[names[0]], theirs[names[0]]) if isinstance(ours, dict) else (ours, theirs)
             raise RunFolderError(f"cannot resume {folder} with other settings: {names[0]} is {a} here and {b} there")
-    trainer = _trainer(config, device, processes)
+    trainer = trainer_of(config, device, processes)
     trainer.load_state_dict(state)
     if not (existing_folder(folder / CHECKPOINT_NAME) / checkpoint.CONFIG_NAME).is_file():
         trainer.best = math.inf  # there is none to beat
@@ -169,6 +176,12 @@ def begun(folder: Path) -> bool:
 
 def usable_state(folder: Path) -> dict[str, Any]:
     """The last resumable state of a run folder, or the one before it, with a warning, where that is damaged.
+
+    Args:
+        folder: A run folder.
+
+    Returns:
+        What the trainer's ``state_dict`` was.
 
     Raises:
         RunFolderError: There is none.

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from metatele.unroll import Trajectories
+from metatele.learned.flat.trajectories import Trajectories
 
-_WARM_UP = 3  # runs before a capture, in which libraries set themselves up
+_BEFORE_CAPTURE = 3  # runs before a capture, in which libraries set themselves up
 
 Body = Callable[[Trajectories], tuple[Trajectories, Tensor]]
 
@@ -36,8 +36,8 @@ class StaticWindow:
 
     Example:
         >>> from metatele.config import preset
-        >>> from metatele.training.trainer import MetaTrainer
-        >>> trainer = MetaTrainer(preset("quick", batch=2, widths=(3, 4, 2), samples=3, hidden=8))
+        >>> from metatele.training.flat import FlatTrainer
+        >>> trainer = FlatTrainer(preset("quick", batch=2, widths=(3, 4, 2), samples=3, hidden=8))
         >>> window = StaticWindow(
         ...     lambda at: trainer.differentiated(at, 10), list(trainer.optimizer.parameters()), trainer.trajectories
         ... )
@@ -69,7 +69,7 @@ class StaticWindow:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
+            for _ in range(_BEFORE_CAPTURE):
                 self._run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,7 @@
-"""Meta-training: one Adam step for each window of a batch of unrolled trajectories (Algorithm 1)."""
+"""Meta-training: one Adam step for each window of a batch of unrolled trajectories, whatever is unrolled.
+
+Zhao et al. 2024, Algorithm 1. How a family's trajectories begin, end and are saved is its own trainer's.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,19 @@ import copy
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metatele.config import RunConfig, TransferConfig, to_dict
+from metatele.config import RunConfig, to_dict
 from metatele.errors import CheckpointError, ConfigError, DivergedError
-from metatele.learned import EquivariantOptimizer, MetaOptimizer, Stepped
-from metatele.tasks import Problems, Regression
-from metatele.training.curves import held_out_score, learned_curves
+from metatele.learned.unrolled import U, Unrolled
 from metatele.training.processes import Processes
-from metatele.training.static import StaticWindow
-from metatele.unroll import Observer, Trajectories, start, unroll, window_loss
+from metatele.training.shares import joined_shares, own_share
+from metatele.unroll import window_loss
 
-_WARM_UP = 0.02  # fraction of the run over which a decaying rate first rises
+_RISING = 0.02  # fraction of the run over which a decaying rate first rises
 
 
 class Window(NamedTuple):
@@ -43,7 +41,11 @@ class Window(NamedTuple):
 
 
 class Trainer(ABC):
-    """One meta-training run: Adam on windows of unrolled trajectories, whatever is unrolled.
+    r"""One meta-training run: Adam on windows of unrolled trajectories, whatever is unrolled.
+
+    .. math:: θ ← θ - \text{Adam}\Big(∇_θ \frac{1}{B} \sum_{b} \sum_{t \in \text{window}} L_b(w_t)\Big)
+
+    or the mean of the losses' logarithms; see :func:`~metatele.unroll.window_loss`.
 
     Args:
         config: What to train and how.
@@ -61,8 +63,8 @@ class Trainer(ABC):
 
     def __init__(
         self,
-        config: RunConfig | TransferConfig,
-        optimizer: MetaOptimizer | EquivariantOptimizer,
+        config: RunConfig,
+        optimizer: nn.Module,
         groups: list[dict[str, object]],
         device: torch.device | str,
         processes: Processes,
@@ -75,7 +77,7 @@ class Trainer(ABC):
             )
         self.adam = torch.optim.Adam(groups, fused=True)
         self._rates = [float(group["lr"]) for group in self.adam.param_groups]
-        self.averaged: MetaOptimizer | EquivariantOptimizer | None = None
+        self.averaged: nn.Module | None = None
         if config.training.average:
             self.averaged = copy.deepcopy(optimizer).requires_grad_(False)
         self.update = self.skipped = self.skipped_in_row = self.started = 0
@@ -87,7 +89,7 @@ class Trainer(ABC):
         return self.update >= self.config.training.updates
 
     @property
-    def evaluated(self) -> MetaOptimizer | EquivariantOptimizer:
+    def evaluated(self) -> nn.Module:
         """The weights that are validated and published: the averaged ones, if there are any."""
         return self.optimizer if self.averaged is None else self.averaged
 
@@ -115,12 +117,27 @@ class Trainer(ABC):
     def gradients(self) -> Tensor:
         """Inner gradients of the trajectories, for a histogram."""
 
+    def _objective(self, losses: Tensor) -> Tensor:
+        """This process's part of a window's meta-loss, from its trajectories' losses ``[K, B]``."""
+        c = self.config.training
+        return window_loss(losses, c.objective) * (len(self.share) / c.batch)
+
+    def _saved(self, at: Unrolled) -> dict[str, Any]:
+        """What a file needs of trajectories, those of all processes; complete in the first one."""
+        found: dict[str, Any] = joined_shares(self.processes.gathered(at.saved()), at.is_common)
+        return found
+
+    def _restored(self, at: U, saved: dict[str, Any]) -> U:
+        """This process's trajectories from :meth:`_saved`; ``at`` is some point of the same problems."""
+        batch = self.config.training.batch
+        return at.restored(own_share(saved, self.share, batch, at.is_common, self.device))
+
     def _set_rates(self) -> None:
         c = self.config.training
         factor = 1.0
         if c.decay == "cosine":
             done = self.update / c.updates
-            factor = 0.5 * (1 + math.cos(math.pi * done)) * min(1.0, (done + 1 / c.updates) / _WARM_UP)
+            factor = 0.5 * (1 + math.cos(math.pi * done)) * min(1.0, (done + 1 / c.updates) / _RISING)
         for group, rate in zip(self.adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
 
@@ -231,182 +248,3 @@ class Trainer(ABC):
             self._return(state["trajectories"])
         except (KeyError, ValueError, RuntimeError, StopIteration) as error:
             raise CheckpointError(f"the training state does not fit its configuration: {error}") from error
-
-
-class MetaTrainer(Trainer):
-    """Meta-training of the flat family on one distribution of problems of one shape.
-
-    Args:
-        config: What to train and how.
-        device: Where.
-        processes: Those that share the batch; this one alone if not given.
-
-    Example:
-        >>> from metatele.config import preset
-        >>> config = preset("paper", trajectories=4, batch=2, horizon=4, unroll=2, hidden=8,
-        ...     widths=(3, 4, 2), samples=3)
-        >>> trainer = MetaTrainer(config)
-        >>> metrics = trainer.step()
-        >>> trainer.update, trainer.config.training.updates
-        (1, 4)
-    """
-
-    config: RunConfig
-    optimizer: MetaOptimizer
-    evaluated: MetaOptimizer
-
-    def __init__(
-        self, config: RunConfig, device: torch.device | str = "cpu", processes: Processes | None = None
-    ) -> None:
-        self.task = Regression(config.task)
-        optimizer = MetaOptimizer(config.method, config.task, config.seed).to(device)
-        optimizer.set_precision(config.training.precision)
-        groups = optimizer.parameter_groups(config.training.local_lr, config.training.teleport_lr)
-        super().__init__(config, optimizer, groups, device, processes or Processes())
-        self.trajectories = self._fresh(range(config.training.batch))
-        self._static: dict[int, StaticWindow] = {}
-        worst = float(self.trajectories.loss.max())
-        if not worst < config.training.lost_loss:
-            raise ConfigError(
-                f"lost_loss must be above the losses that trajectories begin with ({worst:.3g}), "
-                f"got {config.training.lost_loss:g}"
-            )
-
-    def _fresh(self, positions: Sequence[int]) -> Trajectories:
-        """New trajectories for those of the given places in the batch that are this process's."""
-        indices = [self.started + k for k, i in enumerate(positions) if i in self.share]
-        self.started += len(positions)
-        return start(self.optimizer, self.task.sample(self.config.seed, "train", indices).to(self.device))
-
-    def _due(self) -> list[int]:
-        """Trajectories whose horizon ends with the window just done.
-
-        The window lengths repeat with the update number, so a trajectory that starts with any of
-        them still sees each once, and their sum is the horizon.
-        """
-        c = self.config.training
-        horizons = (c.horizon, *c.shorter)
-        due = []
-        for i in range(c.batch):
-            windows = math.ceil(horizons[i % len(horizons)] / c.unroll)
-            offset = i * windows // c.batch if c.staggered else 0
-            if (self.update + 1) % windows == offset:
-                due.append(i)
-        return due
-
-    def differentiated(
-        self, at: Trajectories, steps: int, observe: Observer | None = None
-    ) -> tuple[Trajectories, Tensor]:
-        """Where trajectories are after a window, and this process's part of the objective; parameters have gradients.
-
-        Example:
-            >>> from metatele.config import preset
-            >>> trainer = MetaTrainer(preset("quick", batch=2, widths=(3, 4, 2), samples=3, hidden=8))
-            >>> end, objective = trainer.differentiated(trainer.trajectories, steps=10)
-            >>> end.loss.shape, objective.requires_grad
-            (torch.Size([2]), False)
-        """
-        c = self.config.training
-        with nullcontext() if c.remat else self.optimizer.window():
-            end, losses = unroll(self.optimizer, at.detach(), steps, observe, c.lost_loss, c.remat)
-            objective = window_loss(losses, c.objective) * (len(self.share) / c.batch)
-            objective.backward()
-        return end.detach(), objective.detach()
-
-    def _unrolled(self, measure: bool) -> Window:
-        c = self.config.training
-        steps = c.windows[self.update % len(c.windows)]
-        last: list[tuple[Trajectories, Stepped]] = []
-        if measure:  # what is observed is gone in a replay
-
-            def observe(k: int, where: Trajectories, done: Stepped) -> None:
-                if k == steps - 1:
-                    last.append((where, done))
-
-            self.trajectories, objective = self.differentiated(self.trajectories, steps, observe)
-        elif c.graph:
-            if steps not in self._static:
-                parameters = list(self.optimizer.parameters())
-                body = partial(self.differentiated, steps=steps)
-                self._static[steps] = StaticWindow(body, parameters, self.trajectories, self.device.type == "cuda")
-            self.trajectories, objective = self._static[steps](self.trajectories)
-        else:
-            self.trajectories, objective = self.differentiated(self.trajectories, steps)
-        lost = ~(self.trajectories.loss < c.lost_loss)
-        return Window(objective, lost[None], steps, self._measure(*last[0]) if measure else {})
-
-    def _renewed(self, flags: Tensor) -> None:
-        restart = sorted({*self._due(), *(i for i, gone in enumerate(flags[0].tolist()) if gone)})
-        ours = [i - self.share.start for i in restart if i in self.share]
-        if ours:
-            self.trajectories = self.trajectories.restarted(ours, self._fresh(restart))
-        else:
-            self.started += len(restart)
-
-    def gradients(self) -> Tensor:
-        """See the base class."""
-        return self.trajectories.gradient
-
-    @torch.no_grad()
-    def _measure(self, where: Trajectories, done: Stepped) -> dict[str, float]:
-        """Median over this process's trajectories of what the last step of a window did."""
-        update = done.local - where.weights
-        measured = {"update_norm": update.norm(dim=-1)}
-        if self.config.method.method == "lr-tele":
-            measured["learning_rate"] = update.norm(dim=-1) / where.gradient.norm(dim=-1)
-        if done.algebra is not None:
-            before = where.problems.loss_and_gradient(done.local)[0]
-            after = where.problems.loss_and_gradient(done.weights)[0]
-            measured["algebra_norm"] = done.algebra.norm(dim=-1)
-            measured["drift"] = (after - before).abs() / before
-        return {name: float(values.median()) for name, values in measured.items()}
-
-    def validate(self) -> tuple[float, dict[int, float]]:
-        """Score and mean held-out losses at a few steps, on validation trajectories.
-
-        The score is the mean over ``validation_score_at`` of the logarithm of the mean loss.
-        """
-        c = self.config.training
-        problems = self.task.sample(self.config.seed, "validation", range(c.validation_trajectories))
-        self.evaluated.set_precision("float32")  # as a loaded checkpoint computes
-        losses, _ = learned_curves(self.evaluated, problems.to(self.device), c.validation_steps)
-        self.evaluated.set_precision(c.precision)
-        mean = losses.double().mean(1).nan_to_num(nan=math.inf)
-        shown = sorted({s for s in (1, 10, 29, 99, 299) if s <= c.validation_steps} | {*c.validation_score_at})
-        score = held_out_score(mean, c.validation_score_at)
-        return score, {s: float(mean[s]) for s in shown}
-
-    def _where(self) -> dict[str, Any]:
-        t = self.trajectories
-        ours = {
-            "inputs": t.problems.inputs,
-            "targets": t.problems.targets,
-            "initial": t.problems.initial,
-            "prepared": t.prepared,
-            "weights": t.weights,
-            "loss": t.loss,
-            "gradient": t.gradient,
-            "states": t.states.tensors(),
-        }
-        return joined_shares(self.processes.gathered(ours))
-
-    def _return(self, where: dict[str, Any]) -> None:
-        saved = {k: self._restored(v) for k, v in where.items() if k != "states"}
-        tensors = iter(where["states"])
-        states = self.trajectories.states.map(lambda _: self._restored(next(tensors)))
-        problems = Problems(self.task.mlp, saved.pop("inputs"), saved.pop("targets"), saved.pop("initial"))
-        self.trajectories = Trajectories(problems, states=states, **saved)
-
-    def _restored(self, tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor[self.share.start : self.share.stop].to(self.device)
-
-
-def joined_shares(shares: list[Any]) -> Any:
-    """What several processes hold of a batch, as one; the same nesting of tensors in each."""
-    if len(shares) < 2:
-        return shares[0] if shares else {}
-    if isinstance(shares[0], dict):
-        return {name: joined_shares([share[name] for share in shares]) for name in shares[0]}
-    if isinstance(shares[0], list):
-        return [joined_shares(list(parts)) for parts in zip(*shares, strict=True)]
-    return torch.cat([share.cpu() for share in shares]) if isinstance(shares[0], Tensor) else shares[0]

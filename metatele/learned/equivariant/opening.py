@@ -11,27 +11,25 @@ moments, ``g = m^{-1/4} ((M/m + λ)/(1 + λ))^{-p/2}``, m the mean eigenvalue of
 * else the approximate one (Eq. 46) with M the moments of what the units receive: the outputs are kept in the
   least-squares sense, up to the damping exactly if there are no more samples than hidden units.
 
-λ and p are constants: a teleport does not change the loss, so its derivative says nothing about them.
+λ and p are constants: a teleport does not change the loss, so its derivative says nothing about them. Layers of more
+units than ``dense`` of the configuration stay as they are.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from metatele.config import EquivariantConfig
 from metatele.errors import MetateleError
 from metatele.learned.equivariant.spectrum import Spectrum
 from metatele.network.bias import with_ones
 from metatele.perceptron.mlp import MLP, Pass
-from metatele.symmetry import Approximate, Exact, GroupElement, Pair, Site, drift, sweep
-
-_DAMPING, _POWER = 0.01, 0.88  # λ and p
-_FIT = 1e-6  # relative damping of the least squares: nearly collinear units would get huge weights without
-_FLOOR = 1e-3  # singular values of the inputs, in units of their Frobenius norm, below which they are not inverted
-_REFIT = 1e-2  # relative damping with which the next layer makes up for that
+from metatele.symmetry import Action, Approximate, Exact, GroupElement, Pair, Site, drift, sweep
 
 
 class Opened(NamedTuple):
@@ -50,21 +48,22 @@ class Opening:
     """See the module.
 
     Args:
-        max_drift: Largest relative change of the outputs on the batch; a teleport with a larger one is refused.
+        config: ``drift``, the largest relative change of the outputs on the batch, above which a teleport is refused;
+            ``opening_damping`` λ, ``opening_power`` p and the other settings that begin so.
 
     Example:
         >>> from metatele.perceptron.activations import LeakyReLU
         >>> _ = torch.manual_seed(0)
         >>> mlp, x = MLP((20, 20, 20), LeakyReLU(0.1)), torch.rand(20, 20)
         >>> w = torch.rand(1, mlp.num_parameters)
-        >>> opened = Opening(0.3)(mlp, w, x)
+        >>> opened = Opening(EquivariantConfig())(mlp, w, x)
         >>> before, after = mlp.forward(mlp.unflatten(w), x), mlp.forward(mlp.unflatten(opened.weights), x)
         >>> bool(opened.moved.all()), bool((after - before).norm() < 1e-3 * before.norm())
         (True, True)
     """
 
-    def __init__(self, max_drift: float) -> None:
-        self.max_drift = max_drift
+    def __init__(self, config: EquivariantConfig) -> None:
+        self.config = config
 
     def __call__(self, mlp: MLP, flat: Tensor, inputs: Tensor) -> Opened:
         """Teleport networks before their first step.
@@ -76,19 +75,25 @@ class Opening:
         """
         weights, x = mlp.unflatten(flat.detach().double()), inputs.detach().double()
         done = Pass(mlp, weights, x)
-        layers = range(len(mlp.hidden_widths))
-        exact = [self._exact(mlp, done, layer) for layer in layers]
-        moments = [_moment(done.hidden[layer + 1] if exact[layer] else done.pre[layer]) for layer in layers]
-        spectra = [Spectrum.of(M) for M in moments]
-        moved = weights
+        c, layers = self.config, range(len(mlp.hidden_widths))
+        elements: list[GroupElement | None] = [None] * len(layers)
+        moves: list[tuple[Action, list[GroupElement | None]]] = []
         for layer in layers:
-            elements: list[GroupElement | None] = [None] * len(layers)
-            elements[layer] = _element(spectra[layer])
-            action = _Floored() if exact[layer] else Approximate(damping=_FIT)
-            moved = sweep(action, mlp, moved, x, elements)
+            if mlp.hidden_widths[layer] > c.dense:
+                continue
+            exact = self._exact(mlp, done, layer)
+            M = _moment(done.hidden[layer + 1] if exact else done.pre[layer])
+            action: Action = (
+                _Floored(floor=c.opening_floor, refit=c.opening_refit) if exact else Approximate(damping=c.opening_fit)
+            )
+            element = _element(Spectrum.of(M), c.opening_damping, c.opening_power)
+            moves.append((action, [*elements[:layer], element, *elements[layer + 1 :]]))
+        moved = weights
+        for action, chosen in moves:
+            moved = sweep(action, mlp, moved, x, chosen)
         new = mlp.flatten(moved).to(flat.dtype)
         change = drift(mlp, weights, mlp.unflatten(new.double()), x)
-        good = (change <= self.max_drift) & torch.isfinite(new).all(-1)
+        good = (change <= c.drift) & torch.isfinite(new).all(-1)
         return Opened(torch.where(good[:, None], new, flat), good)
 
     @staticmethod
@@ -106,14 +111,23 @@ class Opening:
         return True
 
 
+@dataclass(frozen=True)
 class _Floored(Exact):
-    """The exact action, up to inputs that are nearly dependent: ``H⁺ = V (σ/max(σ, σ₀)²) Uᵀ``."""
+    """The exact action, up to inputs that are nearly dependent: ``H⁺ = V (σ/max(σ, σ₀)²) Uᵀ``.
+
+    Args:
+        floor: σ₀ relative to the norm of H.
+        refit: Relative damping of the least squares that make up for it.
+    """
+
+    floor: float = 0.0
+    refit: float = 0.0
 
     def prepare(self, inputs: Tensor, bias: bool = False) -> Tensor:
         """``H⁺`` of constant inputs."""
         H = with_ones(inputs) if bias else inputs
         U, s, Vh = torch.linalg.svd(H.nan_to_num(0.0, 0.0, 0.0), full_matrices=False)  # which refuses a whole batch
-        floor = (_FLOOR * s.norm(dim=-1, keepdim=True)).clamp_min(torch.finfo(s.dtype).tiny)
+        floor = (self.floor * s.norm(dim=-1, keepdim=True)).clamp_min(torch.finfo(s.dtype).tiny)
         return (Vh.mT * (s / torch.maximum(s, floor).square()).unsqueeze(-2)) @ U.mT
 
     def move(self, site: Site, g: GroupElement) -> Site:
@@ -121,7 +135,7 @@ class _Floored(Exact):
         moved = super().move(site, g)
         V, U, bias = moved.pair
         after = Site(moved.pair, site.inputs, site.activation)
-        change = after.fit(_REFIT).after(site.pair.U @ site.hidden - U @ after.hidden)
+        change = after.fit(self.refit).after(site.pair.U @ site.hidden - U @ after.hidden)
         return after.between(Pair(V, U + change, bias))
 
 
@@ -129,10 +143,10 @@ def _moment(h: Tensor) -> Tensor:
     return h @ h.mT / h.shape[-1]
 
 
-def _element(spectrum: Spectrum) -> GroupElement:
+def _element(spectrum: Spectrum, damping: float, power: float) -> GroupElement:
     """The group element of a layer."""
     like = spectrum.scale
-    m = spectrum.multipliers(like.new_full(like.shape, _DAMPING), like.new_full(like.shape, _POWER / 2))[0]
+    m = spectrum.multipliers(like.new_full(like.shape, damping), like.new_full(like.shape, power / 2))[0]
     m = m * like.pow(-0.25)[:, None]
     V = spectrum.vectors
     return GroupElement((V * m.unsqueeze(-2)) @ V.mT, (V / m.unsqueeze(-2)) @ V.mT)

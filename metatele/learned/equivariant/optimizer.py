@@ -17,411 +17,36 @@ On mini-batches the LSTM pauses: its outputs, and the matrices ``gᵀg`` made wi
 
 Before the first step the network itself is moved once along its symmetry
 (:class:`~metatele.learned.equivariant.opening.Opening`).
+
+The parts: :mod:`~metatele.learned.equivariant.moments`, :mod:`~metatele.learned.equivariant.controller`,
+:mod:`~metatele.learned.equivariant.direction`, :mod:`~metatele.learned.equivariant.guard`, joined in
+:mod:`~metatele.learned.equivariant.step`. The same in plain formulas, slow and short:
+:mod:`~metatele.learned.equivariant.reference`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import repeat
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metatele.config import SENSES, EquivariantConfig
-from metatele.learned.equivariant.observation import Layers, Observation, inner
+from metatele.config import EquivariantConfig
+from metatele.learned.equivariant.controller import SEEN, SET, Controls, Sight, Tables, controls, seen_of
+from metatele.learned.equivariant.observation import Observation
 from metatele.learned.equivariant.opening import Opening
-from metatele.learned.equivariant.spectrum import Spectrum, Turn
+from metatele.learned.equivariant.states import Bend, EquivariantStates
+from metatele.learned.equivariant.step import EquivariantStep, advance
 from metatele.learned.lstm import LSTMState, StackedLSTM
-from metatele.perceptron.losses import KINDS, kind, level
 from metatele.perceptron.mlp import MLP
 from metatele.random import generator
-
-FEATURES = sum(SENSES.values())
-OUTPUTS = 7
-_TINY = 1e-38
-_FLOOR = 0.01  # of a mean squared pre-activation
-_START = -2.5  # log of the first step size, in units of the change that makes pre-activations as large as they are
-_LARGEST = 2.0  # change of the log of a step size in one step
-_FOLLOW = 0.4  # how much of what the slopes tell about the best length goes into the next step, before training
-_SLOW = 4  # steps between two spectra
-_WARM = 16  # batches that differ from the one before, after which not every step has controls of its own
-_LOOK = 32  # steps between two looks at what kind of loss it is
-_STRIDE = 32  # steps between two batches that a running average takes in, at most
-_WHOLE, _WHOLE_AVERAGED = 128, 96  # rows up to which moments of one batch, or averages, keep all eigenvalues
-_CREPT = math.log(10)  # rise of the log of the loss above its lowest at which a step is shortened too
-_LEAK = 0.02  # by which that lowest rises with every step
-_FAR = 4.0  # times ‖D‖² of the last look, up to which D is not shortened
-_FASTEST = 10.0  # log of the largest step size
-_FEWEST = 32  # samples of the smallest mini-batches of meta-training
-_YIELD = math.log(4)  # rise of what the loss is compared with, whenever a step is shortened right after another
-_SHORTEN = 0.1  # what is left of a step after which the loss had grown too much
-
-# An output is a·tanh((y + o)/2) + b of a number y: o, a and b for the change of the log of the step size, the logs
-# of the two dampings, the two exponents, the momentum and Nesterov's share. The last four lie between 0 and 1.
-_SQUASH = (
-    (0.0, _LARGEST, 0.0),
-    (0.7, 9.0, -5.3),
-    (0.7, 9.0, -5.3),
-    (2.0, 0.5, 0.5),
-    (0.0, 0.5, 0.5),
-    (1.4, 0.5, 0.5),
-    (0.0, 0.5, 0.5),
-)
-# Of the first ten numbers: factor, least and largest value.
-_MEASURES = (
-    (1.0, -2.0, 2.0),  # log of the best length of the last direction, in units of its length, as its slopes tell
-    (1.0, -2.0, 2.0),  # the same of the whole last change
-    (1.0, -1.0, 1.0),  # cosine of the gradient and the last change
-    (1.0, -3.0, 3.0),  # change of the log of the loss
-    (1 / 8, -5.0, 1.25),  # the same since the beginning
-    (1 / 2, -5.0, 0.0),  # log of the participation of the inputs
-    (1 / 2, -5.0, 0.0),  # log of that of the errors
-    (1 / 4, -5.0, 0.75),  # log of the last change relative to the weights
-    (1 / 4, -5.0, 1.25),  # log of the change of the pre-activations by it
-    (1 / 2, -2.5, 2.5),  # change of the log of the gradient's norm
-)
-
-
-def _log(x: Tensor) -> Tensor:
-    return x.clamp_min(_TINY).log()
-
-
-@lru_cache(maxsize=32)
-def _ramps(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Ones, and a line from -1 to 1, ``[2, rows]``."""
-    ramp = torch.linspace(-1, 1, rows, dtype=dtype, device=device)
-    return torch.stack([torch.ones_like(ramp), ramp])
-
-
-def _best(after: Tensor, before: Tensor) -> Tensor:
-    """Log of where a parabola has its minimum, from its slopes at 1 and at 0; large if it has none ahead."""
-    return -(1 - after / torch.where(before == 0, _TINY, before)).clamp_min(0.1).log()
-
-
-@dataclass(frozen=True)
-class EquivariantStates:
-    """What ``[B]`` trajectories remember of their steps.
-
-    Attributes:
-        age: Steps done.
-        until: Age at which the controller looks again.
-        kind: Of the loss.
-        lstm: Memory of the controller, ``[B · layers, hidden]``.
-        log_rate: Log of the step size of each layer, ``[B, layers]``.
-        unit: What it is measured in, ``[B, layers]``.
-        velocity: V of each layer, as large as its weights.
-        direction: D of the last step, the same.
-        pace: ``β, -η, a, b``: V becomes ``βV - ηD`` and the weights change by ``a V + b D``, ``[B, layers, 4]``.
-        bent: Dampings and powers in use: inputs' and errors' dampings, inputs' and errors' powers, the same shape.
-        last: a and b of the last change of the weights, ``[B, layers, 2]``.
-        squares: ``‖a V + b D‖²`` of it, ``[B, layers]``; in a pause that of the last one before it.
-        slope: ``⟨∇W, D⟩`` where D was made, ``[B, layers]``.
-        predicted: ``⟨∇L, change⟩`` of the last step, ``[B]``.
-        level: Log of the loss, up to a constant, at the beginning, when the controller looked last at a point that was
-            kept, and the lowest one, which is slowly forgotten, ``[B, 3]``.
-        reach: Log of the relative change of each layer's pre-activations by the last step, ``[B, layers]``.
-        stretch: The same of a step D of length 1, when the controller looked last.
-        limit: ``‖D‖²`` above which D is shortened until it looks again.
-        length: Log of ``‖∇W‖²`` where D was made, ``[B, layers]``.
-        input_moments: Running average of ``hhᵀ/n``, for each layer.
-        error_moments: The same of ``δδᵀ``, each divided by its trace.
-        averaged: Batches in the averages.
-        spread: Logs of their participations, inputs' and errors', ``[B, layers, 2]``.
-        inputs: Spectra of the moments in use.
-        errors: The same of the errors.
-        renew: Age at which each layer's spectra are computed anew.
-        fingerprint: Of the last batch that was compared, ``[4]``.
-        factors: The numbers of ``pace`` for each layer, each ``[B, 1, 1]``; ``None`` until they are needed.
-        error_turns: As they are in use, for each layer; ``None`` until they are needed.
-        input_turns: The same.
-    """
-
-    age: int
-    until: int
-    kind: str | None
-    lstm: LSTMState
-    log_rate: Tensor
-    unit: Tensor
-    velocity: list[Tensor]
-    direction: list[Tensor]
-    pace: Tensor
-    bent: Tensor
-    last: Tensor
-    squares: Tensor
-    slope: Tensor
-    predicted: Tensor
-    level: Tensor
-    reach: Tensor
-    stretch: Tensor
-    limit: Tensor
-    length: Tensor
-    input_moments: list[Tensor]
-    error_moments: list[Tensor]
-    averaged: int
-    spread: Tensor
-    inputs: list[Spectrum]
-    errors: list[Spectrum]
-    renew: list[int]
-    fingerprint: Tensor
-    factors: list[tuple[Tensor, ...]] | None = None
-    error_turns: list[Turn] | None = None
-    input_turns: list[Turn] | None = None
-
-    def but(self, **changes: Any) -> EquivariantStates:
-        """The same with some fields changed; unlike ``dataclasses.replace`` it does not go through all of them."""
-        new = object.__new__(EquivariantStates)
-        new.__dict__.update(self.__dict__, **changes)
-        return new
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> EquivariantStates:
-        """The same with a function applied to every tensor."""
-
-        def apply(value: object) -> object:
-            if isinstance(value, Tensor):
-                return function(value)
-            if isinstance(value, LSTMState):
-                return LSTMState(tuple(map(function, value.hidden)), tuple(map(function, value.cell)))
-            if isinstance(value, Spectrum):
-                return Spectrum(*map(function, value))
-            if isinstance(value, Turn):
-                return Turn(
-                    function(value.left), None if value.right is None else function(value.right), function(value.rest)
-                )
-            return type(value)(map(apply, value)) if isinstance(value, list | tuple) else value
-
-        return EquivariantStates(**{f.name: apply(getattr(self, f.name)) for f in dataclasses.fields(self)})  # type: ignore[arg-type]
-
-    @property
-    def looks(self) -> bool:
-        """Whether the controller looks at the next step, which then asks for :class:`Layers`."""
-        return self.age >= self.until
-
-    @property
-    def looks_next(self) -> bool:
-        """Whether it looks at the step after the next one, and will ask what the next one did."""
-        return self.age + 1 == self.until
-
-    def tensors(self, since: EquivariantStates | None = None) -> dict[str, Tensor]:
-        """Plain tensors by name, for files; only those not the same as in earlier states, if these are given."""
-        look = -1 if self.kind is None else KINDS.index(self.kind)
-        found = {
-            "counters": torch.tensor([self.age, self.until, self.averaged, look, *self.renew], dtype=torch.float64)
-        }
-        for name in (*_JOINT, *_PER_LAYER, *_SPECTRA):
-            value = getattr(self, name)
-            if since is not None and value is getattr(since, name):
-                continue
-            for number, part in enumerate(value if isinstance(value, list) else [value]):
-                key = f"{name}_{number}" if isinstance(value, list) else name
-                if isinstance(part, Spectrum):
-                    found |= {f"{key}_{field}": t for field, t in part._asdict().items()}
-                else:
-                    found[key] = part
-        return found | {"lstm_hidden": self.lstm.hidden[0], "lstm_cell": self.lstm.cell[0]}
-
-    @staticmethod
-    def from_tensors(found: dict[str, Tensor]) -> EquivariantStates:
-        """The inverse of :meth:`tensors`.
-
-        Raises:
-            KeyError: Something is missing.
-        """
-        layers = range(found["log_rate"].shape[-1])
-
-        def spectra(name: str) -> list[Spectrum]:
-            return [Spectrum(*(found[f"{name}_{i}_{key}"] for key in Spectrum._fields)) for i in layers]
-
-        age, until, averaged, look, *renew = map(int, found["counters"].tolist())
-        return EquivariantStates(
-            age=age,
-            until=until,
-            averaged=averaged,
-            kind=None if look < 0 else KINDS[look],
-            lstm=LSTMState((found["lstm_hidden"],), (found["lstm_cell"],)),
-            renew=renew,
-            **{name: spectra(name) for name in _SPECTRA},  # type: ignore[arg-type]
-            **{name: [found[f"{name}_{i}"] for i in layers] for name in _PER_LAYER},  # type: ignore[arg-type]
-            **{name: found[name] for name in _JOINT},  # type: ignore[arg-type]
-        )
-
-
-_SPECTRA = ("inputs", "errors")
-_PER_LAYER = ("velocity", "direction", "input_moments", "error_moments")
-_JOINT = (
-    *("log_rate", "unit", "pace", "bent", "last", "squares", "slope", "predicted", "level", "reach"),
-    *("stretch", "limit", "length", "fingerprint", "spread"),
-)
-
-
-class EquivariantStep(NamedTuple):
-    """One step.
-
-    Attributes:
-        changes: To be added to each layer, ``[B, o, i]``, a bias as last column.
-        states: Next memories.
-        shortened: Whether the last step was shortened in place of a new one, ``[B]``.
-    """
-
-    changes: list[Tensor]
-    states: EquivariantStates
-    shortened: Tensor
-
-
-class _Controls(NamedTuple):
-    """For each trajectory and layer, ``[B, layers]``; damping and power for inputs and for errors."""
-
-    growth: Tensor
-    damping: tuple[Tensor, Tensor]
-    power: tuple[Tensor, Tensor]
-    momentum: Tensor
-    nesterov: Tensor
-
-
-class _Close(NamedTuple):
-    """What a step reads where the controller looks, or will at the next one.
-
-    Attributes:
-        gradients: ``∂L/∂W`` of each layer.
-        layers: What was seen of them, where the controller looks.
-        length: ``log ‖∇W‖²``, ``[B, layers]``.
-        ahead: ``⟨∇W, V⟩``.
-        along: ``⟨∇W, D⟩`` with D of the step before.
-    """
-
-    gradients: list[Tensor]
-    layers: Layers | None
-    length: Tensor
-    ahead: Tensor
-    along: Tensor
-
-    @staticmethod
-    @torch.no_grad()
-    def of(gradients: list[Tensor], states: EquivariantStates, layers: Layers | None = None) -> _Close:
-        """At the point that a step is made from; gradients that are not finite count as zero."""
-        length = inner(gradients, gradients)
-        if not bool(torch.isfinite(length).all()):
-            gradients = _sound(gradients)
-            length = inner(gradients, gradients)
-        ahead, along = inner(gradients, states.velocity), inner(gradients, states.direction)
-        return _Close(gradients, layers, _log(length), ahead, along)
-
-
-def _sound(gradients: list[Tensor]) -> list[Tensor]:
-    return [torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in gradients]
-
-
-def _averaged(old: Tensor, new: Tensor, share: float) -> Tensor:
-    """Running average of matrices ``[..., k, k]``; one that is not finite does not count."""
-    mixed = old.lerp(new, share)
-    if bool(torch.isfinite(mixed.diagonal(dim1=-2, dim2=-1).sum())):
-        return mixed
-    for candidate in (new, old):  # in place of those that are not finite either
-        sound = torch.isfinite(mixed).all(-1, keepdim=True).all(-2, keepdim=True)
-        mixed = torch.where(sound, mixed, candidate)
-    return mixed
-
-
-@torch.no_grad()
-def _fingerprint(data: Tensor) -> Tensor:
-    """Four sums by which a batch ``[B, d, n]`` is known again, whatever the order of its samples."""
-    rows = _ramps(data.shape[-2], data.dtype, data.device) @ data
-    squares = rows.square().sum((0, 2))
-    # A sum may cancel: what counts is how large it is beside the largest there could be.
-    share = rows.sum((0, 2)) / (squares * (data.shape[0] * data.shape[-1])).sqrt().clamp_min(_TINY)
-    return torch.cat([share, _log(squares)]).nan_to_num(0.0, 0.0, 0.0)
-
-
-def _weight(inputs: Tensor) -> float:
-    """Of a mini-batch ``[B, d, n]`` in running averages and steps: less than 1 where no batch of meta-training is."""
-    return min(1.0, inputs.shape[-1] / _FEWEST)
-
-
-def _left(gradients: list[Tensor], states: EquivariantStates) -> tuple[EquivariantStates, list[Tensor]]:
-    """``(g_δᵀ g_δ) ∇W`` of each layer."""
-    turns = states.error_turns
-    if turns is None:
-        columns = zip(states.errors, states.bent[..., 1].unbind(1), states.bent[..., 3].unbind(1), strict=True)
-        turns = [spectrum.turn(damping, power) for spectrum, damping, power in columns]
-        states = states.but(error_turns=turns)
-    return states, [turn.from_left(g) for turn, g in zip(turns, gradients, strict=True)]
-
-
-def _again(gradients: list[Tensor], states: EquivariantStates) -> tuple[EquivariantStates, list[Tensor]]:
-    """D of each layer with the controls there are."""
-    states, half = _left(gradients, states)
-    turns = states.input_turns
-    if turns is None:
-        columns = zip(states.inputs, states.bent[..., 0].unbind(1), states.bent[..., 2].unbind(1), strict=True)
-        turns = [spectrum.turn(damping, power, scaled=True) for spectrum, damping, power in columns]
-        states = states.but(input_turns=turns)
-    return states, [turn.from_right(d) for turn, d in zip(turns, half, strict=True)]
-
-
-def _limited(D: list[Tensor], squares: Tensor, limit: Tensor) -> list[Tensor]:
-    """D of each layer with ``‖D‖²`` no larger than a limit, both ``[B, layers]``."""
-    over = squares > limit
-    if not bool(over.any()):
-        return D
-    factors = torch.where(over, (limit / squares).sqrt(), 1.0)[..., None, None].unbind(1)
-    return [f * d for f, d in zip(factors, D, strict=True)]
-
-
-def _shortened(
-    before: EquivariantStates,
-    after: EquivariantStates,
-    changes: list[Tensor],
-    shorten: Tensor,
-    leapt: Tensor,
-    now: Tensor,
-    same: bool,
-) -> tuple[EquivariantStates, list[Tensor]]:
-    """States and changes with the last step shortened, in place of a new one, in the trajectories ``shorten [B]``."""
-    at, each = shorten[:, None, None], shorten[:, None]
-    old = [
-        (a * v + b * d).detach()
-        for a, b, v, d in zip(
-            *(t[..., None, None].unbind(1) for t in before.last.unbind(-1)),
-            before.velocity,
-            before.direction,
-            strict=True,
-        )
-    ]
-    shrunk = before.pace * before.pace.new_tensor([1.0, _SHORTEN, 1.0, _SHORTEN])
-    level = after.level
-    # Another batch does not tell how good the old point was: an easy one must not stop all later steps.
-    # A rise that goes on when steps are shortened again and again is not theirs: targets or weights were changed.
-    again = (before.last[..., 1] == 0).all(-1)
-    reference = before.level[:, 1] + torch.where(again, _YIELD, 0.0)
-    kept = torch.where(leapt if same else ~torch.isfinite(now), reference, now)
-    kept = torch.where(shorten, kept, level[:, 1])
-    lowest = torch.where(leapt, before.level[:, 2], level[:, 2])
-    states = after.but(  # What is left of the step becomes the velocity, and is the last change.
-        velocity=[torch.where(at, _SHORTEN * o, v) for o, v in zip(old, after.velocity, strict=True)],
-        direction=[torch.where(at, o, d) for o, d in zip(before.direction, after.direction, strict=True)],
-        last=torch.where(at, after.last.new_tensor([1.0, 0.0]), after.last),
-        squares=torch.where(each, _SHORTEN**2 * inner(old, old), after.squares),
-        log_rate=torch.where(each, before.log_rate + math.log(_SHORTEN), after.log_rate),
-        pace=torch.where(at, shrunk, after.pace),
-        factors=None,
-        slope=torch.where(each, before.slope, after.slope),
-        predicted=torch.where(shorten, _SHORTEN * before.predicted, after.predicted),
-        level=torch.stack([level[:, 0], kept, lowest], -1),
-        length=torch.where(each, before.length, after.length),
-        reach=torch.where(each, before.reach + math.log(_SHORTEN), after.reach),
-    )
-    return states, [torch.where(at, (_SHORTEN - 1) * o, c) for o, c in zip(old, changes, strict=True)]
 
 
 class EquivariantOptimizer(nn.Module):
     """See the module; works on every :class:`~metatele.perceptron.mlp.MLP`.
 
     Args:
-        config: Sizes, and what is learned.
+        config: Sizes, constants of the algorithm, and what is learned.
         seed: For the initial meta-parameters.
 
     Attributes:
@@ -445,58 +70,62 @@ class EquivariantOptimizer(nn.Module):
     """
 
     _squash: Tensor
-    _sight: Tensor
+    _visible: Tensor
     _measures: Tensor
 
     def __init__(self, config: EquivariantConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         hidden = config.hidden
-        self.lstm = StackedLSTM(FEATURES + hidden, hidden, OUTPUTS, 1, generator(seed, "initialisation"))
+        self.lstm = StackedLSTM(len(SEEN) + hidden, hidden, len(SET), 1, generator(seed, "initialisation"))
         with torch.no_grad():
             self.lstm.head_weight.mul_(0.3)
             self.lstm.head_bias.zero_()
         # What the outputs take from the numbers directly: at first, a step that could have been longer makes the
         # next one longer.
-        direct = torch.zeros(OUTPUTS, FEATURES)
-        direct[0, :2] = _FOLLOW
+        direct = torch.zeros(len(SET), len(SEEN))
+        direct[0, :2] = config.follow
         self.direct = nn.Parameter(direct)
-        self.opening = Opening(config.drift)
-        self.register_buffer("_squash", torch.tensor(_SQUASH).T.contiguous(), persistent=False)
-        sight = [0.0 if sense in config.blind else 1.0 for sense, count in SENSES.items() for _ in range(count)]
-        self.register_buffer("_sight", torch.tensor(sight), persistent=False)
-        self.register_buffer("_measures", torch.tensor(_MEASURES).T.contiguous(), persistent=False)
+        self.opening = Opening(config)
+        for name, table in Tables.of(config)._asdict().items():
+            self.register_buffer(f"_{name}", table, persistent=False)
+
+    @property
+    def tables(self) -> Tables:
+        """What the controller's numbers are scaled by, where the meta-parameters are."""
+        return Tables(self._measures, self._visible, self._squash)
 
     def opens(self, mlp: MLP) -> bool:
         """Whether the first step on such a network is a teleport."""
-        return self.config.opening and bool(mlp.hidden_widths)
+        return self.config.opening and any(k <= self.config.dense for k in mlp.hidden_widths)
 
-    @staticmethod
-    def state_bytes(mlp: MLP) -> int:
+    def state_bytes(self, mlp: MLP) -> int:
         """Memory of one trajectory's states in float32, at most.
 
         Velocity and direction are as large as the weights; for the inputs and the errors of each layer there are a
         matrix of second moments, its eigenvectors, of which wide layers as a rule keep less than half, and between
-        looks on mini-batches a matrix made of them.
+        looks on mini-batches a matrix made of them. Of a side wider than ``dense`` of the configuration each has
+        ``rank`` columns.
 
         Example:
             >>> from metatele.perceptron.activations import ReLU
-            >>> mlp = MLP((100, 100, 100), ReLU())
-            >>> EquivariantOptimizer.state_bytes(mlp) / mlp.num_parameters
+            >>> mlp, optimizer = MLP((100, 100, 100), ReLU()), EquivariantOptimizer(EquivariantConfig())
+            >>> optimizer.state_bytes(mlp) / mlp.num_parameters
             32.0
         """
-        rows = [d + b for d, b in zip(mlp.widths, mlp.biases, strict=False)]
-        layers = zip(rows, mlp.widths[1:], strict=True)
-        return 4 * sum(2 * i * o + 3 * (i * i + o * o) for i, o in layers)
 
-    # --- a step
+        def side(k: int) -> int:
+            return k * (k if k <= self.config.dense else self.config.rank)
+
+        rows = [d + b for d, b in zip(mlp.widths, mlp.biases, strict=False)]
+        return 4 * sum(2 * i * o + 3 * (side(i) + side(o)) for i, o in zip(rows, mlp.widths[1:], strict=True))
 
     def step(
         self, seen: Observation, states: EquivariantStates | None, pauses: bool = True, spend: bool = False
     ) -> EquivariantStep:
         """The change of the weights after a pass at them; ``None`` in place of states at the beginning.
 
-        On mini-batches, after the first 16, the controller looks at every 16th step alone (``hold`` of the
+        On mini-batches, after the first 16 (``warm``), the controller looks at every 16th step alone (``hold`` of the
         configuration); those between cost a few products of matrices. Differentiable in the meta-parameters, and
         through the states in those of earlier steps; what was seen is a constant.
 
@@ -507,279 +136,16 @@ class EquivariantOptimizer(nn.Module):
             spend: Whether the memories given may be written over, which saves the time to find new memory. Without
                 derivatives only.
         """
-        close, same = None, False
-        if states is None or states.looks:
-            layers = seen.layers()
-            states, same = self._observed(seen, layers, states, pauses)
-            close = _Close.of(seen.gradients, states, layers)
-        elif states.looks_next:
-            states = states.but(fingerprint=_fingerprint(seen.data))
-            close = _Close.of(seen.gradients, states)
-        now = level(seen.outputs, seen.error, states.kind)
-        if states.age == 0:
-            states = states.but(level=torch.stack([now, now, now], -1))
-        before, looks = states, states.looks
-        # Two mini-batches differ anyway, small ones more. What is not finite is not smaller than anything either.
-        most = math.log(self.config.growth)
-        if not same:
-            most = 4 * most - math.log(_weight(seen.data))
-        well = now - states.level[:, 1] <= most
-        if looks:
-            assert close is not None
-            states, D = self._controlled(close, states, now, same)
-            well = well & torch.isfinite(states.limit.sum(-1))
-            calm = not same and bool(well.all())
-        else:
-            gradients = seen.gradients if close is None else close.gradients
-            if torch.is_grad_enabled() and not bool(torch.isfinite(inner(gradients, gradients)).all()):
-                # A step from there is shortened, but what is left out must not make derivatives of the others NaN.
-                gradients = _sound(gradients)
-            states, D = _again(gradients, states)
-            with torch.no_grad():
-                sizes = inner(D, D)
-                calm = bool((well & (sizes <= states.limit).all(-1)).all())  # as nearly all are
-                if not calm:
-                    well = well & torch.isfinite(sizes.sum(-1))
-            if not calm:
-                D = _limited(D, sizes, states.limit)
-        factors = states.factors
-        if factors is None:
-            columns = (t.unsqueeze(-1).unsqueeze(-1).unbind(1) for t in states.pace.unbind(-1))
-            factors = list(zip(*columns, strict=True))
-            states = states.but(factors=factors, last=states.pace[..., 2:].detach())
-        with torch.no_grad():
-            leapt = shorten = ~well
-            lowest = now
-            if same:
-                # Many small rises are a large one: without this, steps at the level of rounding may grow for long.
-                crept = now - states.level[:, 2] > _CREPT
-                shorten = leapt | crept
-                lowest = torch.where(crept, now - _CREPT / 2, torch.minimum(now, states.level[:, 2] + _LEAK))
-            back = not calm and states.age > 0 and bool(shorten.any())
-        spend = spend and not back and states.age > 0  # a step that is shortened is made of the old memories
-        V, changes = [], []
-        rooms = zip(states.velocity, states.direction, strict=True) if spend else repeat((None, None))
-        for d, old, (beta, less, a, b), (room, other) in zip(D, states.velocity, factors, rooms, strict=False):
-            V.append(torch.mul(beta, old, out=room).addcmul_(less, d))
-            changes.append(torch.mul(a, V[-1], out=other).addcmul_(b, d))
-        with torch.no_grad():
-            D = [d.detach() for d in D]
-            new = states.but(age=states.age + 1, velocity=V, direction=D)
-            if looks:
-                new = new.but(until=states.age + self._wait(states.averaged, pauses))
-            if close is not None:
-                kept = now if looks else states.level[:, 1]
-                new = new.but(level=torch.stack([states.level[:, 0], kept, lowest], -1))
-                slope = inner(close.gradients, D)
-                beta, less, a, b = states.pace.unbind(-1)
-                predicted = (a * (beta * close.ahead + less * slope) + b * slope).sum(-1)
-                new = new.but(slope=slope, predicted=predicted, length=close.length, squares=inner(changes, changes))
-                if not looks:
-                    new = new.but(reach=states.stretch + _log(inner(D, D)) / 2 + states.log_rate)
-        if back:
-            new, changes = _shortened(before, new, changes, shorten, leapt, now, same)
-        return EquivariantStep(changes, new, shorten)
 
-    def _wait(self, averaged: int, pauses: bool = True) -> int:
-        """Steps to the controller's next look."""
-        return self.config.hold if pauses and averaged > _WARM else 1
+        def memory() -> LSTMState:
+            return self.lstm.initial_state(len(seen.gradients) * len(seen.gradients[0]))
 
-    def _controlled(
-        self, close: _Close, states: EquivariantStates, now: Tensor, same: bool
-    ) -> tuple[EquivariantStates, list[Tensor]]:
-        """States with new controls, and D of each layer with them."""
-        if states.age == 0:
-            states = states.but(length=close.length)
-        controls, lstm = self._control(self._features(close, states, now, same), states)
-        bent = torch.stack([*controls.damping, *controls.power], -1)
-        states, half = _left(close.gradients, states.but(lstm=lstm, bent=bent, error_turns=None, input_turns=None))
-        D, sizes = [], []
-        columns = zip(half, states.inputs, controls.damping[0].unbind(1), controls.power[0].unbind(1), strict=True)
-        for d, inputs, damping, power in columns:
-            turned, size = inputs.from_right(d, damping, power)
-            D.append(turned)
-            sizes.append(size / d.shape[-2])
-        assert close.layers is not None
-        squares = close.layers.squares.nan_to_num(1.0, 1.0, 1.0) + _FLOOR
-        found = (torch.stack(sizes, -1) / squares).clamp_min(_TINY).sqrt()
-        sound = torch.isfinite(found) & (found > 2 * _TINY**0.5)
-        fresh = states.unit <= 0  # no gradient has reached the layer yet
-        unit = torch.where(sound, 1 / torch.where(sound, found, 1.0), 0.0)
-        states = states.but(unit=torch.where(fresh, unit, states.unit))
-        reach = _log(states.unit * torch.where(sound, found, 0.0)).detach()
-        log_rate = torch.where(fresh, _START, states.log_rate) + controls.growth
-        log_rate = torch.minimum(log_rate, math.log(self.config.reach) - reach).clamp(max=_FASTEST)
-        rate = log_rate.exp() * states.unit
-        if states.age and not same:
-            rate = rate * _weight(close.layers.inputs[0])
-        beta, nu = controls.momentum, controls.nesterov
-        # The change is V + ν(βV - ηD - V) = a V + b D, V the new velocity.
-        pace = torch.stack([beta, -rate, 1 - nu + nu * beta, -nu * rate], -1)
-        states = states.but(log_rate=log_rate, pace=pace, factors=None, reach=reach + log_rate.detach())
-        with torch.no_grad():
-            squares = inner(D, D)
-            states = states.but(stretch=reach - _log(squares) / 2, limit=_FAR * squares)
-        return states, D
+        return advance(seen, states, self.control, memory, self.config, pauses, spend)
 
-    # --- moments
-
-    @torch.no_grad()
-    def _observed(
-        self, seen: Observation, layers: Layers, states: EquivariantStates | None, pauses: bool
-    ) -> tuple[EquivariantStates, bool]:
-        """States with the moments of a batch taken in, and whether it is the batch of the step before."""
-        fingerprint = _fingerprint(seen.data)
-        if states is None:
-            states = self._initial(seen, fingerprint)
-        pairs = zip(fingerprint.tolist(), states.fingerprint.tolist(), strict=True)
-        same = states.age > 0 and all(abs(a - b) < 1e-5 for a, b in pairs)
-        decay = 0.0 if same or states.age == 0 else 1 - (1 - self.config.averaging) * _weight(layers.inputs[0])
-        averaged = 1 if decay == 0 else states.averaged + 1
-        # Averages and spectra are the same with pauses or without.
-        wait, rest = self._wait(averaged, pauses), self._wait(averaged)
-        # A running average that begins with equal weights.
-        share = max(1 - decay, 1 / averaged)
-        renewed: dict[str, Any] = {name: [] for name in ("input_moments", "error_moments", "inputs", "errors", "renew")}
-        for layer, (h, e) in enumerate(zip(layers.inputs, layers.errors, strict=True)):
-            # The work for a spectrum grows with the cube of the width, that for a step with its square.
-            period = max(_SLOW, 3 * rest, math.ceil((max(h.shape[-2], e.shape[-2]) / self.config.small) ** 2))
-            due = states.age >= states.renew[layer]
-            # Moments of the one batch are asked for with the spectra; running averages need not take in every batch.
-            stride = max(1, min(period // 4, _STRIDE, states.age // 4) // rest) * rest
-            if due or (not same and (states.age - (_WARM if rest > 1 else 0)) % stride < wait):
-                S, G = h @ h.mT / h.shape[-1], e @ e.mT
-                G = G / G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(_TINY)
-                if states.age and share < 1:
-                    S = _averaged(states.input_moments[layer], S, share)
-                    G = _averaged(states.error_moments[layer], G, share)
-            else:
-                S, G = states.input_moments[layer], states.error_moments[layer]
-            renewed["input_moments"].append(S)
-            renewed["error_moments"].append(G)
-            for name, moment in (("inputs", S), ("errors", G)):
-                last = getattr(states, name)[layer] if states.age else None
-                if due or last is None:
-                    # Moments of the whole data are worth more digits than averages over batches.
-                    whole = _WHOLE if same or last is None else _WHOLE_AVERAGED
-                    renewed[name].append(Spectrum.of(moment, self.config.keep, last, whole))
-                else:
-                    renewed[name].append(last)
-            renewed["renew"].append(states.age + min(period, states.age // 4 + 1) if due else states.renew[layer])
-        spread = states.spread
-        if any(old <= states.age for old in states.renew):
-            batch = len(states.predicted)
-            spread = torch.stack(
-                [
-                    torch.stack([s.participation.expand(batch) for s in renewed[name]], -1).log()
-                    for name in ("inputs", "errors")
-                ],
-                -1,
-            )
-        states = states.but(averaged=averaged, fingerprint=fingerprint, spread=spread, **renewed)
-        if states.age % _LOOK < wait:
-            states = states.but(kind=kind(seen.outputs, seen.error))
-        return states, same
-
-    def _initial(self, seen: Observation, fingerprint: Tensor) -> EquivariantStates:
-        batch, layers = seen.gradients[0].shape[0], len(seen.gradients)
-        like = seen.gradients[0]
-        zeros = [torch.zeros_like(g) for g in seen.gradients]
-        each, few = like.new_zeros(batch, layers), like.new_zeros(batch, layers, 4)
-        return EquivariantStates(
-            age=0,
-            until=0,
-            kind=None,
-            lstm=self.lstm.initial_state(batch * layers),
-            log_rate=torch.full_like(each, _START),
-            unit=each,
-            velocity=zeros,
-            direction=zeros,
-            pace=few,
-            bent=few,
-            last=few[..., :2],
-            squares=each,
-            slope=each,
-            predicted=like.new_zeros(batch),
-            level=like.new_zeros(batch, 3),
-            reach=each,
-            stretch=each,
-            limit=each,
-            length=each,
-            input_moments=[],
-            error_moments=[],
-            averaged=0,
-            spread=few[..., :2],
-            inputs=[],
-            errors=[],
-            renew=[0] * layers,
-            fingerprint=fingerprint,
-        )
-
-    # --- control
-
-    @torch.no_grad()
-    def _features(self, close: _Close, states: EquivariantStates, now: Tensor, same: bool) -> Tensor:
-        """Numbers about each layer, ``[B, layers, FEATURES]``, free of units and of the order of units."""
-        assert close.layers is not None
-        inputs = close.layers.inputs
-        layers, n = len(inputs), inputs[0].shape[-1]
-        a, b = states.last.unbind(-1)
-        ahead = a * close.ahead + b * close.along  # ⟨∇W, last change⟩
-        size = _log(states.squares)
-        overall = _best(ahead.sum(-1), states.predicted)
-        since = (now[:, None] - states.level[:, :2].flip(-1)).nan_to_num(40.0, 40.0, 40.0)
-        shared = torch.cat([overall[:, None], since], -1)[:, None].expand(-1, layers, -1).unbind(-1)
-        moved = torch.stack(
-            [
-                _best(close.along, states.slope),
-                shared[0],
-                ahead / ((close.length + size) / 2).exp().clamp_min(_TINY),
-                shared[1],
-                shared[2],
-                *states.spread.unbind(-1),
-                (size - _log(close.layers.sizes)) / 2,
-                states.reach,
-                (close.length - states.length) / 2,
-            ],
-            -1,
-        )
-        factor, low, high = self._measures.unbind()
-        moved = (moved * factor).nan_to_num(0.0, 0.0, 0.0).clamp(low, high)
-        fixed = torch.tensor(
-            [
-                [
-                    math.log(states.age + 1) / 3,
-                    float(same),
-                    math.log(n / h.shape[-2]) / 2,
-                    float(layer == 0),
-                    float(layer == layers - 1),
-                    layers - 3.0,
-                ]
-                for layer, h in enumerate(inputs)
-            ],
-            dtype=now.dtype,
-            device=now.device,
-        )
-        seen_of = torch.cat([moved, fixed.expand(len(now), -1, -1)], -1)
-        return seen_of * self._sight if self.config.blind else seen_of
-
-    def _control(self, features: Tensor, states: EquivariantStates) -> tuple[_Controls, LSTMState]:
-        """The outputs of the controller for each layer."""
-        batch, layers, _ = features.shape
-        hidden = states.lstm.hidden[0].view(batch, layers, -1)
-        others = hidden.mean(1, keepdim=True).expand_as(hidden)
-        output, lstm = self.lstm(torch.cat([features, others], -1).flatten(0, 1), states.lstm)
-        offset, factor, middle = self._squash.unbind()
-        y = output.view(batch, layers, OUTPUTS) + features @ self.direct.mT
-        y = torch.addcmul(middle, factor, torch.tanh((y + offset) / 2))
-        input_damping, error_damping = y[..., 1:3].exp().unbind(-1)
-        growth, _, _, input_power, error_power, momentum, nesterov = y.unbind(-1)
-        if not self.config.inputs:
-            input_power = torch.zeros_like(input_power)
-        if not self.config.errors:
-            error_power = torch.zeros_like(error_power)
-        damping, power = (input_damping, error_damping), (input_power, error_power)
-        return _Controls(growth, damping, power, momentum, nesterov), lstm
+    def control(self, sight: Sight) -> tuple[Controls, LSTMState]:
+        """What the controller sets for each layer, and its next memory; the one thing that may be replaced."""
+        numbers = seen_of(sight, self.tables, self.config)
+        return controls(numbers, sight.states.control.memory, self.lstm, self.direct, self.tables, self.config)
 
 
 class ConstantOptimizer(EquivariantOptimizer):
@@ -794,8 +160,9 @@ class ConstantOptimizer(EquivariantOptimizer):
         super().__init__(EquivariantConfig(opening=False, errors=False))
         self.rate, self.damping = rate, damping
 
-    def _control(self, features: Tensor, states: EquivariantStates) -> tuple[_Controls, LSTMState]:
+    def control(self, sight: Sight) -> tuple[Controls, LSTMState]:
         """The same for every layer and step."""
-        one = torch.ones_like(features[..., 0])
-        growth = math.log(self.rate) - states.log_rate
-        return _Controls(growth, (self.damping * one, one), (one, 0 * one), 0 * one, 0 * one), states.lstm
+        one = torch.ones_like(sight.weights)
+        growth = math.log(self.rate) - sight.states.control.log_rate
+        bend = Bend(self.damping * one, one, one, 0 * one)
+        return Controls(growth, bend, 0 * one, 0 * one), sight.states.control.memory

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metatele.network.use import Moment
+
 _TILE = 8  # columns that a processor multiplies at once: a product with 80 takes less time than one with 78
 
 
@@ -61,11 +63,12 @@ class Spectrum(NamedTuple):
 
     @staticmethod
     @torch.no_grad()
-    def of(moment: Tensor, keep: float = 0.0, last: Spectrum | None = None, whole: int = 128) -> Spectrum:
+    def of(moment: Tensor | Moment, keep: float = 0.0, last: Spectrum | None = None, whole: int = 128) -> Spectrum:
         """Of symmetric matrices ``[..., k, k]``; one that is not finite or zero counts as the identity.
 
         Args:
-            moment: The matrices.
+            moment: The matrices, or factors of them, whose columns alone are then turned: time and memory are linear
+                in the rows.
             keep: Of a matrix with more than ``whole`` rows, eigenvalues below ``keep * s`` may be replaced by their
                 mean: V then has at most half as many columns as rows, and a multiple of 8.
             last: The spectrum of a matrix that was nearly the same. If it has fewer columns, they are turned by one
@@ -78,6 +81,10 @@ class Spectrum(NamedTuple):
             >>> spectrum.scale, spectrum.values
             (tensor(2.), tensor([0.5000, 1.5000]))
         """
+        if isinstance(moment, Moment):
+            if moment.rest is not None:
+                return _of_factor(moment)
+            moment = moment.tensor
         k = moment.shape[-1]
         scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
         sound = torch.isfinite(scale) & (scale > 0)  # a second moment is no larger than its diagonal
@@ -153,6 +160,26 @@ class Spectrum(NamedTuple):
         size = size + outside * (rest.square() * self.rest)[..., 0]
         inside = inside * (m - rest).unsqueeze(-2)
         return (inside @ self.vectors.mT).addcmul_(rest.unsqueeze(-1), x), size * self.scale
+
+
+def _of_factor(moment: Moment) -> Spectrum:
+    """Of ``M = F Fᵀ + ρ I``: the eigenvectors of M with eigenvalues other than ρ are those of ``F Fᵀ``."""
+    assert moment.rest is not None
+    F, rest = moment.tensor, moment.rest[..., 0]
+    scale = moment.trace / moment.rows
+    sound = torch.isfinite(scale) & (scale > 0)
+    if not bool(sound.all()):
+        scale, rest = torch.where(sound, scale, 1.0), torch.where(sound[..., None], rest, 1.0)
+        F = torch.where(sound[..., None, None], F, 0.0)
+    # FᵀF squares the range of F: double precision keeps the digits that F has.
+    values, V = torch.linalg.eigh(F.mT.double() @ F.double())
+    values = values.clamp_min(0)
+    # A column along which there is nothing but rounding stands for none: as its eigenvalue is ρ, it has no effect.
+    there = values > 10 * torch.finfo(F.dtype).eps ** 2 * values[..., -1:]
+    shrink = torch.where(there, values, 1.0).rsqrt() * there
+    values = torch.where(there, values, 0.0).to(F.dtype)
+    s = scale.unsqueeze(-1)
+    return Spectrum((values + rest) / s, F @ (V * shrink.unsqueeze(-2)).to(F.dtype), rest / s, scale)
 
 
 def _eigenpairs(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,136 @@
+"""What every family of meta-optimizers needs to step one model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from metatele.errors import MetateleError
+from metatele.network.capture import Capture
+from metatele.perceptron.mlp import MLP
+
+_T = TypeVar("_T")
+Memory = MutableMapping[Any, dict[str, Any]]  # a torch optimizer's state
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Where a model is.
+
+    Attributes:
+        parameters: Those of the layers, in their order.
+        rates: Factor on the update of each; zero where it does not move.
+        sign: -1 where the objective is to be maximized.
+        momentum: Factor on the momentum.
+        memory: What the optimizer keeps for each parameter.
+        group: The first parameter group, for what belongs to the whole network.
+        dtype: What steps are computed in.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    rates: Sequence[float]
+    sign: float
+    momentum: float
+    memory: Memory
+    group: dict[str, Any]
+    dtype: torch.dtype
+
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        """Of each parameter; zero where there is none or it does not move."""
+        return [
+            self.signed(p.grad.to(self.dtype)) if rate and p.grad is not None else torch.zeros_like(p, dtype=self.dtype)
+            for p, rate in zip(self.parameters, self.rates, strict=True)
+        ]
+
+    def signed(self, gradient: Tensor) -> Tensor:
+        """A gradient of what is minimized."""
+        return gradient if self.sign > 0 else -gradient
+
+    @property
+    def whole(self) -> bool:
+        """Whether every parameter moves."""
+        return all(self.rates)
+
+    def flat(self, parts: Sequence[Tensor]) -> Tensor:
+        """One vector ``[P]`` of what there is for each parameter."""
+        return torch.cat([part.flatten() for part in parts]).to(self.dtype)
+
+    @property
+    def weights(self) -> Tensor:
+        """All parameters as one vector."""
+        return self.flat(self.parameters)
+
+    @property
+    def scale(self) -> Tensor:
+        """The factor on each entry of that vector."""
+        return self.flat(
+            [torch.full_like(p, r, dtype=self.dtype) for p, r in zip(self.parameters, self.rates, strict=True)]
+        )
+
+    def write(self, flat: Tensor) -> None:
+        """Put the parameters that move where a vector says."""
+        parts = flat.split([p.numel() for p in self.parameters])
+        for p, part, rate in zip(self.parameters, parts, self.rates, strict=True):
+            if rate:
+                p.copy_(part.view_as(p))
+
+
+class Stepper(ABC):
+    """One meta-optimizer as it steps one model.
+
+    Attributes:
+        meta: The meta-optimizer.
+        mlp: The model's shape.
+        capture: What its passes show. A stepper sets beforehand what the next ones are to be asked for.
+        defaults: Settings of parameter groups that this family has beside those of all.
+    """
+
+    meta: nn.Module
+    defaults: Mapping[str, Any] = {}
+
+    def __init__(self, linears: list[nn.Linear], mlp: MLP) -> None:
+        self.mlp = mlp
+        self.capture = Capture(linears)
+
+    @abstractmethod
+    def advance(self, at: Situation) -> None:
+        """Move the parameters, and remember."""
+
+    def idle(self, at: Situation) -> None:  # noqa: B027 (there is nothing to save by default)
+        """Memories of a model that has not moved, so that there are some to save."""
+
+    def store(self, memory: Memory, group: dict[str, Any]) -> None:  # noqa: B027 (all may lie there already)
+        """Write what is remembered where tools that save an optimizer look for it."""
+
+    def forget(self) -> None:  # noqa: B027 (nothing is kept by default)
+        """What is kept beside the optimizer's memory is out of date: that was replaced."""
+
+    @abstractmethod
+    def checked(self, state_dict: dict[str, Any], parameters: Mapping[Any, nn.Parameter]) -> dict[str, Any]:
+        """A state to load, in today's form.
+
+        Args:
+            state_dict: Of an optimizer, of this version or an earlier one.
+            parameters: By their numbers there.
+
+        Raises:
+            ShapeMismatchError: It is of another optimizer or model.
+        """
+
+    def missing(self, what: str) -> MetateleError:
+        """The error of a step without what the passes would have shown."""
+        return MetateleError(f"{what} needs the layer inputs, and {self.capture.why_nothing()}")
+
+    def by_layer(self, parts: Iterable[_T]) -> Iterator[tuple[_T, ...]]:
+        """What there is for each parameter, for each layer."""
+        rest = iter(parts)
+        for biased in self.mlp.biases:
+            yield tuple(islice(rest, 1 + biased))

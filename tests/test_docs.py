@@ -1,0 +1,123 @@
+"""Every command and Python block of the README and of each page runs as for a new user, and leaves no trace."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# A block after this mark takes minutes; its commands are checked against `--help` only.
+LONG = "<!-- takes minutes -->"
+PAGES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+LINKED = sorted({*PAGES, *(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md")))})
+# What prepares the machine, or waits for a person.
+_NOT_RUN = ("make", "git", "cd", "pip", "tensorboard")
+_PROGRAM = r"python (?:-m metatele (?:train|evaluate|experiments \S+)|-m \S+|\S+\.py)"
+
+
+def text(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page, language):
+    """Code blocks of a page: whether marked as long, line of their beginning, code."""
+    found = re.finditer(rf"({re.escape(LONG)}\n)?```{language}\n(.*?)```", text(page), re.DOTALL)
+    return [(bool(m[1]), text(page)[: m.start(2)].count("\n"), m[2]) for m in found]
+
+
+def commands(page):
+    """Commands of a page, in order; the console command by this interpreter, whether it is installed or not."""
+    for long, _, block in blocks(page, "sh"):
+        for line in block.splitlines():
+            command = line.split(" #")[0].strip()
+            if command and not command.startswith(_NOT_RUN):
+                yield long, re.sub(r"^metatele ", "python -m metatele ", command)
+
+
+def help_of(command):
+    """The command that asks for help in place of a long one, and the flags that must be in the answer."""
+    command = re.sub(r"^torchrun .*?(?=\S+\.py)", "python ", command)
+    program = re.match(_PROGRAM, command)
+    assert program, f"no program is known in {command!r}"
+    return f"{program[0]} --help", re.findall(r"(?<=\s)--[a-z-]+", command[program.end() :])
+
+
+def headings(page):
+    """Anchors of a page's headings, as GitHub makes them."""
+    without_code = re.sub(r"```.*?```", "", text(page), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", without_code, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def run(command, folder):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "."}
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A clone of the tree as it is now, in which git sees what the commands leave behind."""
+    ignore = shutil.ignore_patterns(".git", ".venv", "runs", "build", "*cache*", "*.egg-info", ".hypothesis")
+    folder = Path(shutil.copytree(ROOT, tmp_path / "metatele", ignore=ignore))
+    if shutil.which("git"):
+        run("git init -q . && git add -A", folder)
+        run("git -c user.name=test -c user.email=test@localhost commit -q -m tree", folder)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs_and_leaves_the_tree_clean(page, checkout):
+    answers = {}
+    for long, command in commands(page):
+        if not long:
+            run(command, checkout)
+            continue
+        question, flags = help_of(command)
+        if question not in answers:
+            answers[question] = run(question, checkout)
+        missing = [flag for flag in flags if not re.search(rf"{flag}\b(?!-)", answers[question])]
+        assert not missing, f"{command}: {', '.join(missing)} not in the help"
+    # One process for all blocks, since torch takes long to import; each has names and a file of its own.
+    files = []
+    for long, line, code in blocks(page, "python"):
+        if not long:
+            files.append(checkout.parent / f"{Path(page).stem}_line_{line}.py")
+            files[-1].write_text("\n" * line + code, encoding="utf-8")
+    if files:
+        each = "import runpy, sys; [runpy.run_path(file, run_name='__main__') for file in sys.argv[1:]]"
+        run(f'python -c "{each}" {" ".join(map(str, files))}', checkout)
+    if shutil.which("git"):
+        assert run("git status --porcelain", checkout) == ""
+
+
+@pytest.mark.parametrize("page", LINKED)
+def test_links_images_and_anchors_of_a_page_exist(page):
+    without_code = re.sub(r"```.*?```", "", text(page), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        found = (ROOT / page).parent / path if path else ROOT / page
+        assert found.resolve().exists(), f"{page} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in headings(os.path.relpath(found.resolve(), ROOT)), f"{page}: no heading for {target}"
+
+
+def test_every_page_is_reached_from_the_readme_and_the_index():
+    for page in PAGES:
+        name = Path(page).name
+        assert page in ("README.md", "docs/index.md") or f"(docs/{name})" in text("README.md"), page
+        assert page in ("README.md", "docs/index.md") or f"({name})" in text("docs/index.md"), page
+
+
+def test_readme_is_short():
+    assert len(text("README.md").splitlines()) <= 150
+    assert len(text("README.md").split()) <= 1200
