@@ -246,7 +246,7 @@ def test_raised_gradients_are_the_best_corner_for_one_layer():
 
 
 def test_whitening_solves_the_paper_s_task_in_a_few_steps_on_the_outgoing_weights():
-    """PAPER §4 measures 9.6, 0.51, 2e-3 after 1, 2 and 3 steps, and below 1e-11 after 5."""
+    """Measured once: 9.6, 0.51, 2e-3 after 1, 2 and 3 steps, and below 1e-11 after 5."""
     random = torch.Generator().manual_seed(0)
     mlp = MLP((20, 20, 20), LeakyReLU(0.1))
     x, y = torch.rand(2, 20, 20, generator=random, dtype=torch.float64)
@@ -268,7 +268,7 @@ def test_whitening_solves_the_paper_s_task_in_a_few_steps_on_the_outgoing_weight
 
 
 def naive_ascent(landscape, w, lr, steps):
-    """PAPER §5: from T = 0 at each step, autodiff through ``I + T`` acting with a pseudo-inverse."""
+    """Zhao et al. 2024, Section 5.1: from T = 0 at each step, autodiff through ``I + T`` with a pseudo-inverse."""
     mlp = landscape.mlp
     for _ in range(steps):
         Ts = [torch.zeros(k, k, dtype=w.dtype, requires_grad=True) for k in mlp.hidden_widths]

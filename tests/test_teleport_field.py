@@ -282,6 +282,31 @@ def test_teleport_works_in_inference_mode():
             assert torch.equal(p, q)
 
 
+class Around(nn.Module):
+    """A module of one's own around a Sequential."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x):
+        return self.inside(x)
+
+
+@pytest.mark.parametrize("wrap", [Around, nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_wrapped_models_are_looked_through(wrap):
+    x, y = images(50)
+    moved = []
+    for around in (lambda m: m, wrap):
+        model = around(network("ReLU", (64, 32, 10)))
+        metatele.teleport_(model, x, y, nn.functional.cross_entropy)
+        optimizer = metatele.TeleportOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, at=[0])
+        step(model, optimizer, x, y)
+        assert optimizer.report.moved
+        moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*moved)
+
+
 # --- optimizers and models that change
 
 
