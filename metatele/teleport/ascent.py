@@ -46,6 +46,15 @@ class Ascent(TeleportMove):
             rescalings, so without a bound ascents that are repeated make a network useless.
         cap: A network whose objective reaches it stops (``descend``: falls to it).
         descend: Lower the objective instead.
+
+    Example:
+        With one hidden unit and rescaling ``‖∇L‖²`` is convex along the orbit, and least where layers are balanced.
+
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> scene = Landscape(MLP((1, 1, 1), LeakyReLU(0.1)), torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> Ascent(action="rescaling", descend=True, steps=50)(scene, torch.tensor([8.0, 2.0])).weights.round()
+        tensor([4., 4.])
     """
 
     objective: Objective = field(default_factory=GradientNorm)

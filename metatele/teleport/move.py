@@ -28,6 +28,18 @@ class Leg(NamedTuple):
         inputs: On which data ``[..., d, n]``.
         elements: One for each hidden layer; ``None`` where a layer is left alone.
         active: Which networks of the batch it moved, ``[...]``.
+
+    Example:
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
+        >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> from metatele.symmetry import Rescaling, exponential
+        >>> half = exponential(torch.tensor([[0.5]]).log())
+        >>> leg = Leg(Rescaling(), scene.inputs, [half], torch.tensor([True, False]))
+        >>> leg.apply(mlp, torch.tensor([[8.0, 2.0], [8.0, 2.0]]))
+        tensor([[4., 4.],
+                [8., 2.]])
     """
 
     action: Action
@@ -56,6 +68,16 @@ class Course(NamedTuple):
         path: The group elements, in the order they acted.
         undone: Which networks had a step taken back, ``[...]``.
         reasons: Why a network stayed, as numbers of :class:`Reason` ``[...]``, where the move knows.
+
+    Example:
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
+        >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> from metatele.teleport import Rescaling
+        >>> course = Rescaling().legs(scene.at(torch.tensor([8.0, 2.0])), [True])
+        >>> course.weights, len(course.path), course.undone
+        (tensor([4., 4.]), 1, tensor(False))
     """
 
     weights: Tensor
@@ -71,6 +93,16 @@ class Teleport(NamedTuple):
         weights: Flat weights ``[..., P]``.
         report: What happened.
         path: The group elements, in the order they acted; for :func:`~metatele.teleport.transport`.
+
+    Example:
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
+        >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> from metatele.teleport import Rescaling
+        >>> moved = Rescaling()(scene, torch.tensor([8.0, 2.0]))
+        >>> moved.weights, moved.report.steps, len(moved.path)
+        (tensor([4., 4.]), 1, 1)
     """
 
     weights: Tensor
@@ -84,15 +116,32 @@ class TeleportMove(ABC):
 
     Args:
         action: ``approximate`` (Zhao et al. 2024, Eq. 46; any batch and activation; the least change of the outgoing
-            weights that fits the batch), ``rescaling``, ``exact`` (Eq. 54, 56), or ``auto``: exact where it exists for
-            the activations and the samples (linearly independent, no more than a layer has inputs) *and the batch is
-            all the data*, else approximate. The exact action keeps the outputs on its batch and **changes them at will
-            elsewhere**: for problems whose data are one batch, as in the paper's regression, not for mini-batches.
-            A move that is called on a landscape takes that as all the data; :func:`~metatele.teleport_` and
-            :class:`~metatele.TeleportOptimizer` say what they take as such.
+            weights that fits the batch), ``rescaling``, ``exact`` (Zhao et al. 2024, Eq. 54, 56), or ``auto``: exact
+            where it exists for the activations and the samples (linearly independent, no more than a layer has inputs)
+            *and the batch is all the data*, else approximate. The exact action keeps the outputs on its batch and
+            **changes them at will elsewhere**: for problems whose data are one batch, as in the paper's regression,
+            not for mini-batches. A move that is called on a landscape takes that as all the data;
+            :func:`~metatele.teleport_` and :class:`~metatele.TeleportOptimizer` say what they take as such.
         parametrisation: From T to g: ``exp``, ``cayley``, ``first-order`` or ``direct``.
         max_drift: Largest accepted relative change of the loss on the batch; past it, the move (of an
             ascent, the step) is taken back. Infinity accepts everything that is finite.
+
+    Example:
+        A move of one's own is one method: where it leads from a point.
+
+        >>> from metatele.symmetry import exponential
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
+        >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> class Double(TeleportMove):
+        ...     def legs(self, start, movable):
+        ...         everyone = torch.ones(start.flat.shape[:-1], dtype=torch.bool)
+        ...         twice = exponential(torch.tensor([[2.0]]).log())
+        ...         leg = Leg(self.chosen_action(start.landscape), start.landscape.inputs, [twice], everyone)
+        ...         return Course(leg.move(start).flat, [leg], ~everyone)
+        >>> Double(action="rescaling")(scene, torch.tensor([2.0, 8.0])).weights
+        tensor([4., 4.])
     """
 
     action: str = "approximate"
@@ -197,8 +246,24 @@ def in_sequence(
 
     With more than one batch none is all the data, so action ``auto`` is the approximate one.
 
+    Args:
+        move: The move.
+        landscapes: The batches, in their order.
+        flat: The weights ``[..., P]``.
+        movable: Which hidden layers may be moved; all, if not given.
+
     Returns:
         The last weights, and the report of each batch.
+
+    Example:
+    >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
+        >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> from metatele.teleport import Rescaling
+        >>> weights, reports = in_sequence(Rescaling(), [scene, scene], torch.tensor([8.0, 2.0]))
+        >>> weights, [report.steps for report in reports]
+        (tensor([4., 4.]), [1, 0])
     """
     reports = []
     move = move.settled(whole=len(landscapes) == 1)

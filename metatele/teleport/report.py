@@ -12,7 +12,12 @@ from torch import Tensor
 
 
 class Reason(IntEnum):
-    """Why a network stayed where it was; :attr:`sentence` says it in words."""
+    """Why a network stayed where it was; :attr:`sentence` says it in words.
+
+    Example:
+        >>> Reason.CAP.sentence
+        'the objective had reached the cap before the first step'
+    """
 
     MOVED = 0
     CAP = 1
