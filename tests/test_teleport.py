@@ -173,8 +173,12 @@ def test_several_batches_in_a_row():
     landscape, w = problem()
     other, _ = problem(seed=5)
     end, reports = in_sequence(MOVES["ascent"], [landscape, other], w)
-    middle = MOVES["ascent"](landscape, w).weights
-    assert torch.equal(end, MOVES["ascent"](other, middle).weights)
+    move = GradientNormAscent(action="approximate")  # neither batch is all the data
+    middle = move(landscape, w).weights
+    assert torch.equal(end, move(other, middle).weights)
+    assert torch.equal(
+        in_sequence(MOVES["ascent"], [landscape], w)[0], GradientNormAscent(action="exact")(landscape, w).weights
+    )
     assert float(reports[1].loss_before) == pytest.approx(float(other.value(middle)))
 
 
@@ -242,7 +246,7 @@ def test_raised_gradients_are_the_best_corner_for_one_layer():
 
 
 def test_whitening_solves_the_paper_s_task_in_a_few_steps_on_the_outgoing_weights():
-    """PAPER §4 measures 9.6, 0.51, 2e-3 after 1, 2 and 3 steps, and below 1e-11 after 5."""
+    """Measured once: 9.6, 0.51, 2e-3 after 1, 2 and 3 steps, and below 1e-11 after 5."""
     random = torch.Generator().manual_seed(0)
     mlp = MLP((20, 20, 20), LeakyReLU(0.1))
     x, y = torch.rand(2, 20, 20, generator=random, dtype=torch.float64)
@@ -264,7 +268,7 @@ def test_whitening_solves_the_paper_s_task_in_a_few_steps_on_the_outgoing_weight
 
 
 def naive_ascent(landscape, w, lr, steps):
-    """PAPER §5: from T = 0 at each step, autodiff through ``I + T`` acting with a pseudo-inverse."""
+    """Zhao et al. 2024, Section 5.1: from T = 0 at each step, autodiff through ``I + T`` with a pseudo-inverse."""
     mlp = landscape.mlp
     for _ in range(steps):
         Ts = [torch.zeros(k, k, dtype=w.dtype, requires_grad=True) for k in mlp.hidden_widths]

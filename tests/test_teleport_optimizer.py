@@ -116,8 +116,11 @@ def test_a_teleport_moves_the_weights_and_keeps_the_loss(name, dtype, strategy):
     assert float((flat(model) - flat(bare_model)).abs().max()) > 1e-3
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
     torch.testing.assert_close(model(x), bare_model(x), rtol=tolerance, atol=tolerance)
-    if strategy == "reset":
-        assert not any(optimizer.state[p] for p in model.parameters())
+    if strategy == "reset":  # as a new one: AdaGrad makes its state when it is made
+        fresh = type(base)(model.parameters(), **OPTIMIZERS[name])
+        assert {p for p, entry in base.state.items() if entry} == {p for p, entry in fresh.state.items() if entry}
+        for p, entry in fresh.state.items():
+            assert all(torch.equal(base.state[p][key], value) for key, value in entry.items())
     elif strategy == "keep":
         for p, q in zip(model.parameters(), bare_model.parameters(), strict=True):
             for key, value in bare.state[q].items():
@@ -151,22 +154,65 @@ def test_transported_momentum_moves_the_outputs_as_before():
     torch.testing.assert_close(*changes, rtol=1e-3, atol=1e-6)
 
 
-def test_second_moments_are_scaled_by_the_change_of_the_squared_gradient():
-    model, base, x, y = make("Adam", torch.float64)
-    bare_model, bare, _, _ = make("Adam", torch.float64)
-    move = metatele.GradientNormAscent(rate="normalised", action="auto", radius=0.1, steps=3)
-    train(model, metatele.TeleportOptimizer(base, model, move, at=[4], state="transport"), x, y, 5)
-    train(bare_model, bare, x, y, 4)
-    # The gradient that the last step took, and the one that its passes have at the teleported point.
-    bare.zero_grad()
-    outputs = bare_model(x)
-    gradient = torch.autograd.grad(nn.functional.mse_loss(outputs, y), outputs)[0]
-    train(bare_model, bare, x, y, 1)
-    for p, q in zip(model.parameters(), bare_model.parameters(), strict=True):
-        (new,) = torch.autograd.grad((model(x) * gradient).sum(), p)
-        (old,) = torch.autograd.grad((bare_model(x) * gradient).sum(), q)
-        ratio = new.square().mean() / old.square().mean()
-        torch.testing.assert_close(base.state[p]["exp_avg_sq"], bare.state[q]["exp_avg_sq"] * ratio, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("name", ["Adam", "Adam amsgrad", "RMSprop centered", "Adagrad", "Adamax"])
+def test_a_rescaling_carries_second_moments_to_those_of_the_rescaled_gradients(name):
+    """In the new coordinates w' = s w gradients are ∇/s: a past in those has these averages."""
+    states = []
+    for strategy in ("transport", "keep"):
+        model, base, x, y = make(name, torch.float64)
+        move = metatele.Rescaling(radius=0.5)
+        optimizer = metatele.TeleportOptimizer(base, model, move, at=[4], state=strategy)
+        train(model, optimizer, x, y, 4)
+        before = [p.detach().clone() for p in model.parameters()]
+        rate, base.param_groups[0]["lr"] = base.param_groups[0]["lr"], 1e-12  # a step that hardly moves
+        train(model, optimizer, x, y, 1)
+        base.param_groups[0]["lr"] = rate
+        scales = [p.detach() / b for p, b in zip(model.parameters(), before, strict=True)]
+        states.append([dict(base.state[p]) for p in model.parameters()])
+    powers = {"exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2, "grad_avg": 1, "exp_inf": 1}
+    compared = 0
+    for carried, kept, scale in zip(*states, scales, strict=True):
+        for key, power in powers.items():
+            if key in kept:
+                torch.testing.assert_close(carried[key], kept[key] / scale**power, rtol=1e-5, atol=0)
+                compared += 1
+    assert compared >= 6
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam", "Adamax"])
+@pytest.mark.parametrize("action", ["approximate", "rescaling"])
+def test_a_carried_first_moment_steps_no_further_than_the_one_before(name, action):
+    """Dead units have second moments near zero: what the differential mixes into them must not become a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5))
+    with torch.no_grad():
+        model[0].bias[:8] -= 3  # dead or nearly so
+    x, y = torch.randn(64, 20), torch.randint(5, (64,))
+    base = getattr(torch.optim, name)(model.parameters(), lr=1e-3)
+    move = metatele.GradientNormAscent(rate="normalised", radius=0.1, steps=3, action=action, max_drift=0.5)
+    optimizer = metatele.TeleportOptimizer(base, model, move, at=[15], state="transport")
+
+    def largest():
+        sizes = []
+        for p in model.parameters():
+            entry = base.state[p]
+            size = entry["exp_avg_sq"].sqrt() if "exp_avg_sq" in entry else entry["exp_inf"]
+            sizes.append(float((entry["exp_avg"].abs() / size.clamp_min(1e-30)).max()))
+        return sizes
+
+    for step in range(16):
+        if step == 15:
+            bare_model, bare = copy.deepcopy((model, base))
+            bare.zero_grad()
+            nn.functional.cross_entropy(bare_model(x), y).backward()
+            bare.step()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert optimizer.report.moved
+    after = largest()
+    model, base = bare_model, bare
+    assert all(now <= then * (1 + 1e-4) for now, then in zip(after, largest(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +335,7 @@ def test_frozen_layers_are_left_alone():
     assert optimizer.param_groups[0]["teleports"] == 1
     before = model(x).detach()
     last = flat(model[4])
-    metatele.teleport_(model, x, y, nn.functional.mse_loss, action="auto")
+    metatele.teleport_(model, x, y, nn.functional.mse_loss, action="exact")
     assert torch.equal(flat(model[4]), last)
     torch.testing.assert_close(model(x).detach(), before, rtol=1e-4, atol=1e-5)
 
@@ -299,10 +345,9 @@ def test_sparse_free_and_foreign_parameters():
     stranger = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="does not belong to the model"):
         metatele.TeleportOptimizer(torch.optim.SGD([stranger], lr=0.1), model, at=[0])
+    model(x).sum().backward()  # before anybody listens
     optimizer = metatele.TeleportOptimizer(base, model, at=[0])
-    model(x).sum().backward()
-    optimizer._capture.clear()
-    with pytest.raises(MetateleError, match="no gradient was taken"):
+    with pytest.raises(MetateleError, match="a teleport needs the layer inputs, and no"):
         optimizer.step()
 
 
@@ -314,7 +359,7 @@ def test_images_are_flattened_and_ends_belong_to_the_loss():
     model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(12, 7), nn.Tanh()), nn.Linear(7, 4), nn.LogSoftmax(-1))
     x, y = torch.randn(9, 3, 4), torch.randint(4, (9,))
     before = model(x).detach()
-    report = metatele.teleport_(model, x, y, nn.functional.nll_loss, action="auto")
+    report = metatele.teleport_(model, x, y, nn.functional.nll_loss, action="auto", whole_data=True)
     assert float(report.loss_before) == pytest.approx(float(nn.functional.nll_loss(before, y)), rel=1e-6)
     assert float(report.objective_after) > float(report.objective_before)
     torch.testing.assert_close(model(x).detach(), before, rtol=1e-3, atol=1e-4)
@@ -327,7 +372,10 @@ def test_images_are_flattened_and_ends_belong_to_the_loss():
 def test_batches_of_one_s_own_are_teleported_on_in_a_row():
     model, base, x, y = make(dtype=torch.float64)
     data = [(torch.randn(5, 8).double(), torch.randn(5, 3).double()) for _ in range(3)]
-    optimizer = metatele.TeleportOptimizer(base, model, at=[0], batches=lambda: data, loss_fn=nn.functional.mse_loss)
+    move = metatele.GradientNormAscent()
+    optimizer = metatele.TeleportOptimizer(
+        base, model, move, at=[0], batches=lambda: data, loss_fn=nn.functional.mse_loss
+    )
     train(model, optimizer, x, y, 1)
     bare_model, bare, _, _ = make(dtype=torch.float64)
     train(bare_model, bare, x, y, 1)
@@ -470,6 +518,7 @@ def test_hooks_do_not_outlive_the_optimizer():
     for _ in range(3):
         optimizer = metatele.TeleportOptimizer(base, model, at=[0])
         model(x).sum().backward()
+        assert len(model[0]._forward_hooks) == len(model[4]._forward_hooks) == 1
     del optimizer
     assert list(itertools.chain(model[0]._forward_hooks, model[4]._forward_hooks)) == []
 
@@ -488,7 +537,7 @@ def test_a_scaled_gradient_is_seen_as_the_optimizer_sees_it():
         scaler.step(optimizer)
         reports.append(optimizer.report)
     torch.testing.assert_close(reports[0].objective_after, reports[1].objective_after, rtol=1e-9, atol=0)
-    assert bool(reports[0].loss_before.isnan())
+    assert reports[0].loss_before is None
 
 
 def test_several_backward_passes_through_one_forward_pass_count_once():
@@ -524,7 +573,7 @@ def test_half_precision_models_are_teleported_in_single():
     x, y = torch.randn(5, 8).bfloat16(), torch.randn(5, 3).bfloat16()
     before, single = flat(model), copy.deepcopy(model).float()
     report = metatele.teleport_(model, x, y, lambda a, b: nn.functional.mse_loss(a.float(), b.float()))
-    assert float(report.objective_after) > 2 * float(report.objective_before)
+    assert float(report.objective_after) > 1.5 * float(report.objective_before)
     assert not torch.equal(flat(model), before)
     # The drift is that of the weights as they are stored.
     old, new = (float(nn.functional.mse_loss(m(x.float()), y.float())) for m in (single, model.float()))
@@ -546,16 +595,21 @@ def test_what_cannot_be_teleported_on_is_skipped_and_the_loop_goes_on():
 
 
 def test_input_buffers_may_be_used_again_and_cleared_passes_are_forgotten():
-    model, base, x, y = make(dtype=torch.float64)
-    optimizer = metatele.TeleportOptimizer(base, model, at=[0])
-    nn.functional.mse_loss(model(x + 1), y).backward()
-    model.zero_grad(set_to_none=False)  # skipped
-    buffer = torch.empty(2, 8, dtype=torch.float64)
-    for part in (slice(0, 2), slice(2, 4)):
-        buffer.copy_(x[part])
-        nn.functional.mse_loss(model(buffer), y[part]).backward()
-    inputs, _ = optimizer._capture.columns(torch.float64)
-    assert torch.equal(inputs.T, x[:4])
+    reports = []
+    for reused in (False, True):
+        model, base, x, y = make(dtype=torch.float64)
+        optimizer = metatele.TeleportOptimizer(base, model, at=[0])
+        if reused:
+            nn.functional.mse_loss(model(x + 1), y).backward()
+            model.zero_grad(set_to_none=False)  # skipped
+        buffer = torch.empty(2, 8, dtype=torch.float64)
+        for part in (slice(0, 2), slice(2, 4)):
+            buffer.copy_(x[part])
+            nn.functional.mse_loss(model(buffer if reused else x[part]), y[part]).backward()
+        optimizer.step()
+        reports.append(optimizer.report)
+    assert reports[0].objective_after == reports[1].objective_after
+    assert reports[0].moved
 
 
 def test_conjugation_goes_on_after_saving_and_loading():
@@ -606,7 +660,7 @@ def test_more_wrong_arguments_are_one_clear_error():
     ):
         with pytest.raises(ConfigError, match=words):
             metatele.TeleportOptimizer(base, model, **settings)
-    with pytest.raises(ConfigError, match="no setting 'speed'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'speed'"):
         metatele.teleport_(model, x, y, nn.functional.mse_loss, speed=3)
     tanh = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     with pytest.raises(NotExactError, match="positively homogeneous"):
@@ -652,7 +706,7 @@ def per_sample(model, others):
 def test_only_accumulated_passes_are_teleported_on(between):
     alone, report = report_of(lambda *_: None, 2), report_of(between, 2)
     for name in ("objective_before", "objective_after", "drift"):
-        assert torch.equal(getattr(alone, name), getattr(report, name))
+        assert getattr(alone, name) == getattr(report, name)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -697,10 +751,10 @@ def test_a_small_last_batch_does_not_change_what_a_teleport_is():
     for action in ("approximate", "auto"):
         model.load_state_dict(start)
         before = model(test).detach()
-        settings = {} if action == "approximate" else {"action": action}
+        settings = {} if action == "approximate" else {"action": action, "whole_data": True}
         metatele.teleport_(model, x[:5], torch.zeros(5, 3), nn.functional.mse_loss, **settings)
         changes.append(float((model(test) - before).norm().detach() / before.norm()))
-    assert changes[0] < 0.25 * changes[1]
+    assert changes[0] < 0.5 * changes[1]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metatele.network import ranks
+from metatele.network.bias import joined, parted, with_ones
 from metatele.symmetry import GroupElement
 from metatele.teleport import Whitening
 from metatele.teleport.closed_form import whitening
@@ -34,8 +36,13 @@ class Conjugation:
         self.elements: list[GroupElement | None] = [None] * len(linears)
         self.updates = 0
 
-    def observe(self, hidden: list[Tensor], linears: list[nn.Linear]) -> bool:
-        """Take in the inputs ``[n, d]`` of each layer, and renew g where it is time.
+    def observe(self, hidden: list[Tensor], linears: list[nn.Linear], group: ranks.Group | None = None) -> bool:
+        """Take in the inputs ``[d, n]`` of each layer, and renew g where it is time.
+
+        Args:
+            hidden: For each layer.
+            linears: The layers.
+            group: Of processes that train copies of the network: g is the first one's in all of them.
 
         Returns:
             Whether it did: a batch whose second moments are not finite would spoil the averages for good.
@@ -45,8 +52,8 @@ class Conjugation:
         for layer in self.layers:
             h = hidden[layer]
             if linears[layer].bias is not None:
-                h = torch.cat([h, torch.ones_like(h[:, :1])], 1)
-            moments[layer] = h.mT @ h / h.shape[0]
+                h = with_ones(h)
+            moments[layer] = h @ h.mT / h.shape[1]
         if not all(bool(torch.isfinite(second).all()) for second in moments.values()):
             return False
         for layer, second in moments.items():
@@ -58,6 +65,7 @@ class Conjugation:
                 moment = self.moments[layer]
                 assert moment is not None
                 self.elements[layer] = whitening(moment / corrected, self.move.damping)
+            ranks.broadcast_((t for g in self.elements if g is not None for t in g), group)
         self.updates += 1
         return True
 
@@ -81,27 +89,28 @@ class Conjugation:
             if g is None or any(p.grad is None for p in parameters):
                 continue
             gradients = [p.grad.clone() for p in parameters if p.grad is not None]
-            weights = _joined([p.detach().clone() for p in parameters])
+            weights = _matrix([p.detach().clone() for p in parameters])
             inside = weights @ g.inverse.to(weights.dtype)
             _split(inside, parameters)
-            _split(_joined(gradients) @ g.matrix.to(weights.dtype), [p.grad for p in parameters if p.grad is not None])
+            _split(_matrix(gradients) @ g.matrix.to(weights.dtype), [p.grad for p in parameters if p.grad is not None])
             kept.append((parameters, gradients, weights, inside, g))
         try:
             yield
         finally:
             for parameters, gradients, weights, inside, g in kept:
                 # The change alone is pulled back, so rounding does not add up in what did not change.
-                change = _joined([p.detach() for p in parameters]) - inside
+                change = _matrix([p.detach() for p in parameters]) - inside
                 _split(weights + change @ g.matrix.to(weights.dtype), parameters)
                 for p, gradient in zip(parameters, gradients, strict=True):
                     p.grad = gradient
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat([parts[0], parts[1].unsqueeze(1)], 1)
+def _matrix(parts: Sequence[Tensor]) -> Tensor:
+    """A weight, with its bias as last column if there is one."""
+    return joined(parts[0], parts[1] if len(parts) == 2 else None)
 
 
-def _split(joined: Tensor, targets: Sequence[Tensor]) -> None:
-    targets[0].copy_(joined[:, : targets[0].shape[1]])
-    if len(targets) == 2:
-        targets[1].copy_(joined[:, -1])
+def _split(matrix: Tensor, targets: Sequence[Tensor]) -> None:
+    for target, part in zip(targets, parted(matrix, len(targets) == 2), strict=False):
+        if part is not None:
+            target.copy_(part)

@@ -1,4 +1,4 @@
-r"""Gradient ascent of an objective along the orbit of the weights (PAPER §5).
+r"""Gradient ascent of an objective along the orbit of the weights (Zhao et al. 2024, Section 5.1 and Algorithm 2).
 
 At each step T = 0 and the objective's gradient with respect to T is the pullback of its gradient with
 respect to the weights, ``∂/∂T F(exp(T)·w) = pullback(∇F(w))``: one Hessian-vector product and a few
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from metatele.errors import ConfigError
 from metatele.geometry import GradientNorm, Landscape, Objective, Point
-from metatele.perceptron.mlp import Weights
+from metatele.perceptron.mlp import MLP, Weights
 from metatele.symmetry import PARAMETRISATIONS, Action, Pair
-from metatele.teleport.move import Leg, TeleportMove, finite_radius
+from metatele.teleport.move import Course, Leg, TeleportMove, finite_radius
+from metatele.teleport.report import Reason
 
 RATES = ("fixed", "normalised", "line-search")
-_TRIES = 8  # halvings in one line search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,24 @@ class Ascent(TeleportMove):
         lr: The fixed rate.
         radius: Norm of T for the other two.
         steps: At most so many.
+        tries: At most so many lengths are tried for one step of a line search, each half the one before.
+        max_change: A step of a line search that would change the weights by more than this multiple of their norm is
+            halved too: a batch of fewer samples than a hidden layer has units can be fitted with weights of any size,
+            which spoil the outputs for all other samples. Usual steps change them by a few hundredths.
+        max_imbalance: With action ``rescaling``: a hidden unit whose incoming and outgoing weights v and u differ by
+            more, ``|log ‖v‖/‖u‖|``, is scaled toward balance only. The gradient norm has no largest value over
+            rescalings, so without a bound ascents that are repeated make a network useless.
         cap: A network whose objective reaches it stops (``descend``: falls to it).
         descend: Lower the objective instead.
+
+    Example:
+        With one hidden unit and rescaling ``‖∇L‖²`` is convex along the orbit, and least where layers are balanced.
+
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> scene = Landscape(MLP((1, 1, 1), LeakyReLU(0.1)), torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> Ascent(action="rescaling", descend=True, steps=50)(scene, torch.tensor([8.0, 2.0])).weights.round()
+        tensor([4., 4.])
     """
 
     objective: Objective = field(default_factory=GradientNorm)
@@ -46,6 +62,9 @@ class Ascent(TeleportMove):
     lr: float = 0.0
     radius: float = 0.1
     steps: int = 10
+    tries: int = 8
+    max_change: float = 0.15
+    max_imbalance: float = math.inf
     cap: float = math.inf
     descend: bool = False
 
@@ -54,6 +73,9 @@ class Ascent(TeleportMove):
         super().__post_init__()
         if not isinstance(self.objective, Objective):
             raise ConfigError(f"objective must be an Objective such as Curvature(), got {self.objective!r}")
+        for name in ("max_change", "max_imbalance"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if math.isnan(self.cap):
             raise ConfigError("cap must be a number, got nan")
         if self.rate not in RATES:
@@ -61,8 +83,9 @@ class Ascent(TeleportMove):
         if self.rate == "fixed" and not 0 < self.lr < math.inf:
             raise ConfigError(f"lr must be positive, got {self.lr}")
         finite_radius(self.radius)
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ConfigError(f"steps must be a whole number of at least 1, got {self.steps!r}")
+        for name in ("steps", "tries"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
         if self.rate != "fixed" and self.lr:
             raise ConfigError(f"lr is that of rate fixed, and rate is {self.rate!r}: give radius")
 
@@ -71,7 +94,7 @@ class Ascent(TeleportMove):
         """The objective that is raised."""
         return self.objective
 
-    def legs(self, start: Point, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
+    def legs(self, start: Point, movable: Sequence[bool]) -> Course:
         """See the base class."""
         landscape, point = start.landscape, start
         chosen = self.chosen_action(landscape)
@@ -80,27 +103,43 @@ class Ascent(TeleportMove):
         radius = start.flat.new_full(undone.shape, self.radius)
         path: list[Leg] = []
         bounded = math.isfinite(self.max_drift)
+        why = torch.full(undone.shape, int(Reason.MOVED), device=undone.device)
         for _ in range(self.steps):
             value, derivative = self.objective.value_and_derivative(point)
             if math.isfinite(self.cap):
-                active = active & ((value > self.cap) if self.descend else (value < self.cap))
+                reached_cap = ~((value > self.cap) if self.descend else (value < self.cap))
+                why = torch.where(active & reached_cap, Reason.CAP, why)
+                active = active & ~reached_cap
                 if not bool(active.any()):
                     break
             direction = self.direction(chosen, point, derivative, movable)
-            tries = _TRIES if self.rate == "line-search" else 1
+            lost = torch.where(_square(direction) > 0, Reason.MOVED, Reason.NO_DIRECTION)
+            if chosen.name == "rescaling" and math.isfinite(self.max_imbalance):
+                direction = self._bounded(direction, point)
+                lost = torch.where((_square(direction) == 0) & (lost == Reason.MOVED), Reason.IMBALANCE, lost)
+            tries = self.tries if self.rate == "line-search" else 1
             waiting = active
             for _ in range(tries):
                 leg = self.step(chosen, landscape, direction, radius, waiting)
                 moved = leg.move(point)
                 if bounded:  # judged as the whole move will be, from the weights alone and as they are stored
                     moved = landscape.at(moved.flat)
-                good = waiting & torch.isfinite(moved.outputs.sum((-2, -1)))  # the weights are looked at in the end
+                finite = torch.isfinite(moved.outputs.sum((-2, -1)))  # the weights are looked at in the end
+                good = waiting & finite
+                failed = torch.where(finite, Reason.MOVED, Reason.NOT_FINITE)
                 if bounded:
-                    drift = landscape.loss.drift(start.outputs, moved.outputs, landscape.targets)
-                    good = good & (drift <= self.max_drift)
+                    near = landscape.loss.drift(start.outputs, moved.outputs, landscape.targets) <= self.max_drift
+                    failed = torch.where(good & ~near, Reason.DRIFT, failed)
+                    good = good & near
                 if self.rate == "line-search":
                     reached = self.objective.value(moved)
-                    good = good & ((reached < value) if self.descend else (reached > value))
+                    better = (reached < value) if self.descend else (reached > value)
+                    failed = torch.where(good & ~better, Reason.NO_GAIN, failed)
+                    good = good & better
+                    small = (moved.flat - point.flat).norm(dim=-1) <= self.max_change * point.flat.norm(dim=-1)
+                    failed = torch.where(good & ~small, Reason.TOO_FAR, failed)
+                    good = good & small
+                why = torch.where(waiting, torch.where(lost > 0, lost, failed), why)
                 # Where every network moved, its passes serve the next step.
                 if bool(good.all()):
                     point = moved
@@ -119,7 +158,7 @@ class Ascent(TeleportMove):
             active = active & ~waiting
             if not bool(active.any()):
                 break
-        return point.flat, [leg for leg in path if bool(leg.active.any())], undone
+        return Course(point.flat, [leg for leg in path if bool(leg.active.any())], undone, why)
 
     def direction(
         self, chosen: Action, point: Point, covector: Weights, movable: Sequence[bool]
@@ -131,6 +170,20 @@ class Ascent(TeleportMove):
             for site, pair, move in zip(point.sites(chosen), pairs, movable, strict=True)
         ]
 
+    def _bounded(self, direction: list[Tensor | None], point: Point) -> list[Tensor | None]:
+        """The direction without what brings units further out of balance than they may be."""
+        sense = -1.0 if self.descend else 1.0
+        bounded: list[Tensor | None] = []
+        for logs, V, U in zip(direction, point.weights.matrices, point.weights.matrices[1:], strict=False):
+            if logs is None:
+                bounded.append(None)
+                continue
+            incoming, outgoing = V.norm(dim=-1), U.norm(dim=-2)
+            imbalance = torch.where((incoming > 0) & (outgoing > 0), incoming / outgoing, 1.0).log()
+            worse = (imbalance.abs() >= self.max_imbalance) & (sense * logs * imbalance > 0)
+            bounded.append(torch.where(worse, 0.0, logs))
+        return bounded
+
     def step(
         self, chosen: Action, landscape: Landscape, direction: list[Tensor | None], radius: Tensor, active: Tensor
     ) -> Leg:
@@ -139,8 +192,7 @@ class Ascent(TeleportMove):
         if self.rate == "fixed":
             factor = torch.full_like(radius, sign * self.lr)
         else:
-            square = sum(d.square().sum(-1) for d in direction if d is not None)
-            assert isinstance(square, Tensor)
+            square = _square(direction)
             factor = sign * radius * torch.where(square > 0, square, 1.0).rsqrt()
         element = PARAMETRISATIONS[self.parametrisation]
         elements = [
@@ -150,6 +202,11 @@ class Ascent(TeleportMove):
         return Leg(chosen, landscape.inputs, elements, active)
 
 
+def _square(direction: Sequence[Tensor | None]) -> Tensor:
+    """Squared norm over all layers together, ``[...]``."""
+    return torch.stack([d.square().sum(-1) for d in direction if d is not None]).sum(0)
+
+
 def GradientNormAscent(
     lr: float | None = None,
     steps: int = 10,
@@ -157,6 +214,7 @@ def GradientNormAscent(
     metric: Tensor | None = None,
     rate: str | None = None,
     radius: float = 0.1,
+    tries: int = 8,
     cap: float = math.inf,
     descend: bool = False,
     action: str = "approximate",
@@ -171,6 +229,7 @@ def GradientNormAscent(
         metric: Diagonal of A; see :class:`GradientNorm`.
         rate: See :class:`Ascent`.
         radius: See :class:`Ascent`.
+        tries: See :class:`Ascent`.
         cap: Stop at this squared norm.
         descend: Lower the norm instead.
         action: See :class:`TeleportMove`.
@@ -194,9 +253,31 @@ def GradientNormAscent(
         lr=0.0 if lr is None else lr,
         radius=radius,
         steps=steps,
+        tries=tries,
         cap=cap,
         descend=descend,
         action=action,
         parametrisation=parametrisation,
         max_drift=max_drift,
     )
+
+
+def default_move(mlp: MLP) -> Ascent:
+    """What :class:`~metatele.TeleportOptimizer` does if no move is given: raise ``‖∇L‖²`` without leaving the function.
+
+    Where every activation is positively homogeneous (ReLU, LeakyReLU, Identity) it rescales hidden units, which keeps
+    the outputs for every input, to rounding. No unit is brought further out of balance than ``|log ‖v‖/‖u‖| = 1``:
+    without that bound Adam on digits stands still after some hundred teleports. Elsewhere it is the approximate action,
+    which changes the outputs on the batch by up to 1 %, and others about as much.
+
+    Args:
+        mlp: Shape of the network.
+
+    Example:
+        >>> from metatele.perceptron.activations import ReLU, Tanh
+        >>> default_move(MLP((4, 3, 2), ReLU())).action, default_move(MLP((4, 3, 2), Tanh())).action
+        ('rescaling', 'approximate')
+    """
+    if all(a.positively_homogeneous for a in mlp.activations):
+        return Ascent(action="rescaling", max_imbalance=1.0)
+    return GradientNormAscent(tries=16)

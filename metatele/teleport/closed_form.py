@@ -12,7 +12,7 @@ from metatele.errors import ConfigError, SingularInputError
 from metatele.geometry import Point
 from metatele.perceptron.mlp import Weights
 from metatele.symmetry import PARAMETRISATIONS, GroupElement
-from metatele.teleport.move import Leg, TeleportMove, finite_radius
+from metatele.teleport.move import Course, Leg, TeleportMove, finite_radius
 
 GOALS = ("balance-weights", "balance-gradients", "raise-gradients")
 _SWEEPS = 30  # over the layers; one layer is done after the first
@@ -48,7 +48,7 @@ class Whitening(TeleportMove):
     finite stays where it is.
 
     At the teleported point the loss is as well conditioned in the outgoing weights as it can be, and
-    a gradient step on them is a Gauss-Newton step (PAPER §4).
+    a gradient step on them is a Gauss-Newton step (compare Zhao et al. 2024, Prop. 3.2).
 
     Args:
         damping: λ.
@@ -93,7 +93,7 @@ class Whitening(TeleportMove):
         if self.refresh < 1:
             raise ConfigError(f"refresh must be at least 1, got {self.refresh}")
 
-    def legs(self, start: Point, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
+    def legs(self, start: Point, movable: Sequence[bool]) -> Course:
         """See the base class."""
         if self.mode != "move":
             raise ConfigError("mode conjugate is for TeleportOptimizer: a teleport that stays needs mode move")
@@ -149,7 +149,7 @@ class Rescaling(TeleportMove):
             raise ConfigError(f"Rescaling has the action rescaling, got {self.action!r}")
         finite_radius(self.radius)
 
-    def legs(self, start: Point, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
+    def legs(self, start: Point, movable: Sequence[bool]) -> Course:
         """See the base class."""
         of_weights = self.goal == "balance-weights"
         squares = _squares(start.landscape.mlp.unflatten(start.flat if of_weights else start.gradient))
@@ -222,7 +222,7 @@ class Random(TeleportMove):
         super().__post_init__()
         finite_radius(self.radius)
 
-    def legs(self, start: Point, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
+    def legs(self, start: Point, movable: Sequence[bool]) -> Course:
         """See the base class."""
         flat = start.flat
         chosen = self.chosen_action(start.landscape)
@@ -235,9 +235,9 @@ class Random(TeleportMove):
         return _once(self, start, elements)
 
 
-def _once(move: TeleportMove, start: Point, elements: list[GroupElement | None]) -> tuple[Tensor, list[Leg], Tensor]:
+def _once(move: TeleportMove, start: Point, elements: list[GroupElement | None]) -> Course:
     """One leg with the given elements, for all networks."""
     landscape, flat = start.landscape, start.flat
     undone = torch.zeros(flat.shape[:-1], dtype=torch.bool, device=flat.device)
     leg = Leg(move.chosen_action(landscape), landscape.inputs, elements, ~undone)
-    return leg.move(start).flat, [leg], undone
+    return Course(leg.move(start).flat, [leg], undone)

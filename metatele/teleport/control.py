@@ -13,7 +13,8 @@ from torch import Tensor
 from metatele.errors import ConfigError
 from metatele.geometry import GradientNorm, Objective, Point
 from metatele.symmetry import PARAMETRISATIONS, Action, GroupElement
-from metatele.teleport.move import Leg, Report, TeleportMove
+from metatele.teleport.move import Course, Leg, TeleportMove
+from metatele.teleport.report import Report
 
 _FIRST = 1e-4  # the least norm of T that is tried
 _DOUBLINGS = 24  # to a norm of 1.7e3, where the direction of g is that of T alone
@@ -73,7 +74,7 @@ class MatchedRandom(TeleportMove):
         change = report.loss_after / report.loss_before - 1
         return dataclasses.replace(self, change=change.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
 
-    def legs(self, start: Point, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
+    def legs(self, start: Point, movable: Sequence[bool]) -> Course:
         """See the base class."""
         landscape, shape = start.landscape, start.flat.shape[:-1]
         chosen = self.chosen_action(landscape)
@@ -120,7 +121,7 @@ class MatchedRandom(TeleportMove):
             other, other_off = search(-sense)
             best = torch.where(missed & (other_off < off), other, best)
         last = leg(best)
-        return last.move(start).flat, [last], ~everyone
+        return Course(last.move(start).flat, [last], ~everyone)
 
     def _directions(self, start: Point, chosen: Action, movable: Sequence[bool]) -> list[Tensor | None]:
         """Coordinates of a T of norm 1 over all layers together."""

@@ -17,6 +17,7 @@ from metatele.errors import ConfigError
 from metatele.geometry import GradientNorm, Landscape, Objective, Point
 from metatele.perceptron.mlp import MLP
 from metatele.symmetry import ACTIONS, PARAMETRISATIONS, Action, Exact, GroupElement, action, sweep
+from metatele.teleport.report import Reason, Report
 
 
 class Leg(NamedTuple):
@@ -27,6 +28,18 @@ class Leg(NamedTuple):
         inputs: On which data ``[..., d, n]``.
         elements: One for each hidden layer; ``None`` where a layer is left alone.
         active: Which networks of the batch it moved, ``[...]``.
+
+    Example:
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
+        >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> from metatele.symmetry import Rescaling, exponential
+        >>> half = exponential(torch.tensor([[0.5]]).log())
+        >>> leg = Leg(Rescaling(), scene.inputs, [half], torch.tensor([True, False]))
+        >>> leg.apply(mlp, torch.tensor([[8.0, 2.0], [8.0, 2.0]]))
+        tensor([[4., 4.],
+                [8., 2.]])
     """
 
     action: Action
@@ -47,29 +60,30 @@ class Leg(NamedTuple):
         return point.landscape.at(torch.where(self.active.unsqueeze(-1), moved.flat, point.flat))
 
 
-class Report(NamedTuple):
-    """What a teleport did, a value for each network of the batch ``[...]``.
+class Course(NamedTuple):
+    """The way a move went.
 
     Attributes:
-        loss_before: Loss on the batch it was made on.
-        loss_after: The same, after.
-        objective_before: The objective on that batch.
-        objective_after: The same, after.
-        drift: ``|loss_after - loss_before| / |loss_before|``; with a loss that is known by its gradient
-            alone, the relative change of the network's outputs.
-        rolled_back: Whether a move, or a step of one, was taken back for its drift or for not being finite.
-        steps: Steps made, at most.
-        seconds: Wall-clock time.
+        weights: Where it led ``[..., P]``.
+        path: The group elements, in the order they acted.
+        undone: Which networks had a step taken back, ``[...]``.
+        reasons: Why a network stayed, as numbers of :class:`Reason` ``[...]``, where the move knows.
+
+    Example:
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
+        >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> from metatele.teleport import Rescaling
+        >>> course = Rescaling().legs(scene.at(torch.tensor([8.0, 2.0])), [True])
+        >>> course.weights, len(course.path), course.undone
+        (tensor([4., 4.]), 1, tensor(False))
     """
 
-    loss_before: Tensor
-    loss_after: Tensor
-    objective_before: Tensor
-    objective_after: Tensor
-    drift: Tensor
-    rolled_back: Tensor
-    steps: int
-    seconds: float
+    weights: Tensor
+    path: list[Leg]
+    undone: Tensor
+    reasons: Tensor | None = None
 
 
 class Teleport(NamedTuple):
@@ -79,6 +93,16 @@ class Teleport(NamedTuple):
         weights: Flat weights ``[..., P]``.
         report: What happened.
         path: The group elements, in the order they acted; for :func:`~metatele.teleport.transport`.
+
+    Example:
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
+        >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> from metatele.teleport import Rescaling
+        >>> moved = Rescaling()(scene, torch.tensor([8.0, 2.0]))
+        >>> moved.weights, moved.report.steps, len(moved.path)
+        (tensor([4., 4.]), 1, 1)
     """
 
     weights: Tensor
@@ -91,14 +115,33 @@ class TeleportMove(ABC):
     """A choice of group elements for given weights and data.
 
     Args:
-        action: ``approximate`` (any batch and activation; the least change of the outgoing weights that fits the
-            batch), ``rescaling``, ``exact``, or ``auto``: exact where it exists for the activations and the samples
-            (linearly independent, no more than a layer has inputs), else approximate. The exact action keeps
-            the outputs on its batch and **changes them at will elsewhere**: for problems whose data are one
-            batch, as in the paper's regression, not for mini-batches.
+        action: ``approximate`` (Zhao et al. 2024, Eq. 46; any batch and activation; the least change of the outgoing
+            weights that fits the batch), ``rescaling``, ``exact`` (Zhao et al. 2024, Eq. 54, 56), or ``auto``: exact
+            where it exists for the activations and the samples (linearly independent, no more than a layer has inputs)
+            *and the batch is all the data*, else approximate. The exact action keeps the outputs on its batch and
+            **changes them at will elsewhere**: for problems whose data are one batch, as in the paper's regression,
+            not for mini-batches. A move that is called on a landscape takes that as all the data;
+            :func:`~metatele.teleport_` and :class:`~metatele.TeleportOptimizer` say what they take as such.
         parametrisation: From T to g: ``exp``, ``cayley``, ``first-order`` or ``direct``.
         max_drift: Largest accepted relative change of the loss on the batch; past it, the move (of an
             ascent, the step) is taken back. Infinity accepts everything that is finite.
+
+    Example:
+        A move of one's own is one method: where it leads from a point.
+
+        >>> from metatele.symmetry import exponential
+        >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
+        >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> class Double(TeleportMove):
+        ...     def legs(self, start, movable):
+        ...         everyone = torch.ones(start.flat.shape[:-1], dtype=torch.bool)
+        ...         twice = exponential(torch.tensor([[2.0]]).log())
+        ...         leg = Leg(self.chosen_action(start.landscape), start.landscape.inputs, [twice], everyone)
+        ...         return Course(leg.move(start).flat, [leg], ~everyone)
+        >>> Double(action="rescaling")(scene, torch.tensor([2.0, 8.0])).weights
+        tensor([4., 4.])
     """
 
     action: str = "approximate"
@@ -120,8 +163,8 @@ class TeleportMove(ABC):
         return GradientNorm()
 
     @abstractmethod
-    def legs(self, start: Point, movable: Sequence[bool]) -> tuple[Tensor, list[Leg], Tensor]:
-        """Weights, path and which networks had a step taken back."""
+    def legs(self, start: Point, movable: Sequence[bool]) -> Course:
+        """Where the move leads from a point, before it is judged."""
 
     @torch.no_grad()
     def __call__(self, landscape: Landscape, flat: Tensor, movable: Sequence[bool] | None = None) -> Teleport:
@@ -141,16 +184,24 @@ class TeleportMove(ABC):
             raise ConfigError("a teleport needs a hidden layer that may be moved")
         start = landscape.at(flat)
         before = self.measured.value(start)
-        moved, path, undone = self.legs(start, chosen)
+        moved, path, undone, reasons = self.legs(start, chosen)
         end = landscape.at(moved)
         moved = end.flat
+        finite = torch.isfinite(moved).all(-1)
         drift = landscape.loss.drift(start.outputs, end.outputs, landscape.targets)
-        accepted = torch.isfinite(moved).all(-1) & (drift <= self.max_drift)
+        accepted = finite & (drift <= self.max_drift)
         if not bool(accepted.all()):
             moved = torch.where(accepted.unsqueeze(-1), moved, flat)
-            path = [leg._replace(active=leg.active & accepted) for leg in path]
             end = landscape.at(moved)
-            drift = landscape.loss.drift(start.outputs, end.outputs, landscape.targets)
+        changed = (moved != start.flat).any(-1)
+        if not bool(changed.all()):  # what stayed has no path: nothing is to be carried along it
+            path = [leg._replace(active=leg.active & changed) for leg in path]
+            path = [leg for leg in path if bool(leg.active.any())]
+            drift = torch.where(changed, drift, 0.0)
+        known = torch.zeros_like(accepted, dtype=torch.int64) if reasons is None else reasons
+        known = torch.where(known == Reason.MOVED, Reason.ARRIVED, known)
+        why = torch.where(accepted, known, torch.where(finite, Reason.DRIFT, Reason.NOT_FINITE))
+        why = torch.where(torch.isfinite(start.outputs.sum((-2, -1))), why, Reason.INPUTS)
         report = Report(
             start.value,
             end.value,
@@ -160,8 +211,17 @@ class TeleportMove(ABC):
             undone | ~accepted,
             len(path),
             time.perf_counter() - begin_s,
+            torch.where(changed, Reason.MOVED, why),
         )
         return Teleport(moved, report, tuple(path))
+
+    def settled(self, whole: bool) -> TeleportMove:
+        """The move with ``auto`` decided where the batch may not be all the data: it is then the approximate one.
+
+        Args:
+            whole: Whether the batch is known to be all the data.
+        """
+        return self if whole or self.action != "auto" else dataclasses.replace(self, action="approximate")
 
     def chosen_action(self, landscape: Landscape) -> Action:
         """The action by the configured name; see the class."""
@@ -184,10 +244,29 @@ def in_sequence(
 ) -> tuple[Tensor, list[Report]]:
     """The same move on several batches in a row, as in the paper's experiments.
 
+    With more than one batch none is all the data, so action ``auto`` is the approximate one.
+
+    Args:
+        move: The move.
+        landscapes: The batches, in their order.
+        flat: The weights ``[..., P]``.
+        movable: Which hidden layers may be moved; all, if not given.
+
     Returns:
         The last weights, and the report of each batch.
+
+    Example:
+    >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.losses import SquaredError
+        >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
+        >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())
+        >>> from metatele.teleport import Rescaling
+        >>> weights, reports = in_sequence(Rescaling(), [scene, scene], torch.tensor([8.0, 2.0]))
+        >>> weights, [report.steps for report in reports]
+        (tensor([4., 4.]), [1, 0])
     """
     reports = []
+    move = move.settled(whole=len(landscapes) == 1)
     for landscape in landscapes:
         flat, report, _ = move(landscape, flat, movable)
         reports.append(report)

@@ -15,13 +15,17 @@ def transport(mlp: MLP, path: Sequence[Leg], flat: Tensor, velocity: Tensor) -> 
     r"""Differential of a teleport at w applied to a tangent vector: ``d/dε g·(w + εv)`` at ε = 0.
 
     The group elements stay fixed, as chosen at w. A momentum buffer is such a vector: it is the direction
-    in which the weights move, and after the teleport the same motion of the network has this velocity.
+    in which the weights move, and after the teleport the same motion of the network has this velocity
+    (Zhao et al. 2024, Figure 12).
 
     Args:
         mlp: Shape of the network.
         path: Of the teleport.
         flat: Weights before it ``[..., P]``.
         velocity: ``v``, ``[..., P]``.
+
+    Returns:
+        The velocity at the new point, ``[..., P]``.
 
     Example:
         >>> from metatele.perceptron.activations import LeakyReLU

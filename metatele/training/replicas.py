@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -185,7 +184,7 @@ class Replicas(Networks):
             self._teleport(epoch, history)
             for number, arm in enumerate(self.arms):
                 if epoch in arm.resets:
-                    self.optimizers[number].state = defaultdict(dict)
+                    self.optimizers[number] = self._optimizer(number)  # AdaGrad may make its state there
             begin_s = time.perf_counter()
             orders = torch.stack([torch.randperm(len(self.train_labels), generator=g) for g in randoms]).to(self.device)
             steps = orders.shape[1] // self.batch_size
@@ -301,7 +300,7 @@ class Replicas(Networks):
                 target.copy_(source)
             arm = self.arms[a]
             if arm.state == "reset":
-                self.optimizers[a].state = defaultdict(dict)
+                self.optimizers[a] = self._optimizer(a)
             history.teleport_seconds += seconds[a]
             history.teleports.append(
                 {"arm": arm.name, "epoch": epoch, "seconds": seconds[a], **_told(reports[arm.name])}

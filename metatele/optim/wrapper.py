@@ -1,0 +1,80 @@
+"""An optimizer around another one, which keeps groups, state and defaults; and when it does something more."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from metatele.errors import ConfigError
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Shows the wrapped optimizer's groups, state and defaults as its own.
+
+    Args:
+        base: The wrapped optimizer.
+    """
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base = base
+        super().__setstate__({})  # hooks and profiling, without a second copy of groups and state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+
+def schedule(at: Iterable[int] | None, every: int | None) -> tuple[frozenset[int] | None, int | None]:
+    """The steps after which to teleport, as they were given: a set of them, or every so many.
+
+    Raises:
+        ConfigError: They are both given or none is, or they are no whole numbers.
+
+    Example:
+        >>> schedule([0, 5], None), schedule(None, 3)
+        ((frozenset({0, 5}), None), (None, 3))
+    """
+    if (at is None) == (every is None):
+        raise ConfigError("give either at or every: the steps after which to teleport")
+    if every is not None:
+        try:
+            number = operator.index(every)
+        except TypeError:
+            number = 0
+        if number < 1:
+            raise ConfigError(f"every must be a whole number of at least 1, got {every!r}")
+        return None, number
+    assert at is not None
+    try:
+        steps = frozenset(at)
+    except TypeError:
+        raise ConfigError(f"at must be a collection of steps, got {at!r}") from None
+    if not all(hasattr(s, "__index__") and operator.index(s) >= 0 for s in steps):
+        raise ConfigError(f"at must hold whole numbers, zero or more, got {at!r}")
+    return steps, None
