@@ -308,14 +308,14 @@ class Capture:
         uses = [self._use(layer) for layer in range(len(self.linears))]
         if self.group is None:
             return uses
-        return _over_ranks(uses, self.wanted.rank, self.group)
+        return _over_ranks(uses, self.wanted.rank, self.linears[0].weight.device, self.group)
 
     def _use(self, layer: int) -> Use:
         """Sums over the uses of one layer, normalised."""
         mine = [use for use in self._counted if use.layer == layer and use.columns]
         columns = sum(use.columns for use in mine)
-        inputs = _sum(use.moment for use in mine if use.moment is not None)
-        errors = _sum(e for use in mine for e in use.errors)
+        inputs = _sum((use.moment for use in mine if use.moment is not None), self.wanted.rank)
+        errors = _sum((e for use in mine for e in use.errors), self.wanted.rank)
         if self.group is not None and inputs is None and layer in self.wanted.moments:  # an empty share of a batch
             linear = self.linears[layer]
             rows, empty = (
@@ -346,7 +346,7 @@ class Capture:
             total = total.plus(other)
         if self.group is None:
             return total
-        count = torch.tensor([float(total.columns)], dtype=torch.float64)
+        count = torch.tensor([float(total.columns)], dtype=torch.float64, device=total.sums.device)
         sums, squares = total.sums.clone(), total.squares.clone()
         ranks.sum_([sums, squares, count], self.group)
         return Fingerprint(sums, squares, int(count))
@@ -407,9 +407,8 @@ class Capture:
         return 1.0
 
 
-def _over_ranks(uses: list[Use], rank: int, group: ranks.Group) -> list[Use]:
+def _over_ranks(uses: list[Use], rank: int, device: torch.device, group: ranks.Group) -> list[Use]:
     """The same sums over all ranks, which have the same uses of the same layers."""
-    device = next((u.inputs.tensor.device for u in uses if u.inputs is not None), torch.device("cpu"))
     counts = torch.tensor([float(u.columns) for u in uses], dtype=torch.float64, device=device)
     ranks.sum_([counts], group)
     totals = [int(c) for c in counts.tolist()]
@@ -426,10 +425,10 @@ def sum_of(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors).sum(0) if len(tensors) > 1 else tensors[0]
 
 
-def _sum(moments: Iterable[Moment]) -> Moment | None:
+def _sum(moments: Iterable[Moment], rank: int) -> Moment | None:
     total = None
     for moment in moments:
-        total = moment if total is None else total.plus(moment)
+        total = moment if total is None else total.plus(moment, rank)
     return total
 
 

@@ -1,19 +1,6 @@
 """Symmetries of multi-layer perceptrons: group elements and how they act on the weights."""
 
-from metatele.symmetry.actions import (
-    ACTIONS,
-    Acted,
-    Action,
-    Approximate,
-    Exact,
-    Pair,
-    Rescaling,
-    Site,
-    action,
-    drift,
-    sweep,
-    walk,
-)
+from metatele.symmetry.actions import ACTIONS, Action, Approximate, Exact, Rescaling, action
 from metatele.symmetry.group import (
     PARAMETRISATIONS,
     GroupElement,
@@ -33,6 +20,8 @@ from metatele.symmetry.least_squares import (
     pseudo_inverse,
     truncated_inverse,
 )
+from metatele.symmetry.site import Acted, Pair, Site
+from metatele.symmetry.sweep import drift, sweep, walk
 
 __all__ = [
     "ACTIONS",

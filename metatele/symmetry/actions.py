@@ -18,117 +18,22 @@ A bias travels with ``V``: it is one more column, whose input is constantly 1.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from metatele.errors import ConfigError, NotExactError, ShapeMismatchError
+from metatele.errors import ConfigError, NotExactError
 from metatele.network.bias import with_ones
 from metatele.perceptron.activations import Activation
-from metatele.perceptron.mlp import MLP, Weights, affine
 from metatele.symmetry.group import GroupElement
 from metatele.symmetry.least_squares import (
-    DampedInverse,
     default_damping,
     pseudo_inverse,
 )
-
-
-class Pair(NamedTuple):
-    """Incoming weights ``V [..., k, d]``, outgoing ``U [..., o, k]``, bias ``[..., k]`` of V.
-
-    Example:
-        >>> from metatele.perceptron.activations import ReLU
-        >>> pair = Pair(V=torch.tensor([[2.0], [-1.0]]), U=torch.tensor([[10.0, 100.0]]))
-        >>> pair.output(torch.tensor([[1.0, -1.0]]), ReLU())
-        tensor([[ 20., 100.]])
-    """
-
-    V: Tensor
-    U: Tensor
-    bias: Tensor | None = None
-
-    def output(self, inputs: Tensor, activation: Activation) -> Tensor:
-        """``U f(V H + b)`` for inputs ``[..., d, n]``."""
-        return self.U @ activation(affine(self.V, self.bias, inputs))
-
-
-class Acted(NamedTuple):
-    """A moved pair and its drift.
-
-    Attributes:
-        pair: The new weights.
-        drift: ``‖U'f(Z') - U f(Z)‖_F / ‖U f(Z)‖_F`` on the given inputs, shape ``[...]``.
-
-    Example:
-        >>> from metatele.perceptron.activations import ReLU
-        >>> from metatele.symmetry.group import direct
-        >>> pair = Pair(V=torch.ones(1, 1), U=torch.ones(1, 1))
-        >>> acted = Rescaling().act(pair, torch.ones(1, 2), direct(torch.ones(1, 1)), ReLU())
-        >>> acted.pair.V, acted.pair.U, acted.drift
-        (tensor([[2.]]), tensor([[0.5000]]), tensor(0.))
-    """
-
-    pair: Pair
-    drift: Tensor
-
-
-class Site:
-    """A pair of layers on a batch, as an action sees it; what is asked for is computed once.
-
-    Args:
-        pair: The weights around the hidden layer.
-        inputs: ``H``, ``[..., d, n]``, one column per sample.
-        activation: Between the two layers.
-        prepared: :meth:`Action.prepare` of the inputs, if it is known.
-        known: ``pre``, ``hidden`` and ``slope``, if they are known.
-
-    Example:
-        >>> from metatele.perceptron.activations import LeakyReLU
-        >>> site = Site(Pair(torch.tensor([[2.0]]), torch.ones(1, 1)), torch.tensor([[1.0, -1.0]]), LeakyReLU(0.1))
-        >>> site.pre, site.hidden, site.slope
-        (tensor([[ 2., -2.]]), tensor([[ 2.0000, -0.2000]]), tensor([[1.0000, 0.1000]]))
-    """
-
-    def __init__(
-        self, pair: Pair, inputs: Tensor, activation: Activation, prepared: Tensor | None = None, **known: Tensor
-    ) -> None:
-        self.pair, self.inputs, self.activation, self.prepared = pair, inputs, activation, prepared
-        self.__dict__.update(known)
-        self._fits: dict[float, DampedInverse] = {}
-
-    @cached_property
-    def pre(self) -> Tensor:
-        """``Z = VH + b``, ``[..., k, n]``."""
-        return affine(self.pair.V, self.pair.bias, self.inputs)
-
-    @cached_property
-    def hidden(self) -> Tensor:
-        """``f(Z)``, ``[..., k, n]``."""
-        return self.activation(self.pre)
-
-    @cached_property
-    def slope(self) -> Tensor:
-        """``f'(Z)``, ``[..., k, n]``."""
-        return self.activation.derivative(self.pre)
-
-    def fit(self, damping: float) -> DampedInverse:
-        """The damped inverse of ``f(Z)``."""
-        if damping not in self._fits:
-            self._fits[damping] = DampedInverse.of(self.hidden, damping)
-        return self._fits[damping]
-
-    def between(self, pair: Pair) -> Site:
-        """The same hidden layer with other weights behind it."""
-        other = copy.copy(self)
-        other.pair = pair
-        return other
+from metatele.symmetry.site import Acted, Pair, Site
 
 
 class Action(ABC):
@@ -441,118 +346,3 @@ def action(name: str) -> Action:
     if name not in ACTIONS:
         raise ConfigError(f"action must be one of {', '.join(ACTIONS)}, got {name!r}")
     return ACTIONS[name]
-
-
-def sweep(
-    action: Action,
-    mlp: MLP,
-    weights: Weights,
-    inputs: Tensor,
-    elements: Sequence[GroupElement | None],
-    prepared: Tensor | None = None,
-) -> Weights:
-    """Act on all hidden layers, input to output, each with the inputs left by the one before.
-
-    Args:
-        action: How each pair is moved.
-        mlp: Shape of the network.
-        weights: Weights with any batch dimensions.
-        inputs: Data ``[..., in, n]``.
-        elements: One group element per hidden layer; ``None`` leaves that layer alone.
-        prepared: ``action.prepare(inputs)`` of the first layer, if the data stay the same.
-
-    Returns:
-        New weights; drift is reported by :func:`drift`.
-
-    Raises:
-        ShapeMismatchError: There is another number of elements than of hidden layers.
-        NotExactError: The action does not exist here; see :class:`Exact` and :class:`Rescaling`.
-        SingularInputError: See :class:`Exact`.
-
-    Example:
-        >>> from metatele.perceptron.activations import LeakyReLU
-        >>> from metatele.symmetry.group import exponential
-        >>> mlp = MLP((4, 3, 3, 2), LeakyReLU(0.1))
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> w = mlp.unflatten(torch.randn(mlp.num_parameters, generator=generator).double())
-        >>> X = torch.randn(4, 3, generator=generator).double()
-        >>> g = [exponential(0.1 * torch.ones(3, 3).double())] * 2
-        >>> torch.allclose(mlp.forward(sweep(Exact(), mlp, w, X, g), X), mlp.forward(w, X))
-        True
-    """
-    first = Site(
-        Pair(weights.matrices[0], weights.matrices[1], weights.biases[0]), inputs, mlp.activations[0], prepared
-    )
-    return walk(action, mlp, weights, first, elements)[0]
-
-
-def walk(
-    action: Action, mlp: MLP, weights: Weights, first: Site, elements: Sequence[GroupElement | None]
-) -> tuple[Weights, list[Site]]:
-    """:func:`sweep` from what is known of the first hidden layer, with what becomes known of all.
-
-    Args:
-        action: How each pair is moved.
-        mlp: Shape of the network.
-        weights: Weights with any batch dimensions.
-        first: The first hidden layer on the data.
-        elements: One group element per hidden layer; ``None`` leaves that layer alone.
-
-    Returns:
-        New weights, and each hidden layer with them.
-
-    Raises:
-        ShapeMismatchError: There is another number of elements than of hidden layers.
-
-    Example:
-        >>> from metatele.perceptron.activations import ReLU
-        >>> mlp = MLP((1, 1, 1), ReLU())
-        >>> w = mlp.unflatten(torch.tensor([3.0, 5.0]))
-        >>> first = Site(Pair(*w.matrices), torch.ones(1, 1), ReLU())
-        >>> walk(Rescaling(), mlp, w, first, [None])[1][0].hidden
-        tensor([[3.]])
-    """
-    if len(elements) != len(mlp.hidden_widths):
-        raise ShapeMismatchError(
-            f"expected one group element for each of {len(mlp.hidden_widths)} hidden layers, got {len(elements)}"
-        )
-    matrices, biases = list(weights.matrices), list(weights.biases)
-    sites: list[Site] = []
-    for layer, g in enumerate(elements):
-        if layer:
-            pair = Pair(matrices[layer], matrices[layer + 1], biases[layer])
-            site = Site(pair, sites[-1].hidden, mlp.activations[layer])
-        else:
-            site = first
-        if g is not None:
-            site = action.move(site, g)
-            matrices[layer], matrices[layer + 1], biases[layer] = site.pair
-        sites.append(site)
-    pairs = zip(matrices, matrices[1:], biases, strict=False)
-    return Weights(tuple(matrices), tuple(biases)), [
-        site.between(Pair(*pair)) for site, pair in zip(sites, pairs, strict=True)
-    ]
-
-
-def drift(mlp: MLP, before: Weights, after: Weights, inputs: Tensor) -> Tensor:
-    """Relative change of the network's output on ``inputs``: ``‖f(X; after) - f(X; before)‖_F / ‖f(X; before)‖_F``.
-
-    Args:
-        mlp: Shape of the network.
-        before: Weights with any batch dimensions.
-        after: Weights of the same shapes.
-        inputs: ``[..., in, n]``.
-
-    Returns:
-        ``[...]``, without unit; not attached to a graph.
-
-    Example:
-        >>> line = MLP((1, 1), ())
-        >>> one, other = (line.unflatten(torch.tensor([v])) for v in (2.0, 3.0))
-        >>> drift(line, one, other, torch.ones(1, 4))
-        tensor(0.5000)
-    """
-    with torch.no_grad():
-        reference = mlp.forward(before, inputs)
-        change = (mlp.forward(after, inputs) - reference).norm(dim=(-2, -1))
-        return change / reference.norm(dim=(-2, -1)).clamp_min(torch.finfo(reference.dtype).tiny)

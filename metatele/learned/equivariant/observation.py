@@ -103,6 +103,10 @@ class Wants(NamedTuple):
         layers: Those whose moments it takes in.
         fingerprint: Whether it asks whether the batch is the last one.
         squares: Whether it reads the mean squares of every layer's outputs.
+
+    Example:
+        >>> sorted(Wants.everything(2).layers)
+        [0, 1]
     """
 
     layers: frozenset[int]

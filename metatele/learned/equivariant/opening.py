@@ -4,12 +4,12 @@ Networks with positive weights on positive data have hidden units that all do th
 activation; no preconditioner changes that, since it moves along the gradient. A teleport does: with g made of second
 moments, ``g = m^{-1/4} ((M/m + λ)/(1 + λ))^{-p/2}``, m the mean eigenvalue of M,
 
-* where the activation is onto and there are no more samples than inputs, the exact action (Eq. 54 of the paper) with M
-  the moments of the hidden units: they become uncorrelated, and the outputs stay. Inputs that are nearly dependent
-  would ask for weights so large that rounding drowns the loss later; along those the move is left out in part, and
-  the next layer takes up what it can of that;
-* else the approximate one (Eq. 46) with M the moments of what the units receive: the outputs are kept in the
-  least-squares sense, up to the damping exactly if there are no more samples than hidden units.
+* where the activation is onto and there are no more samples than inputs, the exact action (Zhao et al. 2024, Eq. 54)
+  with M the moments of the hidden units: they become uncorrelated, and the outputs stay. Inputs that are nearly
+  dependent would ask for weights so large that rounding drowns the loss later; along those the move is left out in
+  part, and the next layer takes up what it can of that;
+* else the approximate one (Zhao et al. 2024, Eq. 46) with M the moments of what the units receive: the outputs are
+  kept in the least-squares sense, up to the damping exactly if there are no more samples than hidden units.
 
 λ and p are constants: a teleport does not change the loss, so its derivative says nothing about them. Layers of more
 units than ``dense`` of the configuration stay as they are.

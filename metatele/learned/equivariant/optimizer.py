@@ -154,6 +154,14 @@ class ConstantOptimizer(EquivariantOptimizer):
     Args:
         rate: η, in units of the first step's change that would make pre-activations as large as they are.
         damping: λ of the inputs' moments, whose exponent is 1; errors and velocities play no part.
+
+    Example:
+        >>> from metatele.tasks.held_out import REGRESSIONS
+        >>> from metatele.unroll import losses_of
+        >>> problems = REGRESSIONS["narrow"].sample(0, "tuning", 2)
+        >>> losses = losses_of(ConstantOptimizer(0.1, 0.01), problems, 5)
+        >>> bool((losses[-1] < losses[0]).all())
+        True
     """
 
     def __init__(self, rate: float, damping: float) -> None:

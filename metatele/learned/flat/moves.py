@@ -40,6 +40,13 @@ class LocalMove(nn.Module, ABC):
     Attributes:
         lstm: The network that reads the gradient.
         parts: Sizes of the stretches of the gradient that share a learned rate; they sum to P.
+
+    Example:
+        >>> from metatele.config import TaskConfig
+        >>> from metatele.learned import MetaOptimizer
+        >>> optimizer = MetaOptimizer(MethodConfig(method="lr-tele", hidden=8), TaskConfig(widths=(3, 4, 2), samples=3))
+        >>> isinstance(optimizer.local, LocalMove), optimizer.local.parts
+        (True, [20])
     """
 
     lstm: StackedLSTM
@@ -218,6 +225,14 @@ class LearnedTeleport(nn.Module):
     Raises:
         ConfigError: The network has no hidden layer.
         NotExactError: The exact action does not take one of its activations.
+
+    Example:
+        >>> from metatele.config import TaskConfig
+        >>> from metatele.learned import MetaOptimizer
+        >>> optimizer = MetaOptimizer(MethodConfig(hidden=8, radius=0.1), TaskConfig(widths=(3, 4, 2), samples=3))
+        >>> T = optimizer.teleport.scaled(torch.ones(1, 16))
+        >>> round(float(T.norm()), 6)
+        0.1
     """
 
     def __init__(self, config: MethodConfig, mlp: MLP, generator: torch.Generator) -> None:
