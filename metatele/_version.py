@@ -1,3 +1,3 @@
 """Version of the package, apart so that nothing below has to import the front door."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -178,9 +178,10 @@ class Capture:
         wanted = self.wanted
         if not wanted.anything or not isinstance(given, Tensor):
             return
-        first, last = layer == 0, layer == len(self.linears) - 1
+        first, last, whole = layer == 0, layer == len(self.linears) - 1, layer in wanted.moments
+        if not (first or last or whole or wanted.squares):
+            return
         inside = _backward_number() >= 0  # recomputes what checkpointing had dropped
-        thread = threading.get_ident()
         if first and not inside:
             self.group = ranks.active_group()
             self._listen()
@@ -192,11 +193,11 @@ class Capture:
                 self._counted = []  # gradients were cleared since: by the model's zero_grad, say
             # Also without gradients: reentrant checkpointing makes its passes like that.
             self._number += 1
-            self._current[thread] = _Pass(self._number, given.detach())
+            data = given.detach() if wanted.data or wanted.fingerprint else None
+            self._current[threading.get_ident()] = _Pass(self._number, data)
         if not torch.is_grad_enabled():
             return
-        whole = layer in wanted.moments
-        passed = self._current.get(thread) if last else None
+        passed = self._current.get(threading.get_ident()) if last else None
         if last and passed is None:  # the last layer was called on its own
             self._number += 1
             passed = _Pass(self._number)
@@ -362,6 +363,9 @@ class Capture:
         The gradient is as recorded: one that was clipped since would tell of another loss.
         """
         kept = [one for one in self.ended if one.outputs is not None and one.gradient is not None]
+        if kept and self.group is None:
+            outputs, gradient = _joined(one.outputs for one in kept), _joined(one.gradient for one in kept)
+            return _columns(outputs, dtype), _columns(gradient, dtype)
         width = self.linears[-1].out_features
         both = self._gathered(kept, dtype, (lambda one: one.outputs, width), (lambda one: one.gradient, width))
         return None if both is None else (both[:width], both[width:] / ranks.size(self.group))

@@ -71,11 +71,17 @@ def _look(see: See, layer: int, arguments: tuple[Any, ...], named: dict[str, Any
         see(layer, arguments[0] if arguments else next(iter(named.values())), output)
 
 
-_UNCOMPILED: list[Callable[..., None]] = []  # the same, once there is a compiler
+_UNCOMPILED: list[Callable[..., None]] = []  # the same, once something is compiled
+
+
+def _compiles() -> bool:
+    """Whether the frames that run now are compiled."""
+    callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
+    return "torch._dynamo" in sys.modules and (callback is None or callback() is not None)
 
 
 def _see(*what: Any) -> None:
-    if "torch._dynamo" in sys.modules:
+    if _compiles():
         if not _UNCOMPILED:
             _UNCOMPILED.append(torch.compiler.disable(_look))
         _UNCOMPILED[0](*what)
