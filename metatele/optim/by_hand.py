@@ -14,6 +14,7 @@ from metatele.geometry import objective as objective_by_name
 from metatele.network.sequential import flat_modules, read_sequential, unwrapped
 from metatele.perceptron.losses import Differentiable
 from metatele.teleport import Ascent, TeleportMove, TeleportReport
+from metatele.teleport.ascent import USUAL_CHANGE
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -102,7 +103,8 @@ def teleport_(
             :class:`~metatele.geometry.Objective`.
         steps: Ascent steps at most; 10 if not given.
         rate: How long a step is: ``line-search`` (if not given), ``normalised`` or ``fixed`` (if ``lr`` is given); see
-            :class:`~metatele.teleport.Ascent`.
+            :class:`~metatele.teleport.Ascent`. A step of the line search changes the weights by 15 % of their norm at
+            most.
         lr: The rate of ``fixed``: ``T = lr · ∂F/∂T``.
         radius: ‖T‖ of one step at most, for the other two; 0.1 if not given.
         cap: Stop where the objective reaches it; infinite if not given.
@@ -174,4 +176,4 @@ def _chosen(move: TeleportMove | None, wanted: str | Objective, settings: dict[s
     if "lr" in settings:
         settings = {"rate": "fixed", **settings}
     goal = wanted if isinstance(wanted, Objective) else objective_by_name(wanted)
-    return Ascent(objective=goal, **settings)
+    return Ascent(objective=goal, max_change=USUAL_CHANGE, **settings)

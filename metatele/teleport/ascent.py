@@ -25,6 +25,9 @@ from metatele.teleport.report import Reason
 RATES = ("fixed", "normalised", "line-search")
 
 
+USUAL_CHANGE = 0.15  # of the weights by one step of a line search, where nothing else is said
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ascent(TeleportMove):
     """Ascent (or descent) of any objective on T, all hidden layers at once.
@@ -40,7 +43,8 @@ class Ascent(TeleportMove):
         tries: At most so many lengths are tried for one step of a line search, each half the one before.
         max_change: A step of a line search that would change the weights by more than this multiple of their norm is
             halved too: a batch of fewer samples than a hidden layer has units can be fitted with weights of any size,
-            which spoil the outputs for all other samples. Usual steps change them by a few hundredths.
+            which spoil the outputs for all other samples. Usual steps change them by a few hundredths;
+            :data:`USUAL_CHANGE` is the bound of the moves that are made where nothing is said.
         max_imbalance: With action ``rescaling``: a hidden unit whose incoming and outgoing weights v and u differ by
             more, ``|log ‖v‖/‖u‖|``, is scaled toward balance only. The gradient norm has no largest value over
             rescalings, so without a bound ascents that are repeated make a network useless.
@@ -63,7 +67,7 @@ class Ascent(TeleportMove):
     radius: float = 0.1
     steps: int = 10
     tries: int = 8
-    max_change: float = 0.15
+    max_change: float = math.inf
     max_imbalance: float = math.inf
     cap: float = math.inf
     descend: bool = False
@@ -279,5 +283,5 @@ def default_move(mlp: MLP) -> Ascent:
         ('rescaling', 'approximate')
     """
     if all(a.positively_homogeneous for a in mlp.activations):
-        return Ascent(action="rescaling", max_imbalance=1.0)
-    return GradientNormAscent(tries=16)
+        return Ascent(action="rescaling", max_imbalance=1.0, max_change=USUAL_CHANGE)
+    return Ascent(tries=16, max_change=USUAL_CHANGE)
