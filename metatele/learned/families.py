@@ -104,10 +104,13 @@ def family_of(optimizer: object) -> LearnedFamily:
         >>> family_of(ConstantOptimizer(0.1, 0.01)).name
         'equivariant'
     """
-    for family in _FAMILIES.values():
-        if isinstance(optimizer, family.optimizer):
-            return family
-    raise TypeError(f"checkpoint must be a path, a Checkpoint or a meta-optimizer, got {type(optimizer).__name__}")
+    for kind in type(optimizer).__mro__:  # the closest, where a family's optimizer is made of another's
+        for family in _FAMILIES.values():
+            if family.optimizer is kind:
+                return family
+    raise TypeError(
+        f"checkpoint must be a name, a path, a Checkpoint or a meta-optimizer, got {type(optimizer).__name__}"
+    )
 
 
 register_learned(

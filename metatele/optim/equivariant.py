@@ -19,7 +19,6 @@ from metatele.network.use import Fingerprint, Moment, Use
 from metatele.optim.steppers import Memory, Situation, Stepper
 from metatele.perceptron.mlp import MLP
 
-_TOO_FEW = 16  # samples of a mini-batch, below which the family is no good
 _LARGE = 2**30  # bytes of state that are worth a warning
 _MOTION = "motion."  # in the names of the records, where these two are
 _SPLIT = ("velocity", "direction")  # have a column for a bias, which lies with the bias
@@ -37,8 +36,7 @@ class EquivariantStepper(Stepper):
     defaults: Mapping[str, Any] = {"momentum": 1.0}
 
     def __init__(self, meta: EquivariantOptimizer, linears: list[nn.Linear], mlp: MLP) -> None:
-        super().__init__(linears, mlp)
-        self.meta = meta
+        super().__init__(meta, linears, mlp)
         self._states: EquivariantStates | None = None
         self._stored = True  # whether the optimizer's memory has them
         self._read = False  # whether they were looked for there
@@ -67,11 +65,12 @@ class EquivariantStepper(Stepper):
             states = states.but(motion=motion)
         seen = self._seen(at, states)
         done = self.meta.step(seen, states, spend=True)
-        if done.states.averaged == 2 and seen.samples < _TOO_FEW and not self._warned:  # the second that differs
+        fewest = self.meta.config.fewest
+        if done.states.averaged == 2 and 2 * seen.samples < fewest and not self._warned:  # the second that differs
             self._warned = True
             warnings.warn(
                 f"batches of {seen.samples} samples are too noisy for a learned optimizer of this family, which may "
-                f"come to stand still: take at least {_TOO_FEW} samples, or step after several backward passes",
+                f"come to stand still: take at least {fewest} samples, or step after several backward passes",
                 stacklevel=6,
             )
         at.group["rolled_back"] += int(done.shortened)

@@ -24,12 +24,12 @@ class FlatStepper(Stepper):
     """
 
     meta: MetaOptimizer
+    framed = False
 
     def __init__(self, meta: MetaOptimizer, linears: list[nn.Linear], mlp: MLP) -> None:
         if mlp != meta.mlp:
             raise ShapeMismatchError(f"the model is {describe(mlp)}, the checkpoint is for {describe(meta.mlp)}")
-        super().__init__(linears, mlp)
-        self.meta = meta
+        super().__init__(meta, linears, mlp)
         self.capture.wanted = Wanted(data=meta.teleport is not None)
 
     def advance(self, at: Situation) -> None:

@@ -21,15 +21,34 @@ from metatele.network.sequential import parameters_of, read_sequential
 from metatele.optim.equivariant import EquivariantStepper
 from metatele.optim.flat import FlatStepper
 from metatele.optim.steppers import Situation, Stepper
-from metatele.perceptron.mlp import MLP
 
-# Name of a family to what steps a model by one of its optimizers.
-STEPPERS: dict[str, Callable[[Any, list[nn.Linear], MLP], Stepper]] = {
-    "flat": FlatStepper,
-    "equivariant": EquivariantStepper,
-}
+_STEPPERS: dict[str, type[Stepper]] = {}
 # What schedulers and checkpoints of others write into groups, beside our own settings.
 _OF_OTHERS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+
+
+def register_stepper(family: str, stepper: type[Stepper]) -> None:
+    """Make known what steps a model by the optimizers of a family.
+
+    Args:
+        family: Its name in :mod:`metatele.config.families`.
+        stepper: Made as ``stepper(meta, linears, mlp)``.
+
+    Raises:
+        ConfigError: The family has one already.
+
+    Example:
+        >>> register_stepper("flat", FlatStepper)
+        Traceback (most recent call last):
+        metatele.errors.ConfigError: the family 'flat' has a stepper already
+    """
+    if family in _STEPPERS:
+        raise ConfigError(f"the family {family!r} has a stepper already")
+    _STEPPERS[family] = stepper
+
+
+register_stepper("flat", FlatStepper)
+register_stepper("equivariant", EquivariantStepper)
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -114,14 +133,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             checkpoint = checkpoints.load(checkpoint)
         self.model = model
         given = checkpoint.optimizer if isinstance(checkpoint, checkpoints.Checkpoint) else checkpoint
-        try:
-            kind = STEPPERS[family_of(given).name]
-        except (KeyError, TypeError):
-            raise TypeError(
-                f"checkpoint must be a name, a path, a Checkpoint or a meta-optimizer, got {type(given).__name__}"
-            ) from None
-        linears, mlp = read_sequential(model, framed=kind is not FlatStepper)
-        self.stepper = kind(given, linears, mlp)
+        family = family_of(given).name
+        if family not in _STEPPERS:
+            raise ConfigError(f"the family {family!r} cannot step a model: it has no stepper (register_stepper)")
+        kind = _STEPPERS[family]
+        self.stepper = kind(given, *read_sequential(model, framed=kind.framed))
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, **self.stepper.defaults}
         defaults |= {"max_drift": max_drift, "drift": 0.0, "rolled_back": 0}
         super().__init__(model.parameters() if params is None else params, defaults)

@@ -91,13 +91,20 @@ class Stepper(ABC):
         mlp: The model's shape.
         capture: What its passes show. A stepper sets beforehand what the next ones are to be asked for.
         defaults: Settings of parameter groups that this family has beside those of all.
+        framed: Whether modules before the first and behind the last layer may be no part of its network.
+
+    Args:
+        meta: The meta-optimizer.
+        linears: The model's layers.
+        mlp: Their shape.
     """
 
     meta: nn.Module
     defaults: Mapping[str, Any] = {}
+    framed = True
 
-    def __init__(self, linears: list[nn.Linear], mlp: MLP) -> None:
-        self.mlp = mlp
+    def __init__(self, meta: Any, linears: list[nn.Linear], mlp: MLP) -> None:
+        self.meta, self.mlp = meta, mlp
         self.capture = Capture(linears)
 
     @abstractmethod
