@@ -99,6 +99,8 @@ def save(
         ...     load(Path(folder) / "constant").scores
         {'loss': 1.0}
     """
+    if isinstance(optimizer, Checkpoint):
+        raise TypeError("optimizer must be a meta-optimizer, got Checkpoint: give checkpoint.optimizer")
     family, method = family_of(optimizer), cast("Any", optimizer).config
     config: dict[str, Any] = {
         "format": FORMAT,

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -314,6 +315,50 @@ def test_weight_decay_is_decoupled_and_belongs_to_a_group():
         other.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_a_step_that_is_not_made_leaves_the_weights_alone():
+    model = network()
+    optimizer = optimizer_of(model, weight_decay=0.1)
+    train(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    model(X[:0]).sum().backward()  # an empty batch
+    optimizer.step()
+    optimizer.zero_grad()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(MetateleError, match="no gradient was taken"):
+        optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+    train(model, optimizer)
+
+
+def test_most_batches_must_be_small_for_a_warning():
+    def sizes(*counts):
+        model = network()
+        optimizer = optimizer_of(model)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for step, count in enumerate(counts):
+                optimizer.zero_grad()
+                at = (torch.arange(count) + 7 * step) % 64
+                functional.cross_entropy(model(X[at]), Y[at]).backward()
+                optimizer.step()
+        return [str(w.message) for w in seen if "too noisy" in str(w.message)]
+
+    assert not sizes(*[48, 48, 5] * 5)  # the last of an epoch
+    (said,) = sizes(*[48] * 3, *[8] * 12)
+    assert said.startswith("batches of 8 samples")
+    assert "take at least 32 samples" in said
+
+
+def test_what_is_no_model_is_one_sentence():
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got generator"):
+        metatele.LearnedOptimizer(network().parameters())
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got NoneType"):
+        metatele.TeleportOptimizer(torch.optim.Adam(network().parameters()), None, at=[0])
 
 
 def test_maximizing_minus_a_loss_is_minimizing_it(expected):

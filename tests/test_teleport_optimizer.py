@@ -18,6 +18,7 @@ from metatele.geometry import GradientNorm
 from metatele.optim.state import metric_of
 from metatele.optim.teleport import batch_landscape
 from metatele.teleport import Ascent
+from metatele.teleport.ascent import USUAL_CHANGE
 
 # Every optimizer of torch.optim that takes dense gradients, with settings under which its state is at work.
 OPTIMIZERS = {
@@ -372,7 +373,7 @@ def test_images_are_flattened_and_ends_belong_to_the_loss():
 def test_batches_of_one_s_own_are_teleported_on_in_a_row():
     model, base, x, y = make(dtype=torch.float64)
     data = [(torch.randn(5, 8).double(), torch.randn(5, 3).double()) for _ in range(3)]
-    move = metatele.GradientNormAscent()
+    move = Ascent(max_change=USUAL_CHANGE)
     optimizer = metatele.TeleportOptimizer(
         base, model, move, at=[0], batches=lambda: data, loss_fn=nn.functional.mse_loss
     )
@@ -401,7 +402,7 @@ def test_accumulated_passes_are_teleported_on_together():
 def test_teleport_is_what_the_mathematics_says():
     model, _, x, y = make(dtype=torch.float64)
     landscape = batch_landscape(model, x, y, nn.functional.mse_loss)
-    move = Ascent(objective=GradientNorm(), steps=4)
+    move = Ascent(objective=GradientNorm(), steps=4, max_change=USUAL_CHANGE)
     expected = move(landscape, flat(model)).weights
     report = metatele.teleport_(model, x, y, nn.functional.mse_loss, steps=4)
     torch.testing.assert_close(flat(model), expected)

@@ -66,11 +66,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Compiled models, ``DataParallel``, ``DistributedDataParallel``, Fabric's and Accelerate's wrappers and modules of
     one's own may lie around it.
 
+    Raises:
+        TypeError: It is no module.
+
     Example:
         >>> inside = nn.Sequential(nn.Linear(3, 2))
         >>> unwrapped(nn.DataParallel(inside)) is inside
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     own = {id(p) for p in model.parameters()}
     for module in model.modules():  # from outside to inside
         if _is_plain_sequential(module) and {id(p) for p in module.parameters()} == own:

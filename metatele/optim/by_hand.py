@@ -43,6 +43,10 @@ def batch_landscape(
         True
     """
     linears, mlp = read_sequential(model, framed=True)
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs must be a tensor [n, ...], got {type(inputs).__name__}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (outputs, targets), got {loss_fn!r}")
     if not inputs.numel() or inputs.ndim < 2:
         raise ShapeMismatchError(f"a teleport needs a batch [n, ...] of at least one sample, got {tuple(inputs.shape)}")
     modules = [module for _, module in flat_modules(unwrapped(model))]
@@ -60,8 +64,9 @@ def batch_landscape(
         for module in tail:
             outputs = module(outputs)
         result = loss_fn(outputs, wanted)
-        if result.ndim:
-            raise ShapeMismatchError(f"loss_fn must give a scalar, got shape {tuple(result.shape)}")
+        if not isinstance(result, Tensor) or result.ndim:
+            got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise ShapeMismatchError(f"loss_fn must give a scalar tensor, got {got}")
         return result
 
     own = linears[0].weight.dtype

@@ -19,6 +19,7 @@ from metatele.network.use import Fingerprint, Moment, Use
 from metatele.optim.steppers import Memory, Situation, Stepper
 from metatele.perceptron.mlp import MLP
 
+_JUDGED = 4  # mini-batches, before it is said that most are small
 _LARGE = 2**30  # bytes of state that are worth a warning
 _MOTION = "motion."  # in the names of the records, where these two are
 _SPLIT = ("velocity", "direction")  # have a column for a bias, which lies with the bias
@@ -40,7 +41,7 @@ class EquivariantStepper(Stepper):
         self._states: EquivariantStates | None = None
         self._stored = True  # whether the optimizer's memory has them
         self._read = False  # whether they were looked for there
-        self._warned = False
+        self._warned, self._batches, self._small = False, 0, 0
         self._watch()
         needed = meta.state_bytes(mlp)
         if needed > _LARGE:
@@ -52,27 +53,24 @@ class EquivariantStepper(Stepper):
 
     # --- a step
 
-    def advance(self, at: Situation) -> None:
+    def advance(self, at: Situation) -> bool:
         """Teleport, step, pull back."""
+        if not self.capture.ended and self.capture.seen and self.capture.group is None:
+            return False
         states = self._known(at)
         opened = bool((at.group.get(NETWORK) or {}).get("opened"))
         # Part of the way, or part of the layers, would not keep the outputs.
         if states is None and not opened and self.meta.opens(self.mlp) and all(rate == 1 for rate in at.rates):
             self._open(at)
-            return
+            return True
         if states is not None and at.momentum != 1:
             motion = states.motion._replace(velocity=[at.momentum * v for v in states.motion.velocity])
             states = states.but(motion=motion)
         seen = self._seen(at, states)
+        at.decay_()
         done = self.meta.step(seen, states, spend=True)
-        fewest = self.meta.config.fewest
-        if done.states.averaged == 2 and 2 * seen.samples < fewest and not self._warned:  # the second that differs
-            self._warned = True
-            warnings.warn(
-                f"batches of {seen.samples} samples are too noisy for a learned optimizer of this family, which may "
-                f"come to stand still: take at least {fewest} samples, or step after several backward passes",
-                stacklevel=6,
-            )
+        if done.states.averaged > 1:  # batches differ
+            self._judge(seen.samples)
         at.group["rolled_back"] += int(done.shortened)
         for parameters, rates, change in zip(
             self.by_layer(at.parameters), self.by_layer(at.rates), done.changes, strict=True
@@ -82,12 +80,27 @@ class EquivariantStepper(Stepper):
                     p.add_(part, alpha=rate)
         self._states, self._stored = done.states, False
         self._watch()
+        return True
+
+    def _judge(self, samples: int) -> None:
+        """Warn once if most mini-batches are smaller than any that the family was trained on; a last one may be."""
+        fewest = self.meta.config.fewest
+        small = 2 * samples < fewest
+        self._batches, self._small = self._batches + 1, self._small + small
+        if small and self._batches >= _JUDGED and 2 * self._small > self._batches and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"batches of {samples} samples are too noisy for a learned optimizer of this family, which may "
+                f"come to stand still: take at least {fewest} samples, or step after several backward passes",
+                stacklevel=7,
+            )
 
     def _open(self, at: Situation) -> None:
         """The teleport before the first step."""
         inputs = self.capture.inputs(at.dtype)
         if inputs is None:
             raise self.missing("a step")
+        at.decay_()
         opened = self.meta.opening(self.mlp, at.weights[None], inputs)
         at.group["rolled_back"] += int(not opened.moved)
         at.write(opened.weights[0])

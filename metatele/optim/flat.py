@@ -32,32 +32,36 @@ class FlatStepper(Stepper):
         super().__init__(meta, linears, mlp)
         self.capture.wanted = Wanted(data=meta.teleport is not None)
 
-    def advance(self, at: Situation) -> None:
+    def advance(self, at: Situation) -> bool:
         """One local move and one teleport."""
-        weights, inputs = at.weights, None
+        inputs = None
         if self.meta.teleport is not None and at.whole:
             inputs = self.capture.inputs(at.dtype)
+            if inputs is None and self.capture.seen:
+                return False
             if inputs is None:
                 raise self.missing("a teleport")
             inputs = inputs.unsqueeze(0)
             if not bool(torch.isfinite(inputs).all()):
                 at.group["rolled_back"] += 1
                 inputs = None
-        home = self._home(at.group)
+        at.decay_()
+        weights, home = at.weights, self._home(at.group)
         states = read_states(at.memory.get(home, {}), self.meta).map(lambda t: t.to(weights.device))
         gradient = at.flat(at.gradients)
         done = self.meta.step(weights[None], gradient[None], states, inputs, local_scale=at.scale)
         at.memory[home].update(write_states(done.states))
         if inputs is None:
             at.write(done.weights[0])
-            return
+            return True
         before, after = self.mlp.unflatten(done.local), self.mlp.unflatten(done.weights)
         at.group["drift"] = float(drift(self.mlp, before, after, inputs))
         if bool(torch.isfinite(done.weights).all()) and at.group["drift"] <= at.group["max_drift"]:
             at.write(done.weights[0])
-            return
+            return True
         at.group["rolled_back"] += 1
         at.write(done.local[0])
+        return True
 
     @staticmethod
     def _home(group: dict[str, Any]) -> nn.Parameter:

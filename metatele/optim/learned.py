@@ -17,7 +17,7 @@ from metatele.learned import EquivariantOptimizer, MetaOptimizer, family_of
 from metatele.named import named_checkpoint
 from metatele.network.capture import Capture
 from metatele.network.ranks import refuse_sharded
-from metatele.network.sequential import parameters_of, read_sequential
+from metatele.network.sequential import parameters_of, read_sequential, unwrapped
 from metatele.optim.equivariant import EquivariantStepper
 from metatele.optim.flat import FlatStepper
 from metatele.optim.steppers import Situation, Stepper
@@ -126,7 +126,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"lr must be zero or positive, got {lr}")
         if not max_drift > 0:
             raise ValueError(f"max_drift must be positive, got {max_drift}")
-        refuse_sharded(model.parameters(), "LearnedOptimizer")
+        refuse_sharded(unwrapped(model).parameters(), "LearnedOptimizer")
         if checkpoint is None:
             checkpoint = checkpoints.load(named_checkpoint("transfer"))  # also where a folder has this name
         elif isinstance(checkpoint, str | Path):
@@ -227,15 +227,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if weight.device != device:
             self.meta.to(device)  # the model was moved after the optimizer was made
         sign = -1.0 if first["maximize"] else 1.0
-        at = Situation(parameters, rates, sign, first.get("momentum", 1.0), self._memory, first, weight.dtype)
+        decays = [0.0 if group is None else float(group["weight_decay"]) for group in groups]
+        momentum = first.get("momentum", 1.0)
+        at = Situation(parameters, rates, decays, sign, momentum, self._memory, first, weight.dtype)
         if not any(rates):
             self._count(advance=0)
             self.stepper.idle(at)
             return
-        for p, rate, group in zip(parameters, rates, groups, strict=True):
-            if rate and group is not None and group["weight_decay"]:
-                p.mul_(1 - rate * group["weight_decay"])
-        self.stepper.advance(at)
+        if not self.stepper.advance(at):
+            return
         self._count(advance=1)
 
     def _count(self, advance: int) -> None:

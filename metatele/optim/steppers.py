@@ -27,6 +27,7 @@ class Situation:
     Attributes:
         parameters: Those of the layers, in their order.
         rates: Factor on the update of each; zero where it does not move.
+        decays: Decoupled weight decay of each.
         sign: -1 where the objective is to be maximized.
         momentum: Factor on the momentum.
         memory: What the optimizer keeps for each parameter.
@@ -36,6 +37,7 @@ class Situation:
 
     parameters: Sequence[nn.Parameter]
     rates: Sequence[float]
+    decays: Sequence[float]
     sign: float
     momentum: float
     memory: Memory
@@ -75,6 +77,12 @@ class Situation:
             [torch.full_like(p, r, dtype=self.dtype) for p, r in zip(self.parameters, self.rates, strict=True)]
         )
 
+    def decay_(self) -> None:
+        """Shrink the parameters that move, as AdamW does before its step: once it is sure that there is one."""
+        for p, rate, decay in zip(self.parameters, self.rates, self.decays, strict=True):
+            if rate and decay:
+                p.mul_(1 - rate * decay)
+
     def write(self, flat: Tensor) -> None:
         """Put the parameters that move where a vector says."""
         parts = flat.split([p.numel() for p in self.parameters])
@@ -108,8 +116,8 @@ class Stepper(ABC):
         self.capture = Capture(linears)
 
     @abstractmethod
-    def advance(self, at: Situation) -> None:
-        """Move the parameters, and remember."""
+    def advance(self, at: Situation) -> bool:
+        """Move the parameters, and remember; whether there was a step, which an empty batch makes none of."""
 
     def idle(self, at: Situation) -> None:  # noqa: B027 (there is nothing to save by default)
         """Memories of a model that has not moved, so that there are some to save."""

@@ -15,7 +15,7 @@ from metatele.errors import ConfigError, MetateleError, ShapeMismatchError, Unsu
 from metatele.geometry import GradientNorm, Landscape
 from metatele.network import ranks
 from metatele.network.capture import NOTHING, Capture, Wanted
-from metatele.network.sequential import parameters_of, read_sequential
+from metatele.network.sequential import parameters_of, read_sequential, unwrapped
 from metatele.optim.by_hand import LossFunction, batch_landscape, teleport_
 from metatele.optim.conjugate import Conjugation
 from metatele.optim.state import ADAPTIVE, STRATEGIES, carried_tensors, carry_state, metric_of, reset_state_
@@ -125,7 +125,7 @@ class TeleportOptimizer(Wrapper):
             raise ConfigError("base teleports already: give one TeleportOptimizer all the steps in at or every")
         if not (teleport is None or isinstance(teleport, TeleportMove)):
             raise TypeError(f"teleport must be a teleport move, got {type(teleport).__name__}")
-        ranks.refuse_sharded(model.parameters(), "TeleportOptimizer")
+        ranks.refuse_sharded(unwrapped(model).parameters(), "TeleportOptimizer")
         linears, mlp = read_sequential(model, framed=True)
         if not mlp.hidden_widths:
             raise UnsupportedModelError("a teleport needs a hidden layer, and the model has a single Linear")

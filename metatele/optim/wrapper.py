@@ -72,9 +72,13 @@ def schedule(at: Iterable[int] | None, every: int | None) -> tuple[frozenset[int
         return None, number
     assert at is not None
     try:
-        steps = frozenset(at)
+        given = list(at)
     except TypeError:
         raise ConfigError(f"at must be a collection of steps, got {at!r}") from None
-    if not all(hasattr(s, "__index__") and operator.index(s) >= 0 for s in steps):
+    try:
+        steps = frozenset(operator.index(step) for step in given)  # of 0-d tensors too, which hash by identity
+    except TypeError:
+        steps = frozenset({-1})
+    if any(step < 0 for step in steps):
         raise ConfigError(f"at must hold whole numbers, zero or more, got {at!r}")
     return steps, None

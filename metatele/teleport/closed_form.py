@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ class Rescaling(TeleportMove):
             ``‖∇v‖ = ‖∇u‖``, the least gradient norm. ``raise-gradients``: of the two ends of the
             allowed interval the one with the larger gradient norm (it is convex in log s, so has no maximum
             inside).
-        radius: Largest ``|log s|``.
+        radius: Largest ``|log s|``; 5 if not given; 0.5 for ``raise-gradients``, which goes so far with each unit.
 
     Example:
         >>> from metatele.perceptron.activations import LeakyReLU
@@ -137,7 +138,7 @@ class Rescaling(TeleportMove):
     """
 
     goal: str = "balance-weights"
-    radius: float = 5.0
+    radius: float = cast("float", None)
     action: str = "rescaling"
 
     def __post_init__(self) -> None:
@@ -147,6 +148,8 @@ class Rescaling(TeleportMove):
             raise ConfigError(f"goal must be one of {', '.join(GOALS)}, got {self.goal!r}")
         if self.action != "rescaling":
             raise ConfigError(f"Rescaling has the action rescaling, got {self.action!r}")
+        if self.radius is None:
+            object.__setattr__(self, "radius", 0.5 if self.goal == "raise-gradients" else 5.0)
         finite_radius(self.radius)
 
     def legs(self, start: Point, movable: Sequence[bool]) -> Course:

@@ -85,7 +85,8 @@ class Report(NamedTuple):
         """Of a teleport of one network that was not tried: its numbers are not known."""
         unknown, zero = torch.full_like(like, torch.nan), torch.zeros_like(like)
         reasons = torch.full(like.shape, int(reason), dtype=torch.int64, device=like.device)
-        return Report(unknown, unknown, unknown, unknown, zero, ~zero.bool(), 0, 0.0, reasons)
+        rolled_back = reasons == int(Reason.INPUTS)  # counted as such; where nothing may move, nothing was taken back
+        return Report(unknown, unknown, unknown, unknown, zero, rolled_back, 0, 0.0, reasons)
 
     def numbers(self) -> Tensor:
         """All of one network's in one vector ``[9]`` of double precision, to be sent to other processes."""
