@@ -413,7 +413,7 @@ def test_what_cannot_be_done_is_one_clear_error():
     model, optimizer, closure, _ = make()
     closure()
     optimizer.capture.clear()
-    with pytest.raises(MetateleError, match="no gradient was taken"):
+    with pytest.raises(MetateleError, match=r"no layer of the model has been called|no gradient was taken"):
         optimizer.step()
     optimizer.zero_grad()
     model(torch.randn(9, 4)).sum().backward()

@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from replicas_under_ddp import trained, work
 
-CASES = ("fresh batches", "one batch", "opening", "accumulated", "wrapped", "flat", "empty shares")
+CASES = ("fresh batches", "one batch", "opening", "accumulated", "wrapped", "flat", "empty shares", "evaluations")
 
 
 @pytest.fixture(scope="module", params=[2, 3])

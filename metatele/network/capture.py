@@ -58,6 +58,7 @@ class Wanted:
 
 
 NOTHING = Wanted()
+_PENDING = 8  # backward passes that have not reached a parameter, and may yet
 
 
 @dataclass
@@ -71,6 +72,7 @@ class _Pass:
         outputs: The last layer's.
         gradient: What came back to them; of several backward passes their sum.
         product: ``Σ δhᵀ`` of the last layer.
+        group: Of the ``DistributedDataParallel`` that made it.
     """
 
     number: int
@@ -79,6 +81,7 @@ class _Pass:
     outputs: Tensor | None = None
     gradient: Tensor | None = None
     product: Tensor | None = None
+    group: ranks.Group | None = None
 
 
 @dataclass
@@ -113,7 +116,7 @@ class Capture:
 
     Attributes:
         wanted: What the next passes are to be asked for; :data:`NOTHING` costs nothing.
-        group: Of the ``DistributedDataParallel`` that made the last pass.
+        group: Of the ``DistributedDataParallel`` that made the last pass that counts.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -183,7 +186,6 @@ class Capture:
             return
         inside = _backward_number() >= 0  # recomputes what checkpointing had dropped
         if first and not inside:
-            self.group = ranks.active_group()
             self._listen()
             if self._counted and not any(
                 p is not None and p.is_leaf and p.grad is not None and bool(p.grad.any())
@@ -194,7 +196,7 @@ class Capture:
             # Also without gradients: reentrant checkpointing makes its passes like that.
             self._number += 1
             data = given.detach() if wanted.data or wanted.fingerprint else None
-            self._current[threading.get_ident()] = _Pass(self._number, data)
+            self._current[threading.get_ident()] = _Pass(self._number, data, group=ranks.active_group())
         if not torch.is_grad_enabled():
             return
         passed = self._current.get(threading.get_ident()) if last else None
@@ -208,7 +210,7 @@ class Capture:
             use.square = output.detach().square().mean()
         use.columns = output.numel() // max(1, output.shape[-1])
         if passed is not None:
-            passed.outputs = output.detach() if wanted.ends else None
+            passed.outputs = output.detach().clone() if wanted.ends else None  # a loss may scale it in place
             if passed.data is not None and not self._first_moves:
                 passed.data = passed.data.clone()  # nothing else holds on to it, and a loop may use its buffer again
         # Of an output with several leading dimensions, a view, a later in-place activation would drop the hook.
@@ -242,6 +244,8 @@ class Capture:
                     passed.fingerprint = Fingerprint.of(_columns(passed.data, wanted.dtype)[None])
                 passed.data = passed.data.clone() if wanted.data else None
         self._pending.setdefault(_backward_number(), []).append((use, gradient.detach(), errors))
+        if len(self._pending) > _PENDING:  # of attacks or penalties, say, that reach no parameter
+            self._pending.pop(next(iter(self._pending)))
         if not self.accumulated:
             self._count()
 
@@ -256,12 +260,13 @@ class Capture:
             if errors is not None:
                 use.errors.append(errors)
             if use.of is not None:
+                self.group = use.of.group
                 old = use.of.gradient
                 use.of.gradient = gradient if old is None else old + gradient
 
     def clear(self) -> None:
         """Forget what was seen."""
-        self._counted, self._pending, self._current = [], {}, {}
+        self._counted, self._pending, self._current, self._called = [], {}, {}, False
 
     # --- what was seen
 
@@ -271,8 +276,8 @@ class Capture:
         if not self._counted and self._pending:  # gradients taken by autograd.grad
             last = len(self.linears) - 1
             through = [came for came in self._pending.values() if any(use.layer == last for use, _, _ in came)]
-            if through:
-                self._take(through[-1])
+            if len(through) == 1:  # of several, who knows which one the gradients are of
+                self._take(through[0])
                 self._pending = {}
         found = [use.of for use in self._counted if use.of is not None and use.columns]
         return sorted(found, key=lambda one: one.number)
@@ -293,8 +298,13 @@ class Capture:
             return "the batch was empty"
         if not self._called:
             return (
-                "no layer of the model has been called since the optimizer was made: its weights are used elsewhere, "
-                "in F.linear, functional_call or an exported graph, say"
+                "no layer of the model has been called since the last step or zero_grad: its weights are used "
+                "elsewhere, in F.linear, functional_call or an exported graph, say"
+            )
+        if len(self._pending) > 1:
+            return (
+                "gradients were taken by several calls of torch.autograd.grad since the last step or zero_grad: use "
+                "backward(), or zero_grad() before the call whose gradients are to be stepped on"
             )
         if self._pending:
             return "the loss reached no output of the last layer, as one of derivatives alone does not"

@@ -26,7 +26,14 @@ def active_group() -> Group | None:
     from torch.nn.parallel import DistributedDataParallel
 
     wrapper = DistributedDataParallel._active_ddp_module
-    group = None if wrapper is None else wrapper.process_group
+    if wrapper is None:
+        return None
+    if wrapper._join_config.enable:
+        raise UnsupportedModelError(
+            "the optimizer's steps are those of all ranks together, which a rank that has joined makes none of: train "
+            "without DistributedDataParallel.join, with as many batches on each rank"
+        )
+    group = wrapper.process_group
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 

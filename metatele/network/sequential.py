@@ -136,7 +136,10 @@ def read_sequential(model: nn.Module, framed: bool = False) -> tuple[list[nn.Lin
             if linears and len(between) < len(linears):
                 raise UnsupportedModelError(f"layer {path!r} follows another Linear without an activation")
             if set(module._parameters) != {"weight", "bias"}:  # pruned or normalised by hooks, say
-                raise UnsupportedModelError(f"layer {path!r} is not a plain Linear: its weight is computed from others")
+                raise UnsupportedModelError(
+                    f"layer {path!r} is not a plain Linear: its weight is computed from others; make that permanent "
+                    "first, by torch.nn.utils.prune.remove for instance"
+                )
             if id(module.weight) in paths:
                 raise UnsupportedModelError(f"layers {paths[id(module.weight)]!r} and {path!r} share a weight")
             paths[id(module.weight)] = path

@@ -152,7 +152,8 @@ def teleport_(
         "max_drift": max_drift,
     }
     chosen = _chosen(move, objective, {name: value for name, value in given.items() if value is not None})
-    with torch.inference_mode(False), torch.no_grad():
+    device = next(model.parameters()).device.type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         if isinstance(inputs, Tensor) and inputs.is_inference():
             inputs = inputs.clone()
         if isinstance(targets, Tensor) and targets.is_inference():

@@ -248,6 +248,12 @@ class EquivariantStepper(Stepper):
         old = next((stored for stored in state.values() if "counters" in stored or "opened" in stored), None)
         if old is not None:
             return self._upgraded(state_dict, old, parameters)
+        steps = [float(stored["step"]) for stored in state.values() if "step" in stored]
+        if any(steps) and not state_dict["param_groups"][0].get(NETWORK):
+            raise ShapeMismatchError(
+                "the state counts steps and holds no memories of them, as when it was read into the state of an "
+                "optimizer that had made none: load it whole, by torch.load and load_state_dict"
+            )
         for number, stored in state.items():
             if number not in parameters:
                 continue

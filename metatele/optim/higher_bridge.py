@@ -42,7 +42,8 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
         super().__init__(other, reference_params, fmodel=fmodel, **settings)
         self._meta = other.meta
         self._states = states_of(other.state, other.param_groups[0], other.meta)
-        linears = read_sequential(other.model)[0]
+        linears, mlp = read_sequential(other.model)
+        self._size = mlp.num_parameters
         paths = {module: path for path, module in other.model.named_modules()}
         patched = dict(fmodel.named_modules())
         self._capture = Capture([patched[paths[linear]] for linear in linears], accumulated=False)
@@ -60,8 +61,8 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
         )
         parameters = [self.param_groups[g]["params"][i] for _, g, i in slots]
         gradients = [grouped_grads[g][i] for _, g, i in slots]
-        if any(gradient is None for gradient in gradients):
-            raise MetateleError("every parameter of the model must receive a gradient")
+        if any(gradient is None for gradient in gradients) or sum(p.numel() for p in parameters) != self._size:
+            raise MetateleError("every parameter of the model must be the optimizer's and receive a gradient")
         dtype = next(self._meta.parameters()).dtype
         inputs = None
         if self._meta.teleport is not None and all(float(group["lr"]) != 0 for group in self.param_groups):

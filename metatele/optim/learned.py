@@ -180,6 +180,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     raise ConfigError(f"a parameter group has no setting {name!r}; it has {settings}")
             if not 0 <= float(group["weight_decay"]) < math.inf:
                 raise ConfigError(f"weight_decay must be zero or positive, got {group['weight_decay']}")
+            if float(group["lr"]) * float(group["weight_decay"]) >= 1:
+                raise ConfigError(
+                    f"lr times weight_decay must be below 1, what is left of the weights after a step, got "
+                    f"{float(group['lr']) * float(group['weight_decay'])}"
+                )
             if bool(group["maximize"]) != bool(self.param_groups[0]["maximize"]):
                 raise ConfigError("maximize must be the same for all parameter groups: a step is of the whole network")
             for p in group["params"]:
@@ -202,7 +207,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            self._advance()
+            with torch.autocast(self.capture.linears[0].weight.device.type, enabled=False):
+                self._advance()
         finally:
             self.capture.clear()
         return loss

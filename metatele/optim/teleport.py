@@ -254,26 +254,39 @@ class TeleportOptimizer(Wrapper):
                 return given()
 
         # Without a closure gradients and passes are there before the step, with one they come in it.
-        seen = self._seen(due) if closure is None else None
+        with self._plain():
+            seen = self._seen(due) if closure is None else None
         loss = self.base.step() if closure is None else self.base.step(closure)
-        moving, batch = self._seen(due) if seen is None else seen
         try:
-            if any(moving) and listening:
-                whole = self._is_all_the_data()
-                if due:
-                    self._teleport(moving, batch, whole)
+            with self._plain():
+                moving, batch = self._seen(due) if seen is None else seen
+                if any(moving) and listening:
+                    whole = self._is_all_the_data()
+                    if due:
+                        self._teleport(moving, batch, whole)
         finally:
-            self.param_groups[0]["teleport_steps"] += any(moving)
+            self.param_groups[0]["teleport_steps"] += any(self._moving())
             self._capture.clear()
             self._watch()
         return loss
 
+    def _plain(self) -> torch.autocast:
+        """Without the caller's autocast: a step may be made in one, and is not to be rounded by it."""
+        return torch.autocast(self._linears[0].weight.device.type, enabled=False)
+
     def _conjugated(self, closure: Callable[[], Any] | None) -> Any:
-        """A step at the whitened point, pulled back."""
+        """A step at the whitened point, pulled back; returns the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with self._plain():
+            self._step_whitened()
+        self._capture.clear()
+        self._watch()
+        return loss
+
+    def _step_whitened(self) -> None:
         begin_s = time.perf_counter()
         moving, batch = self._seen(due=True)
         if any(moving) and self._conjugation is not None:
@@ -299,9 +312,6 @@ class TeleportOptimizer(Wrapper):
             self.report = TeleportReport.of(report, self.teleport.measured.name, loss_known=False)
             self.param_groups[0]["teleport_steps"] += 1
             self.param_groups[0]["teleports"] += usable
-        self._capture.clear()
-        self._watch()
-        return loss
 
     def _squared_gradient(self, like: Tensor) -> Tensor:
         """``‖∇L‖²`` of all parameters, as they and their gradients now are."""
@@ -350,25 +360,25 @@ class TeleportOptimizer(Wrapper):
             report = result.report
             teleports += int(report.reasons == Reason.MOVED)
             rolled_back += int(report.rolled_back)
-            if self._strategy == "transport":
+            if self._rule == "transport":
                 carry_state(self.base, parameters, self._mlp, flat, result)
             flat = result.weights
         if self._capture.group is not None:
             # The first rank's word: random moves differ by rank, and so may batches.
             told = torch.cat([report.numbers(), report.numbers().new_tensor([teleports, rolled_back])])
-            state = carried_tensors(self.base, parameters) if self._strategy == "transport" else []
+            state = carried_tensors(self.base, parameters) if self._rule == "transport" else []
             ranks.broadcast_([flat, told, *state], self._capture.group)
             report, teleports, rolled_back = Report.of_numbers(told[:-2]), int(told[-2]), int(told[-1])
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.copy_(part.view_as(p))
-        if teleports and self._strategy == "reset":
+        if teleports and self._rule == "reset":
             reset_state_(self.base)
         group["teleports"] += teleports
         group["teleports_rolled_back"] += rolled_back
         self.report = TeleportReport.of(report, move.measured.name, self.batches is not None)
 
     @property
-    def _strategy(self) -> str:
+    def _rule(self) -> str:
         """L-BFGS's pairs belong to the old point: they cannot be carried."""
         lost = self.strategy == "transport" and isinstance(self.base, torch.optim.LBFGS)
         return "reset" if lost else self.strategy
