@@ -18,8 +18,9 @@ import metatele
 from metatele.config import EquivariantConfig
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError, UnsupportedModelError
 from metatele.learned import EquivariantOptimizer
-from metatele.network.capture import Capture, Wanted
+from metatele.network.capture import Capture
 from metatele.network.sequential import unwrapped
+from metatele.network.wanted import Wanted
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
 Y = torch.randint(3, (64,), generator=torch.Generator().manual_seed(2))

@@ -22,42 +22,9 @@ from torch import Tensor, nn
 from metatele.network import ranks
 from metatele.network.bias import with_ones
 from metatele.network.hook import listen
-from metatele.network.use import RANK, WIDEST, Fingerprint, Moment, Use
+from metatele.network.use import Fingerprint, Moment, Use
+from metatele.network.wanted import NOTHING, Wanted
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """What of the next passes will be asked for.
-
-    Attributes:
-        data: The first layer's inputs, whole.
-        ends: The last layer's outputs.
-        product: ``Σ δhᵀ`` of the last layer, to compare it with its gradient at the step.
-        fingerprint: Sums by which the data are known again.
-        moments: Numbers of the layers whose second moments are.
-        squares: Mean squares of every layer's outputs.
-        dtype: What moments and sums are computed in.
-        widest: Rows up to which a moment is kept whole.
-        rank: Columns of the factor of a wider one.
-    """
-
-    data: bool = False
-    ends: bool = False
-    product: bool = False
-    fingerprint: bool = False
-    moments: frozenset[int] = frozenset()
-    squares: bool = False
-    dtype: torch.dtype = torch.float32
-    widest: int = WIDEST
-    rank: int = RANK
-
-    @property
-    def anything(self) -> bool:
-        """Whether a pass is looked at."""
-        return self.data or self.ends or self.fingerprint or self.squares or bool(self.moments)
-
-
-NOTHING = Wanted()
 _PENDING = 8  # backward passes that have not reached a parameter, and may yet
 
 

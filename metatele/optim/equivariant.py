@@ -14,8 +14,8 @@ from metatele.learned import EquivariantOptimizer, EquivariantStates, Observatio
 from metatele.learned.equivariant.observation import Wants, inner
 from metatele.learned.equivariant.old_states import read_old
 from metatele.network import bias
-from metatele.network.capture import Wanted
 from metatele.network.use import Fingerprint, Moment, Use
+from metatele.network.wanted import Wanted
 from metatele.optim.steppers import Memory, Situation, Stepper
 from metatele.perceptron.mlp import MLP
 

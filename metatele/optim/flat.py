@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from metatele.errors import ShapeMismatchError
 from metatele.learned import LSTMState, MetaOptimizer, MoveStates
-from metatele.network.capture import Wanted
 from metatele.network.sequential import describe
+from metatele.network.wanted import Wanted
 from metatele.optim.steppers import Memory, Situation, Stepper
 from metatele.perceptron.mlp import MLP
 from metatele.symmetry import drift

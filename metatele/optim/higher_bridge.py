@@ -17,8 +17,9 @@ import torch
 from metatele.errors import MetateleError
 from metatele.extras import require_modules
 from metatele.learned import MetaOptimizer
-from metatele.network.capture import NOTHING, Capture, Wanted
+from metatele.network.capture import Capture
 from metatele.network.sequential import read_sequential
+from metatele.network.wanted import NOTHING, Wanted
 from metatele.optim.flat import states_of
 from metatele.optim.learned import LearnedOptimizer
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError, UnsupportedModelError
 from metatele.geometry import GradientNorm, Landscape
 from metatele.network import ranks
-from metatele.network.capture import NOTHING, Capture, Wanted
+from metatele.network.capture import Capture
 from metatele.network.sequential import parameters_of, read_sequential, unwrapped
+from metatele.network.wanted import NOTHING, Wanted
 from metatele.optim.by_hand import LossFunction, batch_landscape, teleport_
 from metatele.optim.conjugate import Conjugation
 from metatele.optim.state import ADAPTIVE, STRATEGIES, carried_tensors, carry_state, metric_of, reset_state_
