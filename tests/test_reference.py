@@ -1,9 +1,12 @@
 """The fast equivariant step against the same in plain formulas, in float64."""
 
+import math
+
 import pytest
 import torch
 
-from metatele.config import EquivariantConfig
+from metatele import checkpoint
+from metatele.config import SENSES, EquivariantConfig
 from metatele.learned import EquivariantOptimizer, Observation
 from metatele.learned.equivariant import reference
 from metatele.learned.equivariant.observation import joined, parted
@@ -29,24 +32,24 @@ def learned(seed=0, **settings):
     return optimizer
 
 
-def fitting(mlp, loss, samples=60, batch_size=0, seed=0):
+def fitting(mlp, loss, samples=60, batch_size=0, seed=0, count=1):
     random = torch.Generator().manual_seed(seed)
-    X = torch.randn(1, mlp.widths[0], samples, generator=random, dtype=torch.float64)
-    Y = torch.randn(1, mlp.widths[-1], samples, generator=random, dtype=torch.float64)
-    w = usual_weights(mlp, 1, random).double()
+    X = torch.randn(count, mlp.widths[0], samples, generator=random, dtype=torch.float64)
+    Y = torch.randn(count, mlp.widths[-1], samples, generator=random, dtype=torch.float64)
+    w = usual_weights(mlp, count, random).double()
     return Fitting(mlp, X, Y.argmax(-2) if isinstance(loss, CrossEntropy) else Y, w, loss, batch_size)
 
 
-def plainly(done, factor):
-    """What the reference is told of a pass."""
-    inputs = [with_ones(h[0]) if b else h[0] for h, b in zip(done.hidden, done.mlp.biases, strict=True)]
+def plainly(done, factor, b):
+    """What the reference is told of a pass of one trajectory."""
+    hidden = [h[b] for h in done.hidden]
     return reference.Seen(
-        [W[0] for W in joined(done.weights)],
-        [G[0] for G in joined(done.gradient())],
-        inputs,
-        [factor * e[0] for e in done.errors],
-        [z[0] for z in done.pre],
-        done.hidden[0][0],
+        [W[b] for W in joined(done.weights)],
+        [G[b] for G in joined(done.gradient())],
+        [with_ones(h) if bias else h for h, bias in zip(hidden, done.mlp.biases, strict=True)],
+        [factor * e[b] for e in done.errors],
+        [z[b] for z in done.pre],
+        torch.cat(list(done.hidden[0]), -1),  # a batch of several trajectories is known again by all its samples
     )
 
 
@@ -60,26 +63,38 @@ def quickly(done, factor, config):
     return seen._replace(error=factor * seen.error, uses=uses)
 
 
-def compared(optimizer, problem, count, pauses=True, factor=1.0, targets=lambda step, y: y, tolerance=1e-10):
-    """Both from the fast one's weights at every step; returns at which steps something was shortened, and looks."""
+def compared(optimizer, problem, count, pauses=True, factor=lambda step: 1.0, change=None, tolerance=1e-10):
+    """Both from the fast one's weights at every step; returns where each trajectory was shortened, and looks.
+
+    Args:
+        optimizer: Of both.
+        problem: With one trajectory or more.
+        count: Steps.
+        pauses: Whether looks may be skipped.
+        factor: By which errors are scaled at a step.
+        change: Of inputs and targets at a step.
+        tolerance: Relative difference of changes.
+    """
     mlp, flat = problem.mlp, problem.initial
-    states = memory = None
-    shortened, looks = [], []
+    states, memories = None, [None] * len(problem)
+    shortened, looks = [[] for _ in memories], []
     for step in range(count):
-        inputs, y = problem.batch(step)
-        done = Pass(mlp, mlp.unflatten(flat), inputs)
-        done.backward(targets(step, y), problem.loss)
+        x, y = problem.batch(step) if change is None else change(step, *problem.batch(step))
+        done = Pass(mlp, mlp.unflatten(flat), x)
+        done.backward(y, problem.loss)
         looks += [step] if states is None or states.looks else []
-        fast = optimizer.step(quickly(done, factor, optimizer.config), states, pauses)
-        expected, memory = reference.step(optimizer, plainly(done, factor), memory, pauses)
-        size = sum(C.norm() for C in expected)
-        assert size > 0
-        for change, C in zip(fast.changes, expected, strict=True):
-            assert (change[0] - C).norm() <= tolerance * size, (step, float((change[0] - C).norm() / size))
-        assert bool(fast.shortened) == (memory.shortened if step else bool(fast.shortened))
-        assert fast.states.looks == (memory.age >= memory.until)
-        shortened += [step] if memory.shortened else []
+        fast = optimizer.step(quickly(done, factor(step), optimizer.config), states, pauses)
+        for b, memory in enumerate(memories):
+            expected, memories[b] = reference.step(optimizer, plainly(done, factor(step), b), memory, pauses)
+            size = sum(C.norm() for C in expected)
+            assert size > 0
+            for C, slow in zip(fast.changes, expected, strict=True):
+                assert (C[b] - slow).norm() <= tolerance * size, (step, b, float((C[b] - slow).norm() / size))
+            assert not step or bool(fast.shortened[b]) == memories[b].shortened
+            assert fast.states.looks == (memories[b].age >= memories[b].until)
+            shortened[b] += [step] if memories[b].shortened else []
         states, flat = fast.states, flat + mlp.flatten(parted(fast.changes, mlp.biases))
+    assert bool(torch.isfinite(flat).all())
     return shortened, looks
 
 
@@ -100,28 +115,76 @@ def test_steps_on_mini_batches_are_the_reference_s(mlp, pauses, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [0, 40])
-def test_errors_scaled_unlike_the_gradients_are_the_reference_s(batch_size):
-    compared(learned(), fitting(MLPS[1], MeanSquaredError(), 120, batch_size), 30, factor=2.0**12)
+@pytest.mark.parametrize("loss", [MeanSquaredError(), CrossEntropy()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("factor", [lambda step: 2.0**12, lambda step: 2.0 ** (16 - step // 10 + step % 3)])
+def test_errors_scaled_unlike_the_gradients_are_the_reference_s(batch_size, loss, factor):
+    compared(learned(), fitting(MLPS[1], loss, 120, batch_size), 50, factor=factor, tolerance=1e-8)
 
 
 @pytest.mark.parametrize("mlp", MLPS, ids=str)
 @pytest.mark.parametrize(("batch_size", "at"), [(0, (5, 6, 7, 20)), (40, (8, 9, 21, 31, 40))])
 def test_shortened_steps_are_the_reference_s(mlp, batch_size, at):
-    def targets(step, y):  # now and then far away
-        return 50.0 * y if step in at else y
+    def change(step, x, y):  # now and then far away
+        return x, 50.0 * y if step in at else y
 
     problem = fitting(mlp, MeanSquaredError(), 120, batch_size)
-    shortened, _ = compared(learned(), problem, 60, targets=targets, tolerance=1e-7)
+    (shortened,), _ = compared(learned(), problem, 60, change=change, tolerance=1e-7)
     assert set(at[:1]) <= set(shortened)
     assert len(shortened) < 30
 
 
 def test_losses_that_creep_up_are_the_reference_s():
-    def targets(step, y):
-        return y * 1.25 ** max(0, step - 5)  # less than a factor of two a step
+    def change(step, x, y):
+        return x, y * 1.25 ** max(0, step - 5)  # less than a factor of two a step
 
-    shortened, _ = compared(learned(), fitting(MLPS[1], MeanSquaredError()), 40, targets=targets)
+    (shortened,), _ = compared(learned(), fitting(MLPS[1], MeanSquaredError()), 40, change=change)
     assert shortened
+
+
+@pytest.mark.parametrize("sense", SENSES)
+def test_what_the_controller_is_blind_to_is_the_reference_s(sense):
+    compared(learned(blind=(sense,)), fitting(MLPS[1], MeanSquaredError(), 120, 40), 30)
+
+
+@pytest.mark.parametrize("batch_size", [0, 20])
+def test_moments_of_the_last_batch_alone_are_the_reference_s(batch_size):
+    _, looks = compared(learned(averaging=0.0), fitting(MLPS[1], CrossEntropy(), 120, batch_size), 40)
+    assert looks == list(range(40))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["inputs", "targets"])
+@pytest.mark.parametrize(("batch_size", "at"), [(0, 9), (40, 9), (40, 31), (40, 32), (40, 37)])
+@pytest.mark.parametrize("enabled", [True, False], ids=["derivatives", "none"])
+def test_a_step_at_a_loss_that_is_not_finite_is_the_reference_s(bad, where, batch_size, at, enabled):
+    def change(step, x, y):
+        x, y = x.clone(), y.clone()
+        if step == at:
+            (x if where == "inputs" else y)[0, 0, 3] = bad
+        return x, y
+
+    problem = fitting(MLPS[1], MeanSquaredError(), 120, batch_size)
+    with torch.set_grad_enabled(enabled):
+        (shortened,), _ = compared(learned(), problem, 70, change=change, tolerance=1e-7)
+    assert at in shortened or bad == math.inf  # tanh makes finite outputs of infinite inputs
+
+
+@pytest.mark.parametrize("batch_size", [0, 40])
+def test_steps_of_several_trajectories_are_the_reference_s_of_each(batch_size):
+    def change(step, x, y):  # in one trajectory the loss leaps now and then
+        return x, torch.stack([y[0], 50.0 * y[1] if step in (6, 20, 33) else y[1], y[2]])
+
+    problem = fitting(MLPS[1], MeanSquaredError(), 120, batch_size, count=3)
+    shortened, _ = compared(learned(), problem, 50, change=change, tolerance=1e-7)
+    assert {6, 20, 33} <= set(shortened[1])
+    assert not {20, 33} & {*shortened[0], *shortened[2]}
+
+
+@pytest.mark.parametrize("loss", [MeanSquaredError(), CrossEntropy()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("batch_size", [0, 24])
+def test_steps_of_the_published_checkpoint_are_the_reference_s(loss, batch_size):
+    published = checkpoint.load("transfer").optimizer.double()
+    compared(published, fitting(MLPS[1], loss, 120, batch_size), 60, tolerance=1e-7)
 
 
 @pytest.mark.parametrize("batch_size", [0, 32])

@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WIDEST = 1024  # rows up to which a second moment is kept whole
-RANK = 64  # columns of a wider one's factor
+from metatele.config import EquivariantConfig
+
+WIDEST: int = EquivariantConfig.dense  # rows up to which a second moment is kept whole
+RANK: int = EquivariantConfig.rank  # columns of a wider one's factor
 TINY = 1e-38  # below float32's smallest normal number, so that no logarithm is of zero, nor a quotient by it
 
 

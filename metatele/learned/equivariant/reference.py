@@ -1,16 +1,18 @@
 r"""The equivariant step in plain formulas, for one network: slow and short, to read and to test the fast one against.
 
-Nothing is kept from step to step but what the formulas name; every matrix is dense; everything is computed anew in
-each step. When the controller looks, and when moments and spectra are taken, is part of the algorithm and is here too.
+Nothing is kept from step to step but what the formulas name; every matrix is dense. When the controller looks, and
+when moments and spectra are taken, is part of the algorithm and is here too: the averages A and B, A and B as they were
+when spectra were due, the controls, and the limit on ‖D‖² are kept between two looks. All else is computed anew in each
+step.
 
 **Notation**, for one layer: h ``[i, n]`` its inputs (a last row of ones for a bias), δ ``[o, n]`` the errors,
 ``z = W h``, G = ∂L/∂W ``[o, i]``, ‖·‖ the Frobenius norm, τ = 1e-38.
 
 1. **Moments** (:func:`moments`). ``S = hhᵀ/n``, ``T = δδᵀ/tr(δδᵀ)``; averages ``A ← (1-s) A + s S``, ``B`` likewise,
    with ``s = 1`` for a batch that is the last one again, else ``s = max(0.05 w, 1/m)``, w = min(1, n/32), m the
-   number of batches so far.
+   number of batches so far. An average that is not finite is left out (:func:`average`).
 2. **Powers** (:func:`power`). ``P(M, λ, p) = ((M/m̄ + λI)/(1 + λ))^-p``, m̄ the mean eigenvalue of M, from M as it was
-   when its spectrum was due.
+   when its spectrum was due; M that is zero or not finite counts as the identity (:func:`even`).
 3. **Controls** (:func:`sees`, :func:`sets`). An LSTM reads 16 numbers and sets the change of the log of the step size,
    λ and p of inputs and errors, momentum β and Nesterov's share ν.
 4. **Direction and length** (:func:`length`). ``D = P(B, λ_δ, p_δ) G P(A, λ_h, p_h)/m̄_A``. The unit u is fixed at the
@@ -18,8 +20,8 @@ each step. When the controller looks, and when moments and spectra are taken, is
    relative change of pre-activations by D; the step is ``η u w D``.
 5. **Step** (:func:`step`). ``V' = βV - ηD``, ``ΔW = V' + ν(βV - ηD - V) = aV' + bD``, ``a = 1 - ν + νβ``, ``b = -νη``.
    Between two looks η, β, ν, λ, p stay, and D is cut to twice its length at the look.
-6. **Guard** (:func:`guarded`). Where the loss has grown too much by the last change C, ``ΔW = -0.9 C``, V' = 0.1 C,
-   and η becomes a tenth.
+6. **Guard** (:func:`guarded`). Where the loss has grown too much by the last change C, or D is not finite,
+   ``ΔW = -0.9 C``, V' = 0.1 C, and η becomes a tenth.
 """
 
 from __future__ import annotations
@@ -156,7 +158,8 @@ def fingerprint(x: Tensor) -> Tensor:
     t = torch.linspace(-1, 1, len(x), dtype=x.dtype)
     rows = torch.stack([x.sum(0), t @ x])
     squares = rows.square().sum(1)
-    return torch.cat([rows.sum(1) / (x.shape[1] * squares).sqrt(), squares.log()]).nan_to_num(0.0, 0.0, 0.0)
+    share = rows.sum(1) / (x.shape[1] * squares).sqrt().clamp_min(TINY)
+    return torch.cat([share, log(squares)]).nan_to_num(0.0, 0.0, 0.0)
 
 
 def log(x: Tensor) -> Tensor:
@@ -169,6 +172,18 @@ def clamped(number: Tensor, factor: float, low: float, high: float) -> Tensor:
     return (factor * number).nan_to_num(0.0, 0.0, 0.0).clamp(low, high)
 
 
+def zeroed(G: Tensor) -> Tensor:
+    """G with zeros in place of what is not finite, as every G is read at a look and at the step before it."""
+    return G.nan_to_num(0.0, 0.0, 0.0)
+
+
+def average(A: Tensor, S: Tensor, s: float) -> Tensor:
+    """``(1-s) A + s S``; if that is not finite the first of S, A that is, and A if none is."""
+    if s == 1:
+        return S
+    return next((M for M in ((1 - s) * A + s * S, S) if bool(torch.isfinite(M.trace()))), A)
+
+
 def waiting(optimizer: EquivariantOptimizer, averaged: int) -> int:
     """Steps to the next look: 1, and ``hold`` after more than ``warm`` batches that differ."""
     return optimizer.config.hold if averaged > optimizer.config.warm else 1
@@ -178,8 +193,9 @@ def moments(optimizer: EquivariantOptimizer, seen: Seen, memory: Memory, same: b
     """1. Averages of S and T, where the batch is taken in, and as they are where spectra are due."""
     c, age, n = optimizer.config, memory.age, seen.inputs[0].shape[-1]
     w = min(1.0, n / c.fewest)
-    expected = 1 if memory.same or age == 0 else memory.averaged + 1  # batches, before it is known what this one is
-    averaged = 1 if same or age == 0 else memory.averaged + 1
+    alone = age == 0 or c.averaging == 0
+    expected = 1 if memory.same or alone else memory.averaged + 1  # batches, before it is known what this one is
+    averaged = 1 if same or alone else memory.averaged + 1
     s = 1.0 if same or age == 0 else max((1 - c.averaging) * w, 1 / averaged)
     for layer, h, e in zip(memory.layers, seen.inputs, seen.errors, strict=True):
 
@@ -194,25 +210,30 @@ def moments(optimizer: EquivariantOptimizer, seen: Seen, memory: Memory, same: b
         if due or (chosen and not same):
             S, T = h @ h.mT / n, e @ e.mT
             T = T / T.trace().clamp_min(TINY)
-            layer.A, layer.B = (S, T) if s == 1 else ((1 - s) * layer.A + s * S, (1 - s) * layer.B + s * T)
+            layer.A, layer.B = average(layer.A, S, s), average(layer.B, T, s)
         if due:
             layer.A_due, layer.B_due = layer.A, layer.B
             layer.renew = age + min(period(waiting(optimizer, averaged)), age // 4 + 1)
     memory.averaged, memory.same = averaged, same
 
 
-def power(M: Tensor, damping: Tensor, exponent: Tensor) -> Tensor:
-    """2. ``P = ((M/m̄ + λI)/(1 + λ))^-p``, by the eigenvectors of M; the identity for M = 0."""
+def even(M: Tensor) -> tuple[Tensor, Tensor]:
+    """``M/m̄`` and m̄; I and 1 for M that is zero or not finite."""
     mean = M.trace() / len(M)
-    M = M / mean if mean > 0 else torch.eye(len(M), dtype=M.dtype)
-    values, vectors = torch.linalg.eigh(M)
+    if mean > 0 and bool(torch.isfinite(mean)):
+        return M / mean, mean
+    return torch.eye(len(M), dtype=M.dtype), torch.ones_like(mean)
+
+
+def power(M: Tensor, damping: Tensor, exponent: Tensor) -> Tensor:
+    """2. ``P = ((M/m̄ + λI)/(1 + λ))^-p``, by the eigenvectors of M."""
+    values, vectors = torch.linalg.eigh(even(M)[0])
     return vectors @ (((values.clamp_min(0) + damping) / (1 + damping)) ** -exponent).diag() @ vectors.mT
 
 
 def participation(M: Tensor) -> Tensor:
-    """``(tr M)²/(k tr M²)``, of 1 for M = 0."""
-    square = M.square().sum()
-    return M.trace() ** 2 / (len(M) * square) if square > 0 else torch.ones((), dtype=M.dtype)
+    """``(tr M)²/(k tr M²)``."""
+    return len(M) / even(M)[0].square().sum()
 
 
 def best(after: Tensor, before: Tensor) -> Tensor:
@@ -220,14 +241,33 @@ def best(after: Tensor, before: Tensor) -> Tensor:
     return -log((1 - after / (before if before != 0 else TINY)).clamp_min(0.1))
 
 
-def sees(seen: Seen, memory: Memory, now: Tensor, same: bool) -> Tensor:
-    """3a. The 16 numbers of every layer, ``[layers, 16]``; those measured have a factor and bounds."""
+# Kinds of the 16 numbers in their order, by which some may be hidden.
+SENSES = (
+    *["slopes"] * 2,
+    "cosine",
+    *["loss"] * 2,
+    *["spectra"] * 2,
+    *["sizes"] * 3,
+    "clock",
+    "data",
+    "data",
+    *["place"] * 3,
+)
+
+
+def sees(
+    optimizer: EquivariantOptimizer, seen: Seen, gradients: list[Tensor], memory: Memory, now: Tensor, same: bool
+) -> Tensor:
+    """3a. The 16 numbers of every layer, ``[layers, 16]``; those measured have a factor and bounds.
+
+    Those of a kind that the controller is blind to are zero.
+    """
     layers = memory.layers
-    ahead = [(G * x.C).sum() for G, x in zip(seen.gradients, layers, strict=True)]
+    ahead = [(G * x.C).sum() for G, x in zip(gradients, layers, strict=True)]
     of_change = best(torch.stack(ahead).sum(), memory.predicted)
     since_look, since_start = ((now - then).nan_to_num(40.0, 40.0, 40.0) for then in (memory.kept, memory.start))
     rows = []
-    for number, (x, G, W, h) in enumerate(zip(layers, seen.gradients, seen.weights, seen.inputs, strict=True)):
+    for number, (x, G, W, h) in enumerate(zip(layers, gradients, seen.weights, seen.inputs, strict=True)):
         length, size = log(G.square().sum()), log(x.size)
         measured = [
             clamped(best((G * x.D).sum(), x.slope), 1, -2, 2),
@@ -244,7 +284,8 @@ def sees(seen: Seen, memory: Memory, now: Tensor, same: bool) -> Tensor:
         age, ratio = math.log(memory.age + 1) / 3, math.log(h.shape[-1] / h.shape[-2]) / 2
         place = [float(number == 0), float(number == len(layers) - 1), len(layers) - 3.0]
         rows.append(torch.stack([*measured, *now.new_tensor([age, float(same), ratio, *place])]))
-    return torch.stack(rows)
+    visible = now.new_tensor([float(name not in optimizer.config.blind) for name in SENSES])
+    return torch.stack(rows) * visible
 
 
 def sets(optimizer: EquivariantOptimizer, numbers: Tensor, memory: Memory) -> list[Tensor]:
@@ -275,14 +316,14 @@ def sets(optimizer: EquivariantOptimizer, numbers: Tensor, memory: Memory) -> li
 def direction(x: Layer, G: Tensor) -> Tensor:
     """4a. ``D = P(B, λ_δ, p_δ) G P(A, λ_h, p_h)/m̄_A``."""
     lam_h, lam_e, p_h, p_e = x.bend
-    mean = x.A_due.trace() / len(x.A_due)
-    return power(x.B_due, lam_e, p_e) @ G @ power(x.A_due, lam_h, p_h) / (mean if mean > 0 else 1)
+    return power(x.B_due, lam_e, p_e) @ G @ power(x.A_due, lam_h, p_h) / even(x.A_due)[1]
 
 
 def length(optimizer: EquivariantOptimizer, x: Layer, D: Tensor, z: Tensor, growth: Tensor, w: float) -> None:
     """4b. Step size of a layer, and what its step does to the pre-activations."""
     c = optimizer.config
-    change = log((D @ x.A_due @ D.mT).trace() / (len(D) * (z.square().mean() + c.floor))).div(2).exp()
+    (A, mean), square = even(x.A_due), z.square().mean().nan_to_num(1.0, 1.0, 1.0)
+    change = log(mean * (D @ A @ D.mT).trace() / (len(D) * (square + c.floor))).div(2).exp()
     sound = bool(torch.isfinite(change)) and bool(change > 2 * TINY**0.5)
     if x.unit <= 0:
         x.unit = 1 / change if sound else torch.zeros_like(change)
@@ -344,6 +385,7 @@ def step(
     memory = replace(before, layers=[replace(x) for x in before.layers])
     age, looks = memory.age, memory.age >= memory.until
     closely = looks or age + 1 == memory.until
+    gradients = [zeroed(G) if closely else G for G in seen.gradients]
 
     same = False
     if closely:
@@ -359,21 +401,23 @@ def step(
     now = level(seen.outputs[-1], seen.errors[-1], memory.kind)
     if age == 0:
         memory.start = memory.kept = memory.lowest = now
-        for x, G in zip(memory.layers, seen.gradients, strict=True):
+        for x, G in zip(memory.layers, gradients, strict=True):
             x.length = log(G.square().sum())
     leapt, crept = guarded(optimizer, memory, now, same, n)
 
     if looks:
-        growth, *bend, beta, nu = sets(optimizer, sees(seen, memory, now, same), memory)
-        for number, (x, G, z) in enumerate(zip(memory.layers, seen.gradients, seen.outputs, strict=True)):
+        growth, *bend, beta, nu = sets(optimizer, sees(optimizer, seen, gradients, memory, now, same), memory)
+        for number, (x, G, z) in enumerate(zip(memory.layers, gradients, seen.outputs, strict=True)):
             x.bend = tuple(b[number] for b in bend)
             x.D = direction(x, G)
+            leapt = leapt or not bool(torch.isfinite(x.D.square().sum()))
             length(optimizer, x, x.D, z, growth[number], min(1.0, n / c.fewest) if age and not same else 1.0)
             x.beta, x.a, x.b = beta[number], 1 - nu[number] + nu[number] * beta[number], -nu[number] * x.rate
     else:
-        for x, G in zip(memory.layers, seen.gradients, strict=True):
+        for x, G in zip(memory.layers, gradients, strict=True):
             D = direction(x, G)
             square = D.square().sum()
+            leapt = leapt or not bool(torch.isfinite(square))
             x.D = D * (x.limit / square).sqrt() if square > x.limit else D
 
     for x in memory.layers:
@@ -381,8 +425,8 @@ def step(
         x.C = x.a * x.V + x.b * x.D
     changes = [x.C for x in memory.layers]
     if closely:  # what the next look will ask about
-        memory.predicted = torch.stack([(G * C).sum() for G, C in zip(seen.gradients, changes, strict=True)]).sum()
-        for x, G in zip(memory.layers, seen.gradients, strict=True):
+        memory.predicted = torch.stack([(G * C).sum() for G, C in zip(gradients, changes, strict=True)]).sum()
+        for x, G in zip(memory.layers, gradients, strict=True):
             x.slope, x.size, x.length = (G * x.D).sum(), x.C.square().sum(), log(G.square().sum())
             if not looks:
                 x.reach = x.stretch + log(x.D.square().sum()) / 2 + x.log_rate

@@ -81,7 +81,8 @@ class Rollout:
             weights = optimizer.opening(mlp, self.weights, self.problems.batch(0)[0]).weights
             loss, done = self.problems.visit(weights, 1)
             return Rollout(self.problems, weights, loss, done, None, 1)
-        stepped = optimizer.step(Observation.of(self.done), self.states, pauses)
+        c = optimizer.config
+        stepped = optimizer.step(Observation.of(self.done, c.dense, c.rank), self.states, pauses)
         if observe is not None:
             observe(self, stepped)
         weights = self.weights + mlp.flatten(parted(stepped.changes, mlp.biases))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metatele.config import EquivariantConfig
 from metatele.network.use import Moment
 
 _TILE = 8  # columns that a processor multiplies at once: a product with 80 takes less time than one with 78
@@ -63,7 +64,9 @@ class Spectrum(NamedTuple):
 
     @staticmethod
     @torch.no_grad()
-    def of(moment: Tensor | Moment, keep: float = 0.0, last: Spectrum | None = None, whole: int = 128) -> Spectrum:
+    def of(
+        moment: Tensor | Moment, keep: float = 0.0, last: Spectrum | None = None, whole: int = EquivariantConfig.whole
+    ) -> Spectrum:
         """Of symmetric matrices ``[..., k, k]``; one that is not finite or zero counts as the identity.
 
         Args:

@@ -93,9 +93,11 @@ def advance(
         calm = not same and bool(well.all())
     else:
         gradients = seen.gradients if close is None else close.gradients
-        if torch.is_grad_enabled() and not bool(torch.isfinite(inner(gradients, gradients)).all()):
-            # A step from there is shortened, but what is left out must not make derivatives of the others NaN.
-            gradients = sound(gradients)
+        if torch.is_grad_enabled():
+            finite = torch.isfinite(inner(gradients, gradients)).all(-1)
+            if not bool(finite.all()):
+                # A step from there is shortened, but what is left out must not make derivatives of the others NaN.
+                well, gradients = well & finite, sound(gradients)
         states, D = again(gradients, states)
         with torch.no_grad():
             sizes, limit = inner(D, D), states.control.limit
