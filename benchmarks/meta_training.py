@@ -139,7 +139,7 @@ def products_window(batch: int, precision: str, device: str) -> tuple[Callable[[
 
 
 def table(files: Sequence[Path]) -> None:
-    """README's table of stored results."""
+    """The table of docs/speed.md, from stored results."""
     print("| machine | precision | batch | ms per trajectory-step | naive / ours | of products alone | of peak |")
     print("|:--|:--|--:|--:|--:|--:|--:|")
     for file in files:
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-graph", action="store_true", help="on a GPU, launch every kernel")
     parser.add_argument(
-        "--table", type=Path, nargs="+", metavar="FILE", help="measure nothing; README's table of these"
+        "--table", type=Path, nargs="+", metavar="FILE", help="measure nothing; the table of docs/speed.md from these"
     )
     args = parser.parse_args()
     if args.table:

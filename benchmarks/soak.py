@@ -2,7 +2,7 @@
 
 python benchmarks/soak.py --json results/benchmarks/soak.json       # half an hour, and two minutes for the faults
 python benchmarks/soak.py --minutes 1 --every 10                    # a short look
-python benchmarks/soak.py --family equivariant --only soak          # the other family, without the faults
+python benchmarks/soak.py --preset transfer --only soak             # the other family, without the faults
 
 Soak: one run to its end in peace, then the same run again, killed (SIGKILL) at random moments and gone on with by
 --resume until it is done. The published weights and their config.json, the resumable state and the log (but for
@@ -19,8 +19,8 @@ Faults: a full disk (a small tmpfs where this user may mount one, else a limit o
 cannot be written, damaged states. Each must end in one line without a traceback and lose nothing: what is left is
 readable, and the run then goes on to the same bits as one without a fault.
 
-Flags: --minutes, --every, --seed (of the kills; the runs have seed 0), --family, --preset (of the flat family), --only
-soak or faults, --no-mount (do without mounts), --json. The exit status is 1 if any of this does not hold.
+Flags: --minutes, --every, --seed (of the kills; the runs have seed 0), --preset, --only soak or
+faults, --no-mount (do without mounts), --json. The exit status is 1 if any of this does not hold.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from common import environment, save  # noqa: E402
 
 import metatele  # noqa: E402
 from metatele import checkpoint  # noqa: E402
-from metatele.config import PRESETS, TRANSFER, preset, transfer  # noqa: E402
+from metatele.config import families, family_with, preset  # noqa: E402
 from metatele.errors import MetateleError  # noqa: E402
 from metatele.files import existing_folder  # noqa: E402
 from metatele.training.run import (  # noqa: E402
@@ -86,11 +86,11 @@ class Job:
 
     def flags(self) -> list[str]:
         """What follows the program's name, but for the folder."""
-        training = (transfer() if self.name == TRANSFER else preset(self.name)).training
+        training = preset(self.name).training
         trajectories = math.ceil(self.updates / len(training.windows)) * training.batch
         flags = [self.name, "--trajectories", str(trajectories), "--save-every", str(self.save)]
         flags += ["--validation-every", str(self.validate), "--log-every", str(self.log)]
-        if self.name == TRANSFER:
+        if family_with(self.name).name == "equivariant":
             flags += ["--validation-trajectories", "16"]  # else most of the time goes there
         return [*flags, "--device", "cpu", "--threads", "1", "--quiet"]
 
@@ -216,7 +216,7 @@ class Speed:
 
 def measured_speed(job: Job, out: Path) -> Speed:
     """Run the short job to its end; its folder is what the faults are compared with."""
-    config = (transfer() if job.name == TRANSFER else preset(job.name)).training
+    config = preset(job.name).training
     begin_s, first_s = time.monotonic(), 0.0
     with running(job, out) as process:
         while not ended(process, 0.01):
@@ -364,7 +364,7 @@ def soak(job: Job, work: Path, speed: Speed, every_s: float, seed: int) -> dict[
     samples = undisturbed(job, work / "whole", expected_s)
     whole_s, rss = samples[-1][0], memory(samples)
     shown = ", ".join(f"{mb:.0f} at {name.split('_')[0]} %" for name, mb in rss.items() if "percent" in name)
-    bound_mb = FLAT_MB["equivariant" if job.name == TRANSFER else "flat"]
+    bound_mb = FLAT_MB[family_with(job.name).name]
     verdict = "too short to tell" if whole_s < SETTLED_S else "flat" if rss["growth_mb"] < bound_mb else "NOT FLAT"
     print(f"undisturbed: {whole_s:.0f} s; resident MB: {shown}, peak {rss['peak_mb']:.0f}; ", end="")
     print(f"{verdict} (growth {rss['growth_mb']:+.1f} MB, flat below {bound_mb:g})", flush=True)
@@ -639,15 +639,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="of both runs of the soak together")
     parser.add_argument("--every", type=float, default=20.0, metavar="SECONDS", help="mean time between kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--family", choices=("flat", "equivariant", TRANSFER), default="flat")
-    parser.add_argument("--preset", choices=PRESETS, default="quick")
+    parser.add_argument("--preset", choices=[name for family in families() for name in family.presets], default="quick")
     parser.add_argument("--only", choices=("soak", "faults"))
     parser.add_argument("--no-mount", action="store_true")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no mount or program outlives this
-    name = args.preset if args.family == "flat" else TRANSFER
+    name, family = args.preset, family_with(args.preset).name
     result: dict[str, Any] = {
-        "settings": {**vars(args), "json": None, "preset": name},
+        "settings": {**vars(args), "json": None, "family": family},
         "environment": environment(threads=1),
     }
     broken: list[str] = []

@@ -188,6 +188,34 @@ def wait_passively() -> None:
         os.environ.update(passive)
 
 
+def add_threads_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag ``--threads``, whose value :func:`chosen_threads` takes."""
+    parser.add_argument(
+        "--threads", type=whole_number(1, 1024), metavar="N", help="CPU threads (default: 1 if small, else torch's)"
+    )
+
+
+def chosen_threads(asked: int | None, small: bool) -> int | None:
+    """How many threads torch shall be told to use.
+
+    A second thread saves small work little time on an idle machine, and costs it some on a busy one.
+
+    Args:
+        asked: The user's ``--threads``.
+        small: Whether the work is so small.
+
+    Returns:
+        The number; ``None`` leaves what torch would take by itself, or what the environment says.
+
+    Example:
+        >>> chosen_threads(3, small=True)
+        3
+    """
+    if asked or any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
+        return asked
+    return 1 if small else None
+
+
 def run_program(
     main: Callable[[Sequence[str]], None], program: str, arguments: Sequence[str] | None = None
 ) -> NoReturn:

@@ -123,24 +123,30 @@ run_program(main, "program")
 
 
 @pytest.mark.parametrize(
-    ("flags", "given", "found"),
+    ("program", "flags", "given", "found"),
     [
-        ("", {}, 1),
-        ("", {"OMP_NUM_THREADS": "2"}, 2),
-        ("--threads 2", {}, 2),
-        ("--hidden 4000", {"OMP_NUM_THREADS": "2"}, 2),
+        ("train", "", {}, 1),
+        ("train", "", {"OMP_NUM_THREADS": "2"}, 2),
+        ("train", "--threads 2", {}, 2),
+        ("train", "--hidden 4000", {"OMP_NUM_THREADS": "2"}, 2),
+        ("train", "--hidden 4000", {}, 3),
+        ("evaluate", "", {}, 1),
+        ("evaluate", "", {"OMP_NUM_THREADS": "2"}, 2),
+        ("evaluate", "--threads 2", {"OMP_NUM_THREADS": "3"}, 2),
+        ("evaluate", "--trajectories 2000", {}, 3),
     ],
 )
-def test_small_runs_take_one_thread_unless_told_otherwise(flags, given, found, tmp_path):
+def test_small_runs_take_one_thread_unless_told_otherwise(program, flags, given, found, tmp_path):
     bare = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    first = ["quick", "--resume"] if program == "train" else [str(tmp_path / "nothing")]
     code = f"""
 import torch
-from metatele.cli.train import main
+from metatele.cli.{program} import main
 torch.set_num_threads(int({given.get("OMP_NUM_THREADS", "3")!r}))
-from metatele.errors import RunFolderError
+from metatele.errors import CheckpointError, RunFolderError
 try:
-    main({["quick", "--resume", "--device", "cpu", "--out", str(tmp_path / "none"), *flags.split()]!r})
-except RunFolderError:  # there is nothing to resume: nothing was computed
+    main({[*first, "--device", "cpu", "--out", str(tmp_path / "none"), *flags.split()]!r})
+except (CheckpointError, RunFolderError):  # there is nothing to resume or to evaluate: nothing was computed
     print(torch.get_num_threads())
 """
     command = [sys.executable, "-c", code]

@@ -44,7 +44,7 @@ def trained(images):
     made = replicas(images, [Arm("SGD", torch.optim.SGD, {"lr": 0.1})], (1, 2, 3), 600)
     made.train(20)
     scenes = [Landscape(SHAPE, x.T, y, CrossEntropy()) for x, y in _chunks(images)]
-    return scenes, SHAPE.flatten(made._weights_of(0))
+    return scenes, SHAPE.flatten(made.weights_of(0))
 
 
 def _chunks(images):
@@ -52,10 +52,7 @@ def _chunks(images):
 
 
 def replicas(images, arms, seeds=(3, 7), samples=200):
-    made = Replicas(images, SHAPE, arms, seeds, samples, 20)
-    made.weights = Weights(tuple(W.double() for W in made.weights.matrices), made.weights.biases)
-    made.optimizers = [made._optimizer(a) for a in range(len(arms))]
-    return made
+    return Replicas(images, SHAPE, arms, seeds, samples, 20)
 
 
 def teleporting(optimizer, settings):

@@ -140,6 +140,92 @@ def test_what_is_public_shows_itself_by_an_example(module):
     assert not silent, f"no example in the docstring of {', '.join(silent)}"
 
 
+# Attributes that begin with an underscore and are read in tests all the same, and why.
+NOT_PRIVATE = {
+    "_replace": "public: how a NamedTuple gives a changed copy",
+    "_forward_hooks": "torch's: whether hooks of ours are left on a module",
+}
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def called(node):
+    """Last name of what is called: ``setattr`` for ``monkeypatch.setattr(...)``."""
+    return getattr(node.func, "attr", getattr(node.func, "id", None)) if isinstance(node, ast.Call) else None
+
+
+def private(name):
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__")) and name not in NOT_PRIVATE
+
+
+def names_of_the_package(tree):
+    """Names that imports of a test bind to the package, its modules, and what is in them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                if (getattr(node, "module", None) or alias.name).split(".")[0] == "metatele":
+                    yield (alias.asname or alias.name).split(".")[0]
+
+
+def intrusions(tree):
+    """Lines of a test that read a private member, or patch a private member or constant of the package."""
+    ours = set(names_of_the_package(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and private(node.attr):
+            yield node.lineno, f"reads {ast.unparse(node)}"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "metatele":
+            yield from ((node.lineno, f"imports {alias.name}") for alias in node.names if private(alias.name))
+        elif isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Attribute) and target.attr.isupper() and root_of(target) in ours:
+                    yield node.lineno, f"patches {ast.unparse(target)}"
+        elif called(node) in ("setattr", "delattr", "getattr", "patch", "object") and node.args:
+            place = node.args[0]  # an object, or a dotted path as text
+            texts = [a.value for a in node.args[:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            of_ours = root_of(place) in ours or any(text.startswith("metatele.") for text in texts)
+            for name in (text.rpartition(".")[2] for text in texts):
+                if private(name) or (of_ours and name.isupper() and called(node) != "getattr"):
+                    yield node.lineno, f"patches {ast.unparse(node)}"
+
+
+def root_of(node):
+    """The name that a chain of attributes begins with."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def test_tests_neither_patch_constants_nor_read_private_members():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} {what}"
+        for path in TESTS
+        for line, what in intrusions(ast.parse(path.read_text("utf-8")))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "optimizer._steps",
+        "from metatele.files import _written",
+        "import metatele.files as files\nmonkeypatch.setattr(files, 'LIMIT', 3)",
+        "from metatele import files\nfiles.LIMIT = 3",
+        "monkeypatch.setattr('metatele.files.LIMIT', 3)",
+        "monkeypatch.setattr(thing, '_limit', 3)",
+        "getattr(optimizer, '_steps')",
+    ],
+)
+def test_intrusions_are_found(code):
+    assert list(intrusions(ast.parse(code)))
+
+
+@pytest.mark.parametrize(
+    "code", ["layer._forward_hooks", "self.__dict__", "monkeypatch.setattr(torch.linalg, 'eigh', unsteady)"]
+)
+def test_what_is_no_intrusion_is_let_pass(code):
+    assert not list(intrusions(ast.parse(code)))
+
+
 def test_exceptions_are_still_public():
     public = {name for module in PUBLIC for name in importlib.import_module(module).__all__}
     assert set(WITHOUT_EXAMPLE) <= public

@@ -17,13 +17,12 @@ from metatele.experiments.table1 import partial, pearson
 from metatele.perceptron.activations import LeakyReLU, Tanh
 from metatele.perceptron.mlp import MLP
 from metatele.random import generator
-from metatele.training import population as module
 from metatele.training.population import Population
 
 
-def make(activation=None, biases=False, seeds=range(3), samples=250, lr=0.05):
+def make(activation=None, biases=False, seeds=range(3), samples=250, lr=0.05, **more):
     mlp = MLP((64, 12, 11, 10), activation or LeakyReLU(0.1), biases)
-    return Population(load_images(), mlp, seeds, lr, train_samples=samples)
+    return Population(load_images(), mlp, seeds, lr, train_samples=samples, **more)
 
 
 def modules(population, number):
@@ -41,9 +40,8 @@ def modules(population, number):
 
 @pytest.mark.parametrize(("activation", "biases"), [(LeakyReLU(0.1), False), (Tanh(), True)])
 @pytest.mark.parametrize("window", [1, 4, 10])
-def test_networks_are_those_trained_one_by_one(activation, biases, window, monkeypatch):
-    monkeypatch.setattr(module, "_WINDOW", window)
-    population = make(activation, biases)
+def test_networks_are_those_trained_one_by_one(activation, biases, window):
+    population = make(activation, biases, window=window)
     alone = [modules(population, m) for m in range(3)]
     population.train(2)
     images = population.train_images, population.train_labels
@@ -95,6 +93,8 @@ def test_settings_that_cannot_be_are_refused():
         Population(load_images(), MLP((64, 10), Tanh()), range(2), 0.1)
     with pytest.raises(ConfigError, match="train_samples"):
         make(samples=10**6)
+    with pytest.raises(ConfigError, match="window must be at least 1, got 0"):
+        make(window=0)
     with pytest.raises(ConfigError, match="lr must be positive"):
         make(lr=0.0)
 

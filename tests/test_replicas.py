@@ -43,13 +43,12 @@ def images():
 
 
 def replicas(images, arms, seeds=(3, 7), samples=200):
-    made = Replicas(images, MLP_SMALL, arms, seeds, samples, 20)
-    for t in made._tensors(made.weights):
-        assert t.is_contiguous()
-    double = [t.double() for t in made._tensors(made.weights)]
-    made.weights = type(made.weights)(tuple(double[::2]), tuple(double[1::2]))
-    made.optimizers = [made._optimizer(a) for a in range(len(arms))]
-    return made
+    return Replicas(images, MLP_SMALL, arms, seeds, samples, 20)
+
+
+def tensors(weights):
+    """Matrices and biases in the order of a module's parameters."""
+    return [t for pair in zip(*weights, strict=True) for t in pair]
 
 
 def alone(images, arm, seed, epochs, samples=200):
@@ -58,8 +57,8 @@ def alone(images, arm, seed, epochs, samples=200):
     model = nn.Sequential(nn.Linear(64, 8), nn.LeakyReLU(0.1), nn.Linear(8, 6), nn.LeakyReLU(0.1), nn.Linear(6, 10))
     model.double()
     with torch.no_grad():
-        for p, t in zip(model.parameters(), shape._tensors(shape.weights), strict=True):
-            p.copy_(t[0, 0])
+        for p, t in zip(model.parameters(), tensors(shape.weights_of(0)), strict=True):
+            p.copy_(t[0])
     x, y = images.train_images[:samples], images.train_labels[:samples]
     optimizer = arm.optimizer(model.parameters(), **arm.settings)
     order = generator(seed, "train")
@@ -97,6 +96,7 @@ def test_every_replica_is_the_network_trained_alone(images):
             expected = torch.tensor(alone(images, arm, seed, 3), dtype=torch.float64)
             torch.testing.assert_close(together[:, a, s].double(), expected, rtol=1e-7, atol=0)
     assert len(history.teleports) == 6
+    assert all(t.is_contiguous() for t in tensors(replicas(images, arms).weights))
     for teleport in history.teleports:
         assert len(teleport["objective_ratio"]) == len(teleport["drift"]) == 2
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metatele.command_line import OneLineParser, add_config_flags, device_named, whole_number
+from metatele.command_line import (
+    OneLineParser,
+    add_config_flags,
+    add_threads_flag,
+    chosen_threads,
+    device_named,
+    whole_number,
+)
 from metatele.config import RunConfig, families, family_with, preset
 from metatele.errors import ConfigError
 from metatele.extras import require_modules
@@ -45,9 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="FOLDER", help="run folder, new or empty")
     p.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of everything random (default 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    p.add_argument(
-        "--threads", type=whole_number(1, 1024), metavar="N", help="CPU threads (default: 1 if small, else torch's)"
-    )
+    add_threads_flag(p)
     p.add_argument("--resume", action="store_true", help="go on from the last saved state of the folder")
     p.add_argument("--quiet", action="store_true", help="no progress")
     for family in families():
@@ -64,11 +68,8 @@ def _configured(values: dict[str, Any]) -> RunConfig:
     return preset(name, **values)
 
 
-def _threads(asked: int | None, config: RunConfig) -> int | None:
-    """How many threads torch shall be told to use; None: what it would by itself, or what the environment says."""
-    if asked or any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
-        return asked
-    return 1 if config.training.batch * getattr(config.method, "hidden", 1) <= _ONE_THREAD_SUFFICES else None
+def _small(config: RunConfig) -> bool:
+    return config.training.batch * getattr(config.method, "hidden", 1) <= _ONE_THREAD_SUFFICES
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
     from metatele.training.processes import joined, local_device, restarted
     from metatele.training.run import CHECKPOINT_NAME, begun, train
 
-    if threads := _threads(threads, config):
+    if threads := chosen_threads(threads, _small(config)):
         torch.set_num_threads(threads)
     where = local_device(device_named(device))
     # torchrun starts all processes with the same command line again when one has failed.

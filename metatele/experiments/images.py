@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metatele.command_line import OneLineParser, device_named, make_folder, whole_number
+from metatele.command_line import OneLineParser, chosen_threads, device_named, make_folder, whole_number
 from metatele.errors import RunFolderError
 from metatele.figures import png as png  # experiments/transfer takes it from here
 from metatele.files import write_atomically
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 # The paper trains on so many of the first samples; of other sets all are taken.
 TRAIN_SAMPLES = {"mnist": 50_000, "fashion-mnist": 50_000, "cifar10": 50_000}
+# On digits, and on problems without images, a second thread costs more than it saves beside other programs.
+SMALL_SETS = ("digits",)
 IMAGE_SETS = ("digits", "mnist", "fashion-mnist", "cifar10")
 
 
@@ -66,9 +68,17 @@ def stored(out: Path, *names: str, rows: str = "arms") -> dict[str, Any]:
     return doc
 
 
+def _choose_threads(small: bool) -> None:
+    import torch
+
+    if threads := chosen_threads(None, small):
+        torch.set_num_threads(threads)
+
+
 def prepare(args: argparse.Namespace, out: Path) -> tuple[Any, Any]:
     """The image set and the device, with the folder made."""
     device = device_named(args.device)
+    _choose_threads(small=args.dataset in SMALL_SETS)
     from metatele.data import load_images
 
     images = load_images(args.dataset, args.data_root, args.download)  # first: what is missing leaves no folder
@@ -259,6 +269,7 @@ def small_main(
     out = Path(args.out)
     if not args.redraw:
         make_folder(out)
+        _choose_threads(small=True)
     doc = stored(out, parser.prog.split()[-1]) if args.redraw else run(args)
     finish(doc, out, table, figure, picture, note(doc))
 

@@ -1,9 +1,8 @@
 r"""What the passes of a module show of its layers, taken by hooks and reduced where it is seen.
 
 A **use** of a layer is one forward call of it whose output a gradient comes back to. The layer's input ``h`` and that
-gradient ``δ`` are reduced to second moments in the backward pass; of a whole pass through the network the first
-layer's data and the last layer's outputs and gradient may be kept. What is taken is set before the pass
-(:class:`Wanted`), by whoever will read it: a hook asks nobody.
+gradient ``δ`` are reduced to second moments in the backward pass; of a whole pass the first layer's data and the last
+layer's outputs and gradient may be kept. What is taken is set before the pass (:class:`Wanted`): a hook asks nobody.
 """
 
 from __future__ import annotations

@@ -60,11 +60,11 @@ class Networks:
         self.sha256, self.loss = images.sha256, CrossEntropy()
 
     def initial(self) -> Weights:
-        """Weights uniform on ``±1/√fan_in``, ``[seeds, ...]``."""
+        """Weights uniform on ``±1/√fan_in``, ``[seeds, ...]``, of the images' dtype."""
         draws = [
             torch.rand(self.mlp.num_parameters, generator=generator(seed, "initialisation")) for seed in self.seeds
         ]
-        return self.mlp.usual_weights(torch.stack(draws).to(self.device))
+        return self.mlp.usual_weights(torch.stack(draws).to(self.train_images))
 
     @torch.no_grad()
     def evaluated(self, weights: Weights, split: str) -> tuple[Tensor, Tensor]:

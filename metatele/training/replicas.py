@@ -269,7 +269,7 @@ class Replicas(Networks):
     def _teleport(self, epoch: int, history: History) -> None:
         """The teleports of all arms that are due, batch by batch, as they share the batches."""
         due = [a for a, arm in enumerate(self.arms) if arm.teleport is not None and epoch in arm.epochs]
-        flats = {a: self.mlp.flatten(self._weights_of(a)) for a in due}
+        flats = {a: self.mlp.flatten(self.weights_of(a)) for a in due}
         reports: dict[str, list[Report]] = {self.arms[a].name: [] for a in due}
         seconds = dict.fromkeys(due, 0.0)
         for size in dict.fromkeys(self.arms[a].batch_size for a in due):
@@ -296,7 +296,7 @@ class Replicas(Networks):
                     seconds[a] += drawing_s + time.perf_counter() - begin_s
         for a in due:
             moved = self.mlp.unflatten(flats[a])
-            for target, source in zip(self._tensors(self._weights_of(a)), self._tensors(moved), strict=True):
+            for target, source in zip(self._tensors(self.weights_of(a)), self._tensors(moved), strict=True):
                 target.copy_(source)
             arm = self.arms[a]
             if arm.state == "reset":
@@ -306,8 +306,8 @@ class Replicas(Networks):
                 {"arm": arm.name, "epoch": epoch, "seconds": seconds[a], **_told(reports[arm.name])}
             )
 
-    def _weights_of(self, arm: int) -> Weights:
-        """Views ``[seeds, ...]`` of an arm's weights."""
+    def weights_of(self, arm: int) -> Weights:
+        """Views ``[seeds, ...]`` of the weights of an arm, by its number."""
         return Weights(
             tuple(W[:, arm] for W in self.weights.matrices),
             tuple(None if b is None else b[:, arm] for b in self.weights.biases),
