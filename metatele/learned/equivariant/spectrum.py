@@ -65,7 +65,11 @@ class Spectrum(NamedTuple):
     @staticmethod
     @torch.no_grad()
     def of(
-        moment: Tensor | Moment, keep: float = 0.0, last: Spectrum | None = None, whole: int = EquivariantConfig.whole
+        moment: Tensor | Moment,
+        keep: float = 0.0,
+        last: Spectrum | None = None,
+        whole: int = EquivariantConfig.whole,
+        margin: int = EquivariantConfig.margin,
     ) -> Spectrum:
         """Of symmetric matrices ``[..., k, k]``; one that is not finite or zero counts as the identity.
 
@@ -78,6 +82,7 @@ class Spectrum(NamedTuple):
                 step of subspace iteration, which takes a fraction of the time; eigenvalues near ``keep`` then come
                 out too small by some per cent.
             whole: See ``keep``.
+            margin: V keeps one more column, and one for every ``margin`` eigenvalues that are not below ``keep * s``.
 
         Example:
             >>> spectrum = Spectrum.of(torch.diag(torch.tensor([3.0, 1.0])))
@@ -106,7 +111,7 @@ class Spectrum(NamedTuple):
         values = values.clamp_min(0)
         if keep > 0 and k > whole:
             large = int((values >= keep).sum(-1).max())
-            columns = math.ceil((large + large // 8 + 1) / _TILE) * _TILE
+            columns = math.ceil((large + large // margin + 1) / _TILE) * _TILE
             if 2 * columns <= k:
                 rest = values[..., : k - columns].mean(-1, keepdim=True)
                 return Spectrum(values[..., k - columns :], vectors[..., k - columns :], rest, scale)
