@@ -20,6 +20,7 @@ WIDEST: int = EquivariantConfig.dense  # rows up to which a second moment is kep
 RANK: int = EquivariantConfig.rank  # columns of a wider one's factor
 ONE_BATCH = 2  # times rank: most columns of a factor of one batch, in which few samples then leave nothing out
 SKETCH = 8  # times rank: random combinations that stand for more columns, enough to tell the largest directions
+_TURNS = 6  # of a subspace: eigenvalues half as large then change those kept by some parts in ten thousand
 SAME = 1e-5  # between fingerprints: other batches differ by a hundredth and more, the same one by rounding
 TINY = 1e-38  # below float32's smallest normal number, so that no logarithm is of zero, nor a quotient by it
 
@@ -144,6 +145,26 @@ class Moment(NamedTuple):
         joined = F @ (a**0.5 * V[..., :r, :]) + G @ (b**0.5 * V[..., r:, :])
         left = (a * self.trace + b * other.trace - _squared(joined)).clamp_min(0)
         return Moment(joined, left[..., None, None] / self.rows)
+
+    def factored(self, rank: int = RANK) -> Moment:
+        """A factor with its ``rank`` largest directions of a whole one, found by subspace iteration; else the same.
+
+        Example:
+            >>> M = Moment(torch.diag(torch.tensor([4.0, 1.0, 1.0]))).factored(1)
+            >>> M.tensor.shape, M.dense.diagonal().round(decimals=3)
+            (torch.Size([3, 1]), tensor([4.6670, 0.6670, 0.6670]))
+        """
+        if self.rest is not None:
+            return self
+        M = self.tensor.nan_to_num(0.0, 0.0, 0.0)  # which LAPACK refuses
+        random = torch.Generator().manual_seed(self.rows)
+        Q = torch.randn(self.rows, min(self.rows, ONE_BATCH * rank), generator=random, dtype=torch.float64).to(M)
+        for _ in range(_TURNS):
+            Q = torch.linalg.qr(M @ Q).Q
+        values, V = torch.linalg.eigh(Q.mT @ M @ Q)
+        columns = (Q @ V)[..., -rank:] * values[..., None, -rank:].clamp_min(0).sqrt()
+        rest = (self.trace - _squared(columns)).clamp_min(0) / self.rows
+        return Moment(columns, rest[..., None, None])
 
     def compressed(self, rank: int, trace: Tensor) -> Moment:
         """A factor with its ``rank`` largest directions; what is left of the trace is spread evenly."""

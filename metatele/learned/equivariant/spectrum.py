@@ -117,6 +117,21 @@ class Spectrum(NamedTuple):
                 return Spectrum(values[..., k - columns :], vectors[..., k - columns :], rest, scale)
         return Spectrum(values, vectors, values[..., :1], scale)
 
+    def cut(self, columns: int) -> Spectrum:
+        """With its largest eigenvalues alone; those left out share their mean, with those that were left out before.
+
+        Example:
+            >>> spectrum = Spectrum.of(torch.diag(torch.tensor([4.0, 1.5, 0.5]))).cut(1)
+            >>> spectrum.values, spectrum.rest
+            (tensor([2.]), tensor([0.5000]))
+        """
+        k, r = self.vectors.shape[-2:]
+        if r <= columns:
+            return self
+        left = self.values[..., :-columns].sum(-1, keepdim=True) + (k - r) * self.rest
+        vectors = self.vectors[..., -columns:].clone()  # a view would keep the others in memory
+        return Spectrum(self.values[..., -columns:], vectors, left / (k - columns), self.scale)
+
     @property
     def whole(self) -> bool:
         """Whether every eigenvalue is there."""
