@@ -141,6 +141,16 @@ def test_losses_that_creep_up_are_the_reference_s():
     assert shortened
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"slow_looks": 1}, {"between": 1}, {"young": 1}, {"slow_looks": 5, "between": 2, "young": 8}, {"young_wide": 9}],
+    ids=str,
+)
+def test_moments_and_spectra_come_when_the_settings_say_as_the_reference_s_do(settings):
+    optimizer = learned(hold=2, warm=6, small=4, dense=6, rank=40, **settings)
+    compared(optimizer, fitting(MLPS[1], CrossEntropy(), 120, 40), 40)
+
+
 @pytest.mark.parametrize("sense", SENSES)
 def test_what_the_controller_is_blind_to_is_the_reference_s(sense):
     compared(learned(blind=(sense,)), fitting(MLPS[1], MeanSquaredError(), 120, 40), 30)

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+import metatele
 from metatele.config import EquivariantConfig
 from metatele.learned import EquivariantOptimizer, EquivariantStates, Observation
 from metatele.learned.equivariant.observation import parted
@@ -49,6 +51,48 @@ def test_states_that_earlier_code_stored_go_on_as_they_did(saved, end):
     weights, after = advanced(optimizer(), OLD[f"weights_{saved}"], states, range(saved, end + 1))
     torch.testing.assert_close(weights, OLD[f"after_{end}"], rtol=1e-5, atol=1e-6)
     assert after.age == end + 1
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_moments_of_wide_layers_that_earlier_code_stored_whole_become_factors(rank):
+    stored, meta = below("states_20."), optimizer(dense=5, rank=rank)
+    whole, states = read_old(stored), read_old(stored, dense=5, rank=rank)
+    for name in ("inputs", "errors"):
+        for old, new in zip(whole.moments, states.moments, strict=True):
+            M, F = getattr(old, name), getattr(new, name)
+            assert (F.rest is None) == (M.rows <= 5)
+            torch.testing.assert_close(F.trace, M.trace)
+            if F.rest is not None:
+                assert F.tensor.shape[-1] == min(rank, M.rows)
+                largest = torch.linalg.eigvalsh(M.tensor)[..., -F.tensor.shape[-1] :]
+                torch.testing.assert_close(F.tensor.square().sum(-2), largest, rtol=1e-3, atol=1e-4)
+    for layer in states.moments:
+        assert all(s.vectors.shape[-1] <= max(5, rank) for s in (layer.input_spectrum, layer.error_spectrum))
+    weights, after = advanced(meta, OLD["weights_20"], states, range(20, 60))
+    assert bool(torch.isfinite(weights).all())
+    assert [m.inputs.rest is not None for m in after.moments] == [True, True, True]
+
+
+def test_factors_with_a_column_for_every_row_go_on_as_the_matrices_did():
+    states = read_old(below("states_20."), dense=5, rank=9)
+    weights, _ = advanced(optimizer(dense=5, rank=9), OLD["weights_20"], states, range(20, 26))
+    torch.testing.assert_close(weights, OLD["after_25"], rtol=1e-3, atol=1e-4)
+
+
+def test_an_optimizer_reads_a_state_of_earlier_code_for_layers_wider_than_its_matrices():
+    layers = [nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)]
+    model = nn.Sequential(*layers)
+    nn.utils.vector_to_parameters(OLD["weights_20"][0].clone(), model.parameters())
+    learned = metatele.LearnedOptimizer(model, optimizer(dense=5, rank=3))
+    saved = learned.state_dict()
+    learned.load_state_dict({**saved, "state": {0: {"step": torch.tensor(20.0), **below("states_20.")}}})
+    for step in range(20, 40):
+        k = slice(step * 4 % 12, step * 4 % 12 + 4)
+        learned.zero_grad()
+        nn.functional.mse_loss(model(OLD["inputs"][:, k].T), OLD["targets"][:, k].T).backward()
+        learned.step()
+    widest = learned.state[layers[2].weight]["moments.inputs.tensor"]
+    assert widest.shape == (9, 3)
 
 
 @pytest.mark.parametrize("count", [1, 3, 19, 20, 21])

@@ -32,6 +32,10 @@ class EquivariantConfig:
     )
     recognise: int = setting(32, "steps between two looks at what kind of loss it is; it hardly ever changes")
 
+    head: float = setting(
+        0.3, "factor of the controller's first output weights, so that it begins by its offsets; learned"
+    )
+
     # moments and their spectra
     inputs: bool = setting(True, "steps are made where the second moments of a layer's inputs have been evened out")
     errors: bool = setting(True, "the same for those of the errors")
@@ -41,9 +45,20 @@ class EquivariantConfig:
     )
     stride: int = setting(32, "most steps between two batches that a running average takes in; fewer hardly change it")
     slow: int = setting(4, "least steps between two spectra, which cost more than the rest of a step")
+    slow_looks: int = setting(3, "least looks of the controller between two spectra, for the same reason")
+    between: int = setting(4, "batches that a running average takes in between two spectra, at least")
+    young: int = setting(
+        4,
+        "most steps between two batches taken in or two spectra are the age over this: early moments change fast",
+    )
+    young_wide: int = setting(2, "the same of batches in layers wider than dense, whose moments take long to join")
     small: int = setting(64, "widths up to twice this have new spectra every 4 steps, wider ones less often")
     keep: float = setting(
         2.0, "of wide layers (whole, whole_averaged), eigenvalues below this times their mean may share one; 0: none"
+    )
+    margin: int = setting(
+        8,
+        "one more column for every so many eigenvalues that share none, and one: the next spectrum may have more",
     )
     whole: int = setting(128, "rows up to which moments of one batch keep every eigenvalue")
     whole_averaged: int = setting(96, "rows up to which averaged moments do; noise leaves small ones no meaning")
@@ -90,6 +105,7 @@ class EquivariantConfig:
         """Check sizes and ranges."""
         check_types(self)
         require_positive(self, "hidden", "small", "hold", "recognise", "fewest", "stride", "slow", "dense", "rank")
+        require_positive(self, "slow_looks", "between", "young", "young_wide", "margin", "head")
         require_positive(self, "reach", "far", "opening_damping", "opening_fit", "opening_floor", "opening_refit")
         require(0 <= self.averaging < 1, "averaging", "in [0, 1)", self.averaging)
         for name in ("growth", "forgive", "crept"):

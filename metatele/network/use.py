@@ -7,7 +7,7 @@ A layer that computes ``z = W h`` receives ``h [i, n]``, one column for each sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,6 +18,10 @@ from metatele.config import EquivariantConfig
 
 WIDEST: int = EquivariantConfig.dense  # rows up to which a second moment is kept whole
 RANK: int = EquivariantConfig.rank  # columns of a wider one's factor
+ONE_BATCH = 2  # times rank: most columns of a factor of one batch, in which few samples then leave nothing out
+SKETCH = 8  # times rank: random combinations that stand for more columns, enough to tell the largest directions
+_TURNS = 6  # of a subspace: eigenvalues half as large then change those kept by some parts in ten thousand
+SAME = 1e-5  # between fingerprints: other batches differ by a hundredth and more, the same one by rounding
 TINY = 1e-38  # below float32's smallest normal number, so that no logarithm is of zero, nor a quotient by it
 
 
@@ -51,13 +55,13 @@ class Moment(NamedTuple):
         if columns.shape[-2] <= widest:
             return Moment(columns @ columns.mT)
         trace = _squared(columns)
-        most = 8 * rank
+        most = SKETCH * rank
         if columns.shape[-1] > most:
             random = torch.Generator().manual_seed(columns.shape[-1])
             signs = torch.randint(2, (columns.shape[-1], most), generator=random).to(columns) * 2 - 1
             columns = columns @ (signs / most**0.5)
         factor = Moment(columns, torch.zeros_like(trace)[..., None, None])
-        return factor if columns.shape[-1] <= 2 * rank else factor.compressed(rank, trace)
+        return factor if columns.shape[-1] <= ONE_BATCH * rank else factor.compressed(rank, trace)
 
     @staticmethod
     def zero(rows: int, like: Tensor, widest: int = WIDEST) -> Moment:
@@ -142,6 +146,26 @@ class Moment(NamedTuple):
         left = (a * self.trace + b * other.trace - _squared(joined)).clamp_min(0)
         return Moment(joined, left[..., None, None] / self.rows)
 
+    def factored(self, rank: int = RANK) -> Moment:
+        """A factor with its ``rank`` largest directions of a whole one, found by subspace iteration; else the same.
+
+        Example:
+            >>> M = Moment(torch.diag(torch.tensor([4.0, 1.0, 1.0]))).factored(1)
+            >>> M.tensor.shape, M.dense.diagonal().round(decimals=3)
+            (torch.Size([3, 1]), tensor([4.6670, 0.6670, 0.6670]))
+        """
+        if self.rest is not None:
+            return self
+        M = self.tensor.nan_to_num(0.0, 0.0, 0.0)  # which LAPACK refuses
+        random = torch.Generator().manual_seed(self.rows)
+        Q = torch.randn(self.rows, min(self.rows, ONE_BATCH * rank), generator=random, dtype=torch.float64).to(M)
+        for _ in range(_TURNS):
+            Q = torch.linalg.qr(M @ Q).Q
+        values, V = torch.linalg.eigh(Q.mT @ M @ Q)
+        columns = (Q @ V)[..., -rank:] * values[..., None, -rank:].clamp_min(0).sqrt()
+        rest = (self.trace - _squared(columns)).clamp_min(0) / self.rows
+        return Moment(columns, rest[..., None, None])
+
     def compressed(self, rank: int, trace: Tensor) -> Moment:
         """A factor with its ``rank`` largest directions; what is left of the trace is spread evenly."""
         F = self.tensor
@@ -201,6 +225,19 @@ class Fingerprint(NamedTuple):
         """
         share = self.sums / (self.squares * self.columns).sqrt().clamp_min(TINY)
         return torch.cat([share, self.squares.clamp_min(TINY).log()]).nan_to_num(0.0, 0.0, 0.0)
+
+
+def is_same_batch(numbers: Tensor | Sequence[float], others: Tensor | Sequence[float]) -> bool:
+    """Whether the :meth:`~Fingerprint.numbers` of two batches, ``[4]`` each, differ by less than :data:`SAME`.
+
+    Example:
+        >>> x = torch.tensor([[[1.0, 2.0], [3.0, 5.0]]])
+        >>> one, turned, other = (Fingerprint.of(t).numbers() for t in (x, x.flip(-1), 1.1 * x))
+        >>> is_same_batch(one, turned), is_same_batch(one, other)
+        (True, False)
+    """
+    pairs = zip(*(t.tolist() if isinstance(t, Tensor) else t for t in (numbers, others)), strict=True)
+    return all(abs(a - b) < SAME for a, b in pairs)
 
 
 @lru_cache(maxsize=32)

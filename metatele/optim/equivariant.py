@@ -280,7 +280,9 @@ class EquivariantStepper(Stepper):
         velocity = {name: tuple(t.shape) for name, t in old.items() if name.startswith("velocity_")}
         if velocity != expected:
             raise ShapeMismatchError(f"the state does not belong to this model: expected {expected}, got {velocity}")
-        network, layers = read_old({k: v for k, v in old.items() if k != "step"}).parts()
+        config = self.meta.config
+        known = read_old({k: v for k, v in old.items() if k != "step"}, config.dense, config.rank)
+        network, layers = known.parts()
         numbers: dict[Tensor, Any] = {p: number for number, p in parameters.items()}
         elsewhere: dict[str, dict[str, Tensor]] = {}
         for index, (linear, layer) in enumerate(zip(self.capture.linears, layers, strict=True)):

@@ -16,6 +16,7 @@ from metatele.geometry import GradientNorm, Landscape
 from metatele.network import ranks
 from metatele.network.capture import Capture
 from metatele.network.sequential import parameters_of, read_sequential, unwrapped
+from metatele.network.use import is_same_batch
 from metatele.network.wanted import NOTHING, Wanted
 from metatele.optim.by_hand import LossFunction, batch_landscape, teleport_
 from metatele.optim.conjugate import Conjugation
@@ -35,7 +36,6 @@ from metatele.teleport import (
 
 __all__ = ["TeleportOptimizer", "batch_landscape", "teleport_"]
 
-_SAME_BATCH = 1e-5  # between fingerprints: other batches differ by a hundredth and more, the same one by rounding
 _COUNTERS = {"teleport_steps": 0, "teleports": 0, "teleports_rolled_back": 0}
 
 
@@ -344,7 +344,7 @@ class TeleportOptimizer(Wrapper):
         then, group["last_batch"] = group.get("last_batch"), now
         if then is None or then[0] + 1 != step or then[1] != found.columns:
             return False
-        return all(abs(a - b) <= _SAME_BATCH for a, b in zip(then[2:], now[2:], strict=True))
+        return is_same_batch(then[2:], now[2:])
 
     def _teleport(self, moving: Sequence[bool], batch: tuple[Tensor, Tensor] | None, whole: bool) -> None:
         parameters, group = parameters_of(self._linears), self.param_groups[0]

@@ -19,6 +19,10 @@ from metatele.learned.equivariant.states import Bend, EquivariantStates
 from metatele.learned.lstm import LSTMState, StackedLSTM
 from metatele.network.use import TINY, Use
 
+# Two guards whose values do not matter: what is made of them lies beyond the bounds of what the controller reads.
+GROWN = 40.0  # change of the log of a loss that is not finite
+LEAST = 0.1  # of 1 less a quotient of slopes, so that its logarithm is finite where no minimum lies ahead
+
 
 def log(x: Tensor) -> Tensor:
     """``log x``, elementwise; -87.5 at zero and below, so that no derivative is infinite.
@@ -120,7 +124,7 @@ class Sight(NamedTuple):
 
     def since(self, then: Tensor) -> Tensor:
         """Change of the log of the loss; one that is not finite has grown."""
-        return self.of_all((self.now - then).nan_to_num(40.0, 40.0, 40.0))
+        return self.of_all((self.now - then).nan_to_num(GROWN, GROWN, GROWN))
 
     def cosine(self) -> Tensor:
         """Of the gradient and the last change."""
@@ -134,7 +138,7 @@ def best(after: Tensor, before: Tensor) -> Tensor:
         >>> best(torch.tensor(-0.5), torch.tensor(-1.0)).exp()
         tensor(2.)
     """
-    return -(1 - after / torch.where(before == 0, TINY, before)).clamp_min(0.1).log()
+    return -(1 - after / torch.where(before == 0, TINY, before)).clamp_min(LEAST).log()
 
 
 class Measure(NamedTuple):

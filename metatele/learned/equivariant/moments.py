@@ -91,7 +91,7 @@ def period(sides: Sequence[int], averaged: int, config: EquivariantConfig) -> in
         (4, 48, 16)
     """
     widest = min(max(sides), config.dense)
-    return max(config.slow, 3 * wait(averaged, config), math.ceil((widest / config.small) ** 2))
+    return max(config.slow, config.slow_looks * wait(averaged, config), math.ceil((widest / config.small) ** 2))
 
 
 def due(age: int, averaged: int, sides: Sequence[int], config: EquivariantConfig, pauses: bool) -> bool:
@@ -100,9 +100,9 @@ def due(age: int, averaged: int, sides: Sequence[int], config: EquivariantConfig
     It need not take in every one, fewer of wide layers, whose moments take longest to join. Averages are the same with
     pauses or without.
     """
-    age_share = 4 if max(sides) <= config.dense else 2
+    young = config.young if max(sides) <= config.dense else config.young_wide
     stay, rest = wait(averaged, config, pauses), wait(averaged, config)
-    stride = max(1, min(period(sides, averaged, config) // 4, config.stride, age // age_share) // rest) * rest
+    stride = max(1, min(period(sides, averaged, config) // config.between, config.stride, age // young) // rest) * rest
     return (age - (config.warm if rest > 1 else 0)) % stride < stay
 
 
@@ -152,7 +152,8 @@ def taken_in(
     whole = config.whole if batch.same or old is None else config.whole_averaged
     before = (None, None) if old is None else (old.input_spectrum, old.error_spectrum)
     spectra = [
-        Spectrum.of(moment, config.keep, last, whole) for moment, last in zip((inputs, errors), before, strict=True)
+        Spectrum.of(moment, config.keep, last, whole, config.margin)
+        for moment, last in zip((inputs, errors), before, strict=True)
     ]
     return LayerMoments(inputs, errors, *spectra)
 

@@ -18,15 +18,17 @@ from metatele.learned.equivariant.states import (
     Spread,
 )
 from metatele.learned.lstm import LSTMState
-from metatele.network.use import Moment
+from metatele.network.use import RANK, WIDEST, Moment
 from metatele.perceptron.losses import KINDS
 
 
-def read_old(found: dict[str, Tensor]) -> EquivariantStates:
-    """States from such tensors.
+def read_old(found: dict[str, Tensor], dense: int = WIDEST, rank: int = RANK) -> EquivariantStates:
+    """States from such tensors; earlier code kept all moments whole.
 
     Args:
         found: ``counters, pace, bent, last, level, spread, velocity_0, inputs_0_values, ...``.
+        dense: Rows up to which they stay so.
+        rank: Columns of the factors that others become, and of their spectra.
 
     Raises:
         KeyError: Something is missing.
@@ -36,7 +38,12 @@ def read_old(found: dict[str, Tensor]) -> EquivariantStates:
     beta, less, a, b = found["pace"].unbind(-1)
 
     def spectrum(name: str) -> Spectrum:
-        return Spectrum(*(found[f"{name}_{field}"] for field in Spectrum._fields))
+        spectrum = Spectrum(*(found[f"{name}_{field}"] for field in Spectrum._fields))
+        return spectrum.cut(rank) if spectrum.vectors.shape[-2] > dense else spectrum
+
+    def moment(name: str) -> Moment:
+        whole = Moment(found[name])
+        return whole.factored(rank) if whole.rows > dense else whole
 
     input_damping, error_damping, input_power, error_power = found["bent"].unbind(-1)
     return EquivariantStates(
@@ -63,8 +70,8 @@ def read_old(found: dict[str, Tensor]) -> EquivariantStates:
         ),
         moments=[
             LayerMoments(
-                Moment(found[f"input_moments_{i}"]),
-                Moment(found[f"error_moments_{i}"]),
+                moment(f"input_moments_{i}"),
+                moment(f"error_moments_{i}"),
                 spectrum(f"inputs_{i}"),
                 spectrum(f"errors_{i}"),
             )

@@ -38,6 +38,7 @@ from metatele.learned.equivariant.opening import Opening
 from metatele.learned.equivariant.states import Bend, EquivariantStates
 from metatele.learned.equivariant.step import EquivariantStep, advance
 from metatele.learned.lstm import LSTMState, StackedLSTM
+from metatele.network.use import ONE_BATCH
 from metatele.perceptron.mlp import MLP
 from metatele.random import generator
 
@@ -79,7 +80,7 @@ class EquivariantOptimizer(nn.Module):
         hidden = config.hidden
         self.lstm = StackedLSTM(len(SEEN) + hidden, hidden, len(SET), 1, generator(seed, "initialisation"))
         with torch.no_grad():
-            self.lstm.head_weight.mul_(0.3)
+            self.lstm.head_weight.mul_(config.head)
             self.lstm.head_bias.zero_()
         # What the outputs take from the numbers directly: at first, a step that could have been longer makes the
         # next one longer.
@@ -115,7 +116,7 @@ class EquivariantOptimizer(nn.Module):
         """
 
         def side(k: int) -> int:
-            return k * (k if k <= self.config.dense else 2 * self.config.rank)
+            return k * (k if k <= self.config.dense else ONE_BATCH * self.config.rank)
 
         rows = [d + b for d, b in zip(mlp.widths, mlp.biases, strict=False)]
         return 4 * sum(2 * i * o + 3 * (side(i) + side(o)) for i, o in zip(rows, mlp.widths[1:], strict=True))

@@ -32,8 +32,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from metatele.learned.equivariant.controller import GROWN, LEAST
 from metatele.learned.equivariant.optimizer import EquivariantOptimizer
-from metatele.network.use import TINY
+from metatele.network.use import TINY, is_same_batch
 from metatele.perceptron.losses import kind, level
 
 
@@ -200,11 +201,11 @@ def moments(optimizer: EquivariantOptimizer, seen: Seen, memory: Memory, same: b
     for layer, h, e in zip(memory.layers, seen.inputs, seen.errors, strict=True):
 
         def period(rest: int, widest: int = min(max(len(h), len(e)), c.dense)) -> int:
-            return max(c.slow, 3 * rest, math.ceil((widest / c.small) ** 2))
+            return max(c.slow, c.slow_looks * rest, math.ceil((widest / c.small) ** 2))
 
         rest, due = waiting(optimizer, expected), age >= layer.renew
-        often = 4 if max(len(h), len(e)) <= c.dense else 2
-        stride = max(1, min(period(rest) // 4, c.stride, age // often) // rest) * rest
+        young = c.young if max(len(h), len(e)) <= c.dense else c.young_wide
+        stride = max(1, min(period(rest) // c.between, c.stride, age // young) // rest) * rest
         stay = rest if pauses else 1
         chosen = not memory.same and (age - (c.warm if rest > 1 else 0)) % stride < stay
         if due or (chosen and not same):
@@ -213,7 +214,7 @@ def moments(optimizer: EquivariantOptimizer, seen: Seen, memory: Memory, same: b
             layer.A, layer.B = average(layer.A, S, s), average(layer.B, T, s)
         if due:
             layer.A_due, layer.B_due = layer.A, layer.B
-            layer.renew = age + min(period(waiting(optimizer, averaged)), age // 4 + 1)
+            layer.renew = age + min(period(waiting(optimizer, averaged)), age // c.young + 1)
     memory.averaged, memory.same = averaged, same
 
 
@@ -238,7 +239,7 @@ def participation(M: Tensor) -> Tensor:
 
 def best(after: Tensor, before: Tensor) -> Tensor:
     """Log of where the parabola with slopes ``before`` at 0 and ``after`` at 1 is lowest, at most log 10."""
-    return -log((1 - after / (before if before != 0 else TINY)).clamp_min(0.1))
+    return -log((1 - after / (before if before != 0 else TINY)).clamp_min(LEAST))
 
 
 # Kinds of the 16 numbers in their order, by which some may be hidden.
@@ -265,7 +266,7 @@ def sees(
     layers = memory.layers
     ahead = [(G * x.C).sum() for G, x in zip(gradients, layers, strict=True)]
     of_change = best(torch.stack(ahead).sum(), memory.predicted)
-    since_look, since_start = ((now - then).nan_to_num(40.0, 40.0, 40.0) for then in (memory.kept, memory.start))
+    since_look, since_start = ((now - then).nan_to_num(GROWN, GROWN, GROWN) for then in (memory.kept, memory.start))
     rows = []
     for number, (x, G, W, h) in enumerate(zip(layers, gradients, seen.weights, seen.inputs, strict=True)):
         length, size = log(G.square().sum()), log(x.size)
@@ -390,7 +391,7 @@ def step(
     same = False
     if closely:
         numbers = fingerprint(seen.data)
-        same = looks and memory.fingerprint is not None and bool((numbers - memory.fingerprint).abs().max() < 1e-5)
+        same = looks and memory.fingerprint is not None and is_same_batch(numbers, memory.fingerprint)
         memory.fingerprint = numbers
     if looks:
         moments(optimizer, seen, memory, same, pauses)

@@ -65,7 +65,11 @@ class Spectrum(NamedTuple):
     @staticmethod
     @torch.no_grad()
     def of(
-        moment: Tensor | Moment, keep: float = 0.0, last: Spectrum | None = None, whole: int = EquivariantConfig.whole
+        moment: Tensor | Moment,
+        keep: float = 0.0,
+        last: Spectrum | None = None,
+        whole: int = EquivariantConfig.whole,
+        margin: int = EquivariantConfig.margin,
     ) -> Spectrum:
         """Of symmetric matrices ``[..., k, k]``; one that is not finite or zero counts as the identity.
 
@@ -78,6 +82,7 @@ class Spectrum(NamedTuple):
                 step of subspace iteration, which takes a fraction of the time; eigenvalues near ``keep`` then come
                 out too small by some per cent.
             whole: See ``keep``.
+            margin: V keeps one more column, and one for every ``margin`` eigenvalues that are not below ``keep * s``.
 
         Example:
             >>> spectrum = Spectrum.of(torch.diag(torch.tensor([3.0, 1.0])))
@@ -106,11 +111,26 @@ class Spectrum(NamedTuple):
         values = values.clamp_min(0)
         if keep > 0 and k > whole:
             large = int((values >= keep).sum(-1).max())
-            columns = math.ceil((large + large // 8 + 1) / _TILE) * _TILE
+            columns = math.ceil((large + large // margin + 1) / _TILE) * _TILE
             if 2 * columns <= k:
                 rest = values[..., : k - columns].mean(-1, keepdim=True)
                 return Spectrum(values[..., k - columns :], vectors[..., k - columns :], rest, scale)
         return Spectrum(values, vectors, values[..., :1], scale)
+
+    def cut(self, columns: int) -> Spectrum:
+        """With its largest eigenvalues alone; those left out share their mean, with those that were left out before.
+
+        Example:
+            >>> spectrum = Spectrum.of(torch.diag(torch.tensor([4.0, 1.5, 0.5]))).cut(1)
+            >>> spectrum.values, spectrum.rest
+            (tensor([2.]), tensor([0.5000]))
+        """
+        k, r = self.vectors.shape[-2:]
+        if r <= columns:
+            return self
+        left = self.values[..., :-columns].sum(-1, keepdim=True) + (k - r) * self.rest
+        vectors = self.vectors[..., -columns:].clone()  # a view would keep the others in memory
+        return Spectrum(self.values[..., -columns:], vectors, left / (k - columns), self.scale)
 
     @property
     def whole(self) -> bool:

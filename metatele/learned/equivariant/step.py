@@ -16,10 +16,8 @@ from metatele.learned.equivariant.direction import again, controlled, limited
 from metatele.learned.equivariant.observation import Observation, Wants, inner
 from metatele.learned.equivariant.states import Change, EquivariantStates, Level, Motion, Spread
 from metatele.learned.lstm import LSTMState
-from metatele.network.use import Use
+from metatele.network.use import Use, is_same_batch
 from metatele.perceptron.losses import kind, level
-
-_SAME = 1e-5  # difference of a fingerprint's numbers by rounding, where samples come in another order
 
 
 class EquivariantStep(NamedTuple):
@@ -143,8 +141,7 @@ def _observed(
 ) -> EquivariantStates:
     """States with the moments of a batch taken in."""
     age = states.age
-    pairs = zip(fingerprint.tolist(), states.fingerprint.tolist(), strict=True)
-    same = age > 0 and all(abs(a - b) < _SAME for a, b in pairs)
+    same = age > 0 and is_same_batch(fingerprint, states.fingerprint)
     batch = moments.counts(age, states.averaged, same, seen.samples, config)
     renewed, renew = [], []
     for layer, (use, gradient) in enumerate(zip(uses, seen.gradients, strict=True)):
@@ -153,7 +150,7 @@ def _observed(
         taken = use if layer in wanted and (due or not same) else use._replace(inputs=None)
         renewed.append(moments.taken_in(states.moments[layer] if age else None, taken, batch, due, config))
         period = moments.period(gradient.shape[-2:], batch.averaged, config)
-        renew.append(age + min(period, age // 4 + 1) if due else states.renew[layer])
+        renew.append(age + min(period, age // config.young + 1) if due else states.renew[layer])
     spread = states.spread
     if any(at <= age for at in states.renew):
         spread = Spread(*moments.participation(renewed, len(states.predicted)))
