@@ -213,7 +213,7 @@ def table(doc: dict[str, Any]) -> list[list[str]]:
     ]
     by_name = {arm["name"]: arm for arm in doc["arms"]}
     for arm in doc["arms"]:
-        row = [arm["name"], *(common.cell([run[-1] for run in arm[key]]) for key in ("train_loss", "test_loss"))]
+        row = [arm["name"], *common.ends(arm, "train_loss", "test_loss")]
         if not arm["teleports"]:
             rows.append(row + [""] * (len(rows[0]) - len(row)))
             continue
