@@ -21,6 +21,12 @@ def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
         stream: One of :data:`STREAMS`.
         index: Number of the draw, for instance of the trajectory.
 
+    Returns:
+        A new generator, at its beginning.
+
+    Raises:
+        ValueError: There is no such stream.
+
     Example:
         >>> a = torch.rand(3, generator=generator(0, "train", 5))
         >>> b = torch.rand(3, generator=generator(0, "train", 5))

@@ -17,7 +17,7 @@ from typing import Any
 from metatele import figures
 from metatele.experiments import images as common
 
-_STEPS = 300
+_USUAL_STEPS = 300
 _TELEPORT_STEP = 5
 _GRID = [10 ** (e / 4) for e in range(-24, 1)]
 COLOURS = ["#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7"]
@@ -177,5 +177,5 @@ def figure(doc: dict[str, Any]) -> bytes:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print the table."""
-    parser = common.small_parser("fig12", __doc__, 5, _STEPS)
+    parser = common.small_parser("fig12", __doc__, 5, _USUAL_STEPS)
     common.small_main(arguments, parser, lambda args: run(args.seeds, args.steps), table, figure)

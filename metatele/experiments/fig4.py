@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _BATCH = 2000
 _SEARCH_DRIFT = 0.01  # on one batch; the paper's fixed rates have no bound
-_STEPS = {"sharpness": 10, "curvature": 1}
+_STEPS_FOR = {"sharpness": 10, "curvature": 1}
 _DISPLACEMENTS = tuple(round(0.0001 + 0.001 * i, 4) for i in range(3, 20, 4))  # every fourth of the reference's
 # Teleport -> (batches, rate); without a rate, a line search.
 SETTINGS: dict[str, dict[str, tuple[int, float | None]]] = {
@@ -81,7 +81,7 @@ def arms(args: Any, samples: int, at: int) -> list[Arm]:
             objective=objectives[kind],
             rate="line-search" if rate is None else "fixed",
             lr=rate or 0.0,
-            steps=_STEPS[kind],
+            steps=_STEPS_FOR[kind],
             descend=sense == "down",
             action="approximate",
             parametrisation="first-order",
@@ -213,7 +213,7 @@ def table(doc: dict[str, Any]) -> list[list[str]]:
     ]
     by_name = {arm["name"]: arm for arm in doc["arms"]}
     for arm in doc["arms"]:
-        row = [arm["name"], *(common.cell([run[-1] for run in arm[key]]) for key in ("train_loss", "test_loss"))]
+        row = [arm["name"], *common.ends(arm, "train_loss", "test_loss")]
         if not arm["teleports"]:
             rows.append(row + [""] * (len(rows[0]) - len(row)))
             continue

@@ -180,6 +180,11 @@ def cell(values: Sequence[float | None], digits: int = 4) -> str:
     return f"{mean:.{digits}f}" + (f" ±{half:.{digits}f}" if math.isfinite(half) else "")
 
 
+def ends(arm: dict[str, Any], *keys: str) -> list[str]:
+    """Cells with what an arm's stored curves end at."""
+    return [cell([run[-1] for run in arm[key]]) for key in keys]
+
+
 def final_table(doc: dict[str, Any]) -> list[list[str]]:
     """Final losses and accuracy of each arm, and what its teleports did."""
     table = [
@@ -195,8 +200,7 @@ def final_table(doc: dict[str, Any]) -> list[list[str]]:
         ]
     ]
     for arm in doc["arms"]:
-        row = [arm["name"]]
-        row += [cell([run[-1] for run in arm[key]]) for key in ("train_loss", "test_loss", "test_accuracy")]
+        row = [arm["name"], *ends(arm, "train_loss", "test_loss", "test_accuracy")]
         row.append(cell([run[1] for run in arm["train_loss"]]))
         done = arm["teleports"]
         if done:

@@ -19,12 +19,12 @@ LossFunction = Callable[[Tensor], Tensor]
 VelocityFunction = Callable[[Tensor], Tensor]
 Field = Tensor | VelocityFunction
 
-_STEPS = 200
-_HALVINGS = 30
+_ASCENT_STEPS = 200  # at most; then the point is judged as it is
+_STEP_HALVINGS = 30  # to 1e-9 of the step; then the search gives up
 _LONGEST = 1.0  # a step of the ascent, in units of what changes the gradient by its own length
 _DRIFT = 1e-5  # largest change of the loss in a step, relative to what the gradient would make of its length
 _SUBSTEPS = 8
-_ROUNDING = 1e-13  # slopes are taken as zero below
+_ZERO_SLOPE = 1e-13  # slopes are taken as zero below
 _ENOUGH = 1e-9  # an ascent that ends above has found no critical point
 _SMALL_GAIN = 1e-6  # what Newton's model may still promise log ‖∇L‖² there; it is large on the way to infinity
 _FLAT = 1e-8  # second derivatives are taken as zero below, relative to their size
@@ -273,10 +273,10 @@ def _ascend(
     here = LocalLoss(loss, w)
     level = here.value
     size, gain, step = _newton_step(here, fields)
-    for _ in range(_STEPS):
-        if size <= _ROUNDING and gain <= _SMALL_GAIN:
+    for _ in range(_ASCENT_STEPS):
+        if size <= _ZERO_SLOPE and gain <= _SMALL_GAIN:
             break
-        for _ in range(_HALVINGS):
+        for _ in range(_STEP_HALVINGS):
             there = _moved(loss, here, step, fields, matrices, level)
             if there is not None:
                 size_there, gain_there, step_there = _newton_step(there, fields)

@@ -6,7 +6,7 @@ rule, activations and their inverses Faà di Bruno's. All jets in one expression
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import comb
 
 import torch
@@ -30,6 +30,24 @@ def scaled(factor: int, a: Tensor) -> Tensor:
     return a if factor == 1 else factor * a
 
 
+def leibniz(length: int, term: Callable[[int, int], Tensor | None]) -> Jet:
+    """``Σ_i C(j, i) term(i, j - i)`` for the orders j below ``length``; a term is ``None`` where it is zero.
+
+    Example:
+        >>> leibniz(3, lambda i, k: torch.ones(1))  # 2ʲ
+        [tensor([1.]), tensor([2.]), tensor([4.])]
+    """
+    result: Jet = []
+    for j in range(length):
+        total: Tensor | None = None
+        for i in range(j + 1):
+            found = term(i, j - i)
+            if found is not None:
+                total = add(total, scaled(comb(j, i), found))
+        result.append(total)
+    return result
+
+
 def times(a: Jet, b: Jet) -> Jet:
     """Leibniz: ``(ab)⁽ʲ⁾ = Σ C(j, i) a⁽ⁱ⁾ b⁽ʲ⁻ⁱ⁾`` for matrices.
 
@@ -38,15 +56,12 @@ def times(a: Jet, b: Jet) -> Jet:
         >>> times(t, t)[2]  # (t²)'' = 2
         tensor([[2.]])
     """
-    result: Jet = []
-    for j in range(len(a)):
-        total: Tensor | None = None
-        for i in range(j + 1):
-            left, right = a[i], b[j - i]
-            if left is not None and right is not None:
-                total = add(total, scaled(comb(j, i), left @ right))
-        result.append(total)
-    return result
+
+    def term(i: int, k: int) -> Tensor | None:
+        left, right = a[i], b[k]
+        return None if left is None or right is None else left @ right
+
+    return leibniz(len(a), term)
 
 
 def through(f: Activation, z: Jet) -> Jet:
@@ -86,15 +101,12 @@ def back(f: Activation, z: Tensor, b: Jet) -> Jet:
 
 def acted(powers: Sequence[Tensor], A: Jet) -> Jet:
     """``exp(tM) A``, from ``M, M², …``."""
-    result: Jet = []
-    for j in range(len(A)):
-        total = A[j]
-        for i in range(1, j + 1):
-            a = A[j - i]
-            if a is not None:
-                total = add(total, scaled(comb(j, i), powers[i - 1] @ a))
-        result.append(total)
-    return result
+
+    def term(i: int, j: int) -> Tensor | None:
+        a = A[j]
+        return a if a is None or i == 0 else powers[i - 1] @ a
+
+    return leibniz(len(A), term)
 
 
 def inverse_jet(G: Jet) -> Jet:
@@ -139,16 +151,15 @@ def padded(W: Tensor | None, bias: Tensor | None) -> Tensor | None:
 def acted_from_the_right(T: Jet, powers: Sequence[Tensor]) -> Jet:
     """``T exp(-tM)``, from ``M, M², …``; a last column of T that belongs to a bias is not moved."""
     k = powers[0].shape[-1]
-    result: Jet = []
-    for j in range(len(T)):
-        total = T[j]
-        for i in range(1, j + 1):
-            t = T[j - i]
-            if t is not None:
-                term = scaled((-1) ** i * comb(j, i), t[..., :k] @ powers[i - 1])
-                total = add(total, term if t.shape[-1] == k else padded(term, term))
-        result.append(total)
-    return result
+
+    def term(i: int, j: int) -> Tensor | None:
+        t = T[j]
+        if t is None or i == 0:
+            return t
+        moved = scaled((-1) ** i, t[..., :k] @ powers[i - 1])
+        return moved if t.shape[-1] == k else padded(moved, moved)
+
+    return leibniz(len(T), term)
 
 
 def difference(a: Tensor | None, b: Tensor | None) -> Tensor | None:

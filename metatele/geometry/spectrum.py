@@ -29,7 +29,7 @@ from metatele.perceptron.mlp import MLP
 if TYPE_CHECKING:
     import numpy as np
 
-_FIRST = 16  # eigenvalues that counting begins with
+_FIRST_COUNT = 16  # eigenvalues that counting begins with
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def count_above(
     _check_tolerance(tolerance)
     counts = []
     for point in _networks(landscape, flat):
-        count, size = min(_FIRST, flat.shape[-1]), flat.shape[-1]
+        count, size = min(_FIRST_COUNT, flat.shape[-1]), flat.shape[-1]
         above = _above(_largest(point, count, tolerance, seed, solver), epsilon)
         while above == count < size:
             count = min(2 * count, size)

@@ -96,7 +96,20 @@ class Moment(NamedTuple):
         return Moment(self.tensor * c) if self.rest is None else Moment(self.tensor * c.sqrt(), self.rest * c)
 
     def plus(self, other: Moment, rank: int = RANK) -> Moment:
-        """``M + M'``; a factor of at most ``rank`` columns."""
+        """``M + M'``.
+
+        Args:
+            other: M', of the same size.
+            rank: Columns that a factor has at most; what the largest of them leave out of the trace is spread evenly.
+
+        Returns:
+            A factor if both are, else the whole matrix.
+
+        Example:
+            >>> Moment(torch.eye(2)).plus(Moment(torch.ones(2, 2))).tensor
+            tensor([[2., 1.],
+                    [1., 2.]])
+        """
         if self.rest is None or other.rest is None:
             return Moment(self.dense + other.dense)
         return self._joined(other, 1.0, 1.0, rank)
@@ -122,7 +135,19 @@ class Moment(NamedTuple):
         return Moment(function(self.tensor), None if self.rest is None else function(self.rest))
 
     def where(self, chosen: Tensor, other: Moment) -> Moment:
-        """M where chosen ``[...]`` is true, else the other, of the same kind."""
+        """M where it is chosen, else the other.
+
+        Args:
+            chosen: Booleans ``[...]``.
+            other: Of the same size.
+
+        Returns:
+            A factor if both are, else the whole matrix.
+
+        Example:
+            >>> Moment(torch.eye(2)).where(torch.tensor(False), Moment(torch.zeros(2, 2))).trace
+            tensor(0.)
+        """
         at = chosen[..., None, None]
         if self.rest is None or other.rest is None:
             return Moment(torch.where(at, self.dense, other.dense))
@@ -167,7 +192,18 @@ class Moment(NamedTuple):
         return Moment(columns, rest[..., None, None])
 
     def compressed(self, rank: int, trace: Tensor) -> Moment:
-        """A factor with its ``rank`` largest directions; what is left of the trace is spread evenly."""
+        """A factor of this one's ``rank`` largest directions; what is left of the trace is spread evenly.
+
+        Args:
+            rank: Columns that it has at most.
+            trace: ``[...]``, of the moment that the factor stands for.
+
+        Example:
+            >>> factor = Moment(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(1, 1))
+            >>> kept = factor.compressed(1, trace=torch.tensor(5.0))
+            >>> kept.tensor.abs().flatten().tolist(), float(kept.rest)
+            ([2.0, 0.0], 0.5)
+        """
         F = self.tensor
         if F.shape[-1] > rank:
             _, V = torch.linalg.eigh((F.mT @ F).nan_to_num(0.0, 0.0, 0.0))  # which refuses what is not finite

@@ -47,7 +47,15 @@ class Loss(ABC):
 
     @abstractmethod
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """``∂L/∂y``, ``[..., o, n]``; arguments as for :meth:`value`."""
+        """``∂L/∂y``.
+
+        Args:
+            outputs: y ``[..., o, n]``.
+            targets: As the loss takes them.
+
+        Returns:
+            ``[..., o, n]``.
+        """
 
     @abstractmethod
     def curvature(self, outputs: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
@@ -79,7 +87,16 @@ class Loss(ABC):
             raise ConfigError(f"targets must be {inputs.dtype} as the inputs are, got {targets.dtype}")
 
     def drift(self, before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
-        """Relative change ``|L(after) - L(before)| / |L(before)|`` between two outputs, ``[...]``."""
+        """Relative change ``|L(after) - L(before)| / |L(before)|`` between two outputs.
+
+        Args:
+            before: Outputs ``[..., o, n]``, whose loss is the reference.
+            after: Outputs of the same shape.
+            targets: As the loss takes them.
+
+        Returns:
+            ``[...]``; very large where the reference is zero.
+        """
         reference = self.value(before, targets)
         change = (self.value(after, targets) - reference).abs()
         return change / reference.abs().clamp_min(torch.finfo(reference.dtype).tiny)
@@ -148,7 +165,17 @@ class CrossEntropy(Loss):
     name: ClassVar[str] = "cross-entropy"
 
     def check(self, targets: Tensor, outputs: int, inputs: Tensor) -> None:
-        """Class indices ``[..., n]``."""
+        """Refuse what are no class indices ``[..., n]``.
+
+        Args:
+            targets: Class indices.
+            outputs: Number of classes o.
+            inputs: ``[..., d, n]``.
+
+        Raises:
+            ShapeMismatchError: There is not one for each sample.
+            ConfigError: They are not of dtype int64, or no classes; values on a GPU are not looked at.
+        """
         if targets.dim() < 1 or targets.shape[-1] != inputs.shape[-1]:
             raise ShapeMismatchError(
                 f"targets must be class indices [..., {inputs.shape[-1]}], one per sample, got {list(targets.shape)}"
@@ -241,7 +268,15 @@ class Differentiable(Loss):
         return self.function(outputs.mT, targets)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """By one backward pass."""
+        """By one backward pass.
+
+        Args:
+            outputs: y ``[o, n]``, of one network.
+            targets: As the function takes them.
+
+        Raises:
+            ConfigError: There is more than one network, or the function cannot be differentiated in the outputs.
+        """
         self._check(outputs)
         with torch.enable_grad():
             point = outputs.detach().requires_grad_()
@@ -279,8 +314,12 @@ def kind(outputs: Tensor, gradient: Tensor) -> str | None:
     - ``logistic``, if ``∂L/∂y = s (sigmoid(y) - t)`` with t zero or one;
     - else a ``squared`` error, as near the minimum of every smooth loss.
 
+    Args:
+        outputs: y ``[..., o, n]``.
+        gradient: ``∂L/∂y``, of the same shape.
+
     Returns:
-        ``None`` if not all networks have the same.
+        One of :data:`KINDS`; ``None`` if not all networks have the same.
 
     Example:
         >>> y, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])

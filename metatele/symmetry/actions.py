@@ -59,7 +59,15 @@ class Action(ABC):
         return k * k
 
     def algebra(self, coordinates: Tensor, k: int) -> Tensor:
-        """Algebra elements ``[..., k, k]`` from coordinates ``[..., algebra_size(k)]``, row by row."""
+        """Algebra elements from coordinates, row by row.
+
+        Args:
+            coordinates: ``[..., algebra_size(k)]``.
+            k: Number of hidden units.
+
+        Returns:
+            ``[..., k, k]``.
+        """
         return coordinates.unflatten(-1, (k, k))
 
     def prepare(self, inputs: Tensor, bias: bool = False) -> Tensor | None:
@@ -163,7 +171,11 @@ class Exact(Action):
     exact: ClassVar[bool] = True
 
     def check(self, activation: Activation) -> None:
-        """Refuse activations without inverse."""
+        """Refuse activations without inverse.
+
+        Raises:
+            NotExactError: The activation has none; the message says why.
+        """
         if not activation.invertible:
             raise NotExactError(
                 f"the exact action needs an invertible activation; {activation.describe()} is not: "
@@ -171,7 +183,23 @@ class Exact(Action):
             )
 
     def prepare(self, inputs: Tensor, bias: bool = False) -> Tensor:
-        """``H⁺``, of the inputs with a row of ones when the layer has a bias."""
+        """``H⁺``, the right factor of every move on these inputs.
+
+        Args:
+            inputs: ``H [..., d, n]``; a row of ones is put below when the layer has a bias.
+            bias: Whether it has.
+
+        Returns:
+            ``[..., n, d]``, or ``[..., n, d + 1]`` with a bias.
+
+        Raises:
+            NotExactError: There are more samples than rows.
+            SingularInputError: The samples are linearly dependent.
+
+        Example:
+            >>> Exact().prepare(2 * torch.eye(3)[:, :2]).tolist()  # two samples with three features
+            [[0.5, 0.0, 0.0], [0.0, 0.5, 0.0]]
+        """
         d, n = inputs.shape[-2] + bias, inputs.shape[-1]
         if n > d:
             raise NotExactError(
@@ -304,7 +332,11 @@ class Rescaling(Action):
         return torch.diag_embed(coordinates)
 
     def check(self, activation: Activation) -> None:
-        """Refuse activations that are not positively homogeneous."""
+        """Refuse activations that are not positively homogeneous.
+
+        Raises:
+            NotExactError: The activation is not.
+        """
         if not activation.positively_homogeneous:
             raise NotExactError(
                 f"rescaling needs a positively homogeneous activation (identity, leaky_relu, relu), "
@@ -312,7 +344,15 @@ class Rescaling(Action):
             )
 
     def move(self, site: Site, g: GroupElement) -> Site:
-        """See the module's table; raises ``NotExactError`` for a scale that is not positive."""
+        """The site with ``g V``, ``g b`` and ``U g⁻¹``, for diagonal g; nothing is mutated.
+
+        Args:
+            site: Weights with any batch dimensions; the batch is not looked at.
+            g: Group element ``[..., k, k]``, of which the diagonal is read.
+
+        Raises:
+            NotExactError: The activation is not positively homogeneous, or (if strict) a scale is not positive.
+        """
         self.check(site.activation)
         scale = g.matrix.diagonal(dim1=-2, dim2=-1)
         if self.strict and not bool((scale > 0).all()):

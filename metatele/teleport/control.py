@@ -16,9 +16,9 @@ from metatele.symmetry import PARAMETRISATIONS, Action, GroupElement
 from metatele.teleport.move import Course, Leg, TeleportMove
 from metatele.teleport.report import Report
 
-_FIRST = 1e-4  # the least norm of T that is tried
+_LEAST_NORM = 1e-4  # the least norm of T that is tried
 _DOUBLINGS = 24  # to a norm of 1.7e3, where the direction of g is that of T alone
-_HALVINGS = 14
+_BISECTIONS = 14  # leave 1/16000 of the bracket, far less than the tolerance needs
 _TOLERANCE = 0.01  # relative, of the change
 
 
@@ -97,7 +97,7 @@ class MatchedRandom(TeleportMove):
                 ratio = leg(norm).move(start).value / start.value
                 return (sense * (ratio - 1)).nan_to_num(nan=-math.inf, posinf=math.inf)
 
-            first = torch.full_like(goal, _FIRST)
+            first = torch.full_like(goal, _LEAST_NORM)
             sign = torch.where(made(first) >= made(-first), 1.0, -1.0).to(goal)
             best, off = torch.zeros_like(goal), goal  # T = 0 changes nothing
             low, high, passed = torch.zeros_like(goal), first, torch.zeros_like(everyone)
@@ -108,7 +108,7 @@ class MatchedRandom(TeleportMove):
                 if bool(passed.all()):
                     break
                 low, high = torch.where(passed, low, high), torch.where(passed, high, 2 * high)
-            for _ in range(_HALVINGS):
+            for _ in range(_BISECTIONS):
                 middle = (low + high) / 2
                 reached = made(sign * middle)
                 best, off = _nearer((best, off), (sign * middle, (reached - goal).abs()))

@@ -87,6 +87,10 @@ def learned_curves(optimizer: nn.Module, problems: Problems, num_steps: int) -> 
 def held_out_score(mean: Tensor, steps: Sequence[int]) -> float:
     """Mean over some steps of the logarithm of the mean loss; infinite if it is not finite there.
 
+    Args:
+        mean: Mean loss ``[steps + 1]`` after each step.
+        steps: Those that count.
+
     Example:
         >>> held_out_score(torch.tensor([9.0, 1.0, 1.0]), (1, 2))
         0.0

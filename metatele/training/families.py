@@ -20,7 +20,11 @@ _TRAINERS: dict[str, MakeTrainer] = {}
 
 
 def register_trainer(name: str, make: MakeTrainer) -> None:
-    """Make a family's trainer known: ``make(config, device, processes)``.
+    """Make a family's trainer known.
+
+    Args:
+        name: Of the family.
+        make: ``make(config, device, processes)`` gives the trainer at its beginning.
 
     Raises:
         ConfigError: There are no settings of this name, or there is a trainer already.

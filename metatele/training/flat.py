@@ -88,6 +88,11 @@ class FlatTrainer(Trainer):
     ) -> tuple[Trajectories, Tensor]:
         """Where trajectories are after a window, and this process's part of the objective; parameters have gradients.
 
+        Args:
+            at: Where they begin.
+            steps: Of the window.
+            observe: Called with the step's number, where it began and what it did.
+
         Example:
             >>> from metatele.config import preset
             >>> trainer = FlatTrainer(preset("quick", batch=2, widths=(3, 4, 2), samples=3, hidden=8))

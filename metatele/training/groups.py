@@ -19,8 +19,11 @@ from metatele.training.processes import Processes
 from metatele.training.trainer import Trainer, Window
 from metatele.unroll import losses_of, start, unroll
 
-_ROUNDING = 1e-9  # of a loss relative to the initial one, below which nothing is learned
-_VALIDATED = 4  # trajectories of each shape
+# Added to losses relative to the initial ones before their logarithm is taken: below it nothing is learned but
+# rounding, and without it the mean logarithm would be that of the trajectories which have arrived.
+_LEAST_RATIO = 1e-9
+_ARRIVED_RATIO = 10 * _LEAST_RATIO  # below it a tenth and more of the sum is what was added: little is left to learn
+_VALIDATED_OF_SHAPE = 4  # trajectories: shapes differ more than trajectories of one, so many shapes with few of each
 
 
 class Source(Protocol):
@@ -46,7 +49,7 @@ class _Group:
 
     def relative(self, loss: Tensor) -> Tensor:
         """Losses relative to the initial ones, and no smaller than rounding."""
-        return loss / self.begun + _ROUNDING
+        return loss / self.begun + _LEAST_RATIO
 
 
 def validation_score(
@@ -78,11 +81,11 @@ def validation_score(
     c = config.training
     steps = [s for s in c.validation_score_at if s <= c.validation_steps]
     logs = []
-    for number in range(max(1, c.validation_trajectories // _VALIDATED)):
-        problems = source.sample(config.seed, "validation", number, _VALIDATED).to(device)
+    for number in range(max(1, c.validation_trajectories // _VALIDATED_OF_SHAPE)):
+        problems = source.sample(config.seed, "validation", number, _VALIDATED_OF_SHAPE).to(device)
         losses = losses_of(optimizer, problems, max(steps)).double()
         rows = [losses[max(0, s - 9) : s + 1].mean(0) if problems.batch_size else losses[s] for s in steps]
-        ratio = torch.stack(rows) / losses[0] + _ROUNDING
+        ratio = torch.stack(rows) / losses[0] + _LEAST_RATIO
         logs.append(ratio.nan_to_num(nan=c.lost_loss).clamp(max=c.lost_loss).log().mean(1))
     mean = torch.stack(logs).mean(0)
     return float(mean.mean()), {s: math.exp(v) for s, v in zip(steps, mean.tolist(), strict=True)}
@@ -140,7 +143,7 @@ class GroupTrainer(Trainer):
         objective.backward()
         group.at = at.detach()
         sound = torch.isfinite(group.at.weights).all(-1) & (group.relative(group.at.loss) < c.lost_loss)
-        arrived = group.at.loss < 10 * _ROUNDING * group.begun
+        arrived = group.at.loss < _ARRIVED_RATIO * group.begun
         return Window(objective, torch.stack([~sound, arrived]), c.unroll, {})
 
     def _renewed(self, flags: Tensor) -> None:

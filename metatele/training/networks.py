@@ -68,7 +68,18 @@ class Networks:
 
     @torch.no_grad()
     def evaluated(self, weights: Weights, split: str) -> tuple[Tensor, Tensor]:
-        """Mean loss and accuracy ``[m]`` of networks ``[m, ...]`` on the ``train`` or ``test`` samples, float64."""
+        """Mean loss and accuracy on all samples of a split.
+
+        Args:
+            weights: Of networks ``[m, ...]``.
+            split: ``train`` or ``test``.
+
+        Returns:
+            Both ``[m]``; the losses in float64.
+
+        Raises:
+            ConfigError: There is no such split.
+        """
         if split not in ("train", "test"):
             raise ConfigError(f"split must be train or test, got {split!r}")
         images, labels = (

@@ -91,7 +91,12 @@ class History:
     evaluation_seconds: float = 0.0
 
     def branched(self, origins: Sequence[int], names: Sequence[tuple[str, str]]) -> History:
-        """The same for arms that begin as copies of those numbered ``origins``; ``names`` are (old, new)."""
+        """The same for arms that begin as copies of some of these.
+
+        Args:
+            origins: The numbers of those.
+            names: Pairs of an old arm's name and a new one's, by which teleports are told to the new ones.
+        """
         index = list(origins)
         return dataclasses.replace(
             self,
@@ -210,6 +215,10 @@ class Replicas(Networks):
         Args:
             arms: Ways to train from here; their optimizers are of the class of those they begin with.
             origins: The number of the arm each begins as; the first, if not given.
+
+        Raises:
+            ConfigError: An optimizer is of another class, a teleport needs more samples than there are, or an arm
+                follows one that is not before it or teleports on other batches.
         """
         index = [0] * len(arms) if origins is None else list(origins)
         for arm, origin in zip(arms, index, strict=True):

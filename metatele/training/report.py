@@ -135,7 +135,15 @@ def markdown(table: list[list[str]]) -> str:
 
 
 def write(doc: dict[str, Any], out: Path) -> str:
-    """Write ``curves.json``, ``table.csv``, ``table.md`` and ``loss.png``; returns the table."""
+    """Write ``curves.json``, ``table.csv``, ``table.md`` and ``loss.png``.
+
+    Args:
+        doc: As of :func:`document`.
+        out: Folder, which is there.
+
+    Returns:
+        The table, in Markdown.
+    """
     table = rows(doc)
     text = markdown(table)
     buffer = io.StringIO()

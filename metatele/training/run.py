@@ -203,6 +203,10 @@ def usable_state(folder: Path) -> dict[str, Any]:
 def read_state(folder: Path, name: str = STATE_NAME) -> dict[str, Any]:
     """One resumable state of a run folder, read without executing anything.
 
+    Args:
+        folder: Of the run.
+        name: Of the state's file: the last one, or ``PREVIOUS_NAME``.
+
     Raises:
         RunFolderError: There is none.
         CheckpointError: It is damaged or from a newer format.

@@ -21,7 +21,9 @@ from metatele.training.processes import Processes
 from metatele.training.shares import joined_shares, own_share
 from metatele.unroll import window_loss
 
-_RISING = 0.02  # fraction of the run over which a decaying rate first rises
+# Fraction of the run over which a decaying rate first rises: Adam's first steps are as long as any, whatever the
+# gradient, while its second moments are known from a few windows only.
+_WARMUP_SHARE = 0.02
 
 
 class Window(NamedTuple):
@@ -137,7 +139,7 @@ class Trainer(ABC):
         factor = 1.0
         if c.decay == "cosine":
             done = self.update / c.updates
-            factor = 0.5 * (1 + math.cos(math.pi * done)) * min(1.0, (done + 1 / c.updates) / _RISING)
+            factor = 0.5 * (1 + math.cos(math.pi * done)) * min(1.0, (done + 1 / c.updates) / _WARMUP_SHARE)
         for group, rate in zip(self.adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
 

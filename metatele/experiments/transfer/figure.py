@@ -24,15 +24,9 @@ _COLOURS = {
 _COLUMNS = 5
 
 
-def _curves(task: Task, name: str) -> list[tuple[list[float], list[float]]]:
-    if isinstance(task, RegressionTask):
-        return [task.curve(method) for method in task.of(name)]
-    return [task.curve(method) for method in task.of(name)]
-
-
 def _panel(axes: Any, task: Task, names: Sequence[str], time_axis: bool) -> None:
     for name in names:
-        found = _curves(task, name)
+        found = task.curves(name)
         if not found:
             continue
         scale = task.milliseconds[name] / 1e3 if time_axis else 1

@@ -59,18 +59,12 @@ def _patient(task: RegressionTask, steps: float) -> float:
     return math.nan if steps > found[0].steps[-1] else min(m.at(known[-1]) for m in found)
 
 
-def _scores(task: Task, name: str) -> list[float]:
-    if isinstance(task, RegressionTask):
-        return [task.score(method) for method in task.of(name)]
-    return [task.score(method) for method in task.of(name)]
-
-
 def table(results: Results) -> Table:
     """A row for each task: losses of all methods at equal steps, and where ours stands against tuned Adam."""
     names = results.names
     rows = [["task", *names, "Adam / ours", "steps to Adam's", "Adam / ours at equal time", "ms a step, of Adam's"]]
     for task in results.tasks:
-        found = {name: _scores(task, name) for name in names}
+        found = {name: task.scores(name) for name in names}
         mean = sum(found[OURS]) / len(found[OURS])
         pace = task.milliseconds[OURS] / task.milliseconds["Adam"]
         steps, equal_time, head = "", "", _heading(task)

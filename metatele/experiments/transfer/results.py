@@ -6,9 +6,10 @@ A loss that is not finite is stored as null; here it is ``None``.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 OURS, FLAT, WHITENING = "metatele transfer", "LSTM(update,tele)", "Whitening + GD"
 PATIENT = "Adam for step 1000"  # tuned for that
@@ -101,8 +102,42 @@ class Scores:
     meta_seed: int | None = None
 
 
+Method = TypeVar("Method", Losses, Scores)
+
+
+class Compared(ABC, Generic[Method]):
+    """Methods on one kind of problems, and how they are compared."""
+
+    methods: list[Method]
+
+    def of(self, name: str) -> list[Method]:
+        """Every result of one method, one for each meta-seed."""
+        return [method for method in self.methods if method.name == name]
+
+    @property
+    def adam(self) -> float:
+        """Tuned Adam's score, to which others are compared."""
+        return self.score(self.of("Adam")[0])
+
+    @abstractmethod
+    def score(self, method: Method) -> float:
+        """What is compared; the less the better."""
+
+    @abstractmethod
+    def curve(self, method: Method) -> tuple[list[float], list[float]]:
+        """Steps and losses, as they are drawn."""
+
+    def scores(self, name: str) -> list[float]:
+        """Those of every result of one method."""
+        return [self.score(method) for method in self.of(name)]
+
+    def curves(self, name: str) -> list[tuple[list[float], list[float]]]:
+        """Those of every result of one method."""
+        return [self.curve(method) for method in self.of(name)]
+
+
 @dataclass(frozen=True)
-class RegressionTask:
+class RegressionTask(Compared[Losses]):
     """All methods on one kind of regression.
 
     Attributes:
@@ -127,15 +162,6 @@ class RegressionTask:
     milliseconds: dict[str, float] = field(default_factory=dict)
     target: int = TARGET
 
-    def of(self, name: str) -> list[Losses]:
-        """Every result of one method, one for each meta-seed."""
-        return [method for method in self.methods if method.name == name]
-
-    @property
-    def adam(self) -> float:
-        """Tuned Adam's score, to which others are compared."""
-        return self.score(self.of("Adam")[0])
-
     def score(self, method: Losses) -> float:
         """What is compared: the mean loss at the target step."""
         return method.at(self.target)
@@ -147,7 +173,7 @@ class RegressionTask:
 
 
 @dataclass(frozen=True)
-class ClassificationTask:
+class ClassificationTask(Compared[Scores]):
     """All methods on one image set, by mini-batches.
 
     Attributes:
@@ -169,15 +195,6 @@ class ClassificationTask:
     batches: int
     methods: list[Scores]
     milliseconds: dict[str, float] = field(default_factory=dict)
-
-    def of(self, name: str) -> list[Scores]:
-        """Every result of one method, one for each meta-seed."""
-        return [method for method in self.methods if method.name == name]
-
-    @property
-    def adam(self) -> float:
-        """Tuned Adam's score, to which others are compared."""
-        return self.score(self.of("Adam")[0])
 
     def score(self, method: Scores) -> float:
         """What is compared: the training loss at the end."""
