@@ -134,24 +134,30 @@ run_program(main, "program")
         ("evaluate", "", {"OMP_NUM_THREADS": "2"}, 2),
         ("evaluate", "--threads 2", {"OMP_NUM_THREADS": "3"}, 2),
         ("evaluate", "--trajectories 2000", {}, 3),
+        ("functions", "--steps 10", {}, 1),
+        ("functions", "--steps 10", {"OMP_NUM_THREADS": "2"}, 2),
+        ("fig5", "--dataset mnist", {}, 3),
     ],
 )
 def test_small_runs_take_one_thread_unless_told_otherwise(program, flags, given, found, tmp_path):
     bare = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    first = ["quick", "--resume"] if program == "train" else [str(tmp_path / "nothing")]
+    module = f"cli.{program}" if program in ("train", "evaluate") else f"experiments.{program}"
+    first = {"train": ["quick", "--resume"], "evaluate": [str(tmp_path / "nothing")]}.get(program, [])
+    first += ["--data-root", str(tmp_path)] if program == "fig5" else []
     code = f"""
 import torch
-from metatele.cli.{program} import main
+from metatele.{module} import main
 torch.set_num_threads(int({given.get("OMP_NUM_THREADS", "3")!r}))
-from metatele.errors import CheckpointError, RunFolderError
+from metatele.errors import CheckpointError, DataError, RunFolderError
 try:
     main({[*first, "--device", "cpu", "--out", str(tmp_path / "none"), *flags.split()]!r})
-except (CheckpointError, RunFolderError):  # there is nothing to resume or to evaluate: nothing was computed
-    print(torch.get_num_threads())
+except (CheckpointError, DataError, RunFolderError):  # there is nothing to resume or to read: nothing was computed
+    pass
+print(torch.get_num_threads())
 """
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**bare, **given}, check=True)
-    assert done.stdout == f"{found}\n"
+    assert done.stdout.splitlines()[-1] == str(found)
 
 
 SMALL = "quick --widths 3,4,2 --samples 3 --hidden 4 --batch 2 --horizon 4 --unroll 2 --validation-steps 4"
