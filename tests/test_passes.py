@@ -328,6 +328,25 @@ def test_passes_that_reach_no_parameter_do_not_pile_up():
     assert tensors() <= before + 2
 
 
+def test_a_second_backward_pass_through_one_forward_pass_is_a_step_of_its_own():
+    """With ``retain_graph`` the same forward pass serves two steps; what the first one saw does not count again."""
+    weights = []
+    for again in (False, True):
+        model = network()
+        optimizer = optimizer_of(model)
+        train(model, optimizer)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(X), Y)
+        loss.backward(retain_graph=True)
+        if again:  # nothing has moved
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        weights.append([p.detach().clone() for p in model.parameters()])
+    for p, q in zip(*weights, strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_gradients_of_one_of_several_passes_are_refused():
     model = network()
     optimizer = optimizer_of(model)

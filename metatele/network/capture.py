@@ -48,6 +48,7 @@ class _Pass:
     gradient: Tensor | None = None
     product: Tensor | None = None
     group: ranks.Group | None = None
+    reduced: bool = False  # the data
 
 
 @dataclass
@@ -62,6 +63,10 @@ class _Use:
     columns: int = 0
     moment: Moment | None = None
     errors: list[Moment] = field(default_factory=list)
+    within: list[_Use] | None = None  # those it is counted with
+
+
+_Came = tuple[_Use, Tensor, Moment | None, Tensor | None]  # a use, its gradient, and what that was reduced to
 
 
 def _backward_number() -> int:
@@ -101,7 +106,7 @@ class Capture:
         self._forget()
 
     def _forget(self) -> None:
-        self._pending: dict[int, list[tuple[_Use, Tensor, Moment | None]]] = {}  # by backward pass
+        self._pending: dict[int, list[_Came]] = {}  # by backward pass
         self._counted: list[_Use] = []
         self._current: dict[int, _Pass] = {}  # by thread: DataParallel has one for each device
         self._number = 0
@@ -189,10 +194,22 @@ class Capture:
         """Whether the first layer keeps its inputs for its own gradient, so that they stay as they are until then."""
         return any(p is not None and p.requires_grad for p in self.linears[0]._parameters.values())
 
-    @torch.no_grad()
     def _came(self, use: _Use, gradient: Tensor) -> None:
-        """A gradient came back to the output of a use; everything is reduced now."""
-        errors, wanted, passed = None, use.wanted, use.of
+        """A gradient came back to the output of a use."""
+        wanted, passed = use.wanted, use.of
+        reduced: tuple[Moment | None, Tensor | None] = (None, None)
+        if use.layer in wanted.moments or (passed is not None and (wanted.product or passed.data is not None)):
+            reduced = self._reduced(use, gradient)
+        self._pending.setdefault(_backward_number(), []).append((use, gradient.detach(), *reduced))
+        if len(self._pending) > _PENDING:  # of attacks or penalties, say, that reach no parameter
+            self._pending.pop(next(iter(self._pending)))
+        if not self.accumulated:
+            self._count()
+
+    @torch.no_grad()
+    def _reduced(self, use: _Use, gradient: Tensor) -> tuple[Moment | None, Tensor | None]:
+        """Everything that is not asked for whole is reduced now; the errors' second moment, and ``Σ δhᵀ``."""
+        errors, product, wanted, passed = None, None, use.wanted, use.of
         with torch.autocast(gradient.device.type, enabled=False):
             if use.layer in wanted.moments and gradient.numel():
                 if use.moment is None and use.inputs is not None:
@@ -202,33 +219,34 @@ class Capture:
                 errors = Moment.of(_columns(gradient.detach(), wanted.dtype), wanted.widest, wanted.rank)
             if passed is not None and wanted.product and use.inputs is not None:
                 product = _rows(gradient.detach()).to(wanted.dtype).T @ _rows(use.inputs).to(wanted.dtype)
-                passed.product = product if passed.product is None else passed.product + product
             else:
                 use.inputs = None
-            if passed is not None and passed.data is not None and passed.gradient is None:
-                if wanted.fingerprint and passed.fingerprint is None:
+            if passed is not None and passed.data is not None and not passed.reduced:
+                passed.reduced = True
+                if wanted.fingerprint:
                     passed.fingerprint = Fingerprint.of(_columns(passed.data, wanted.dtype)[None])
                 passed.data = passed.data.clone() if wanted.data else None
-        self._pending.setdefault(_backward_number(), []).append((use, gradient.detach(), errors))
-        if len(self._pending) > _PENDING:  # of attacks or penalties, say, that reach no parameter
-            self._pending.pop(next(iter(self._pending)))
-        if not self.accumulated:
-            self._count()
+        return errors, product
 
     def _count(self, _: Tensor | None = None) -> None:
         """The running backward pass reaches the parameters: its uses count."""
-        self._take(self._pending.pop(_backward_number(), []))
+        self._take(self._pending.pop(_backward_number(), ()))
 
-    def _take(self, came: list[tuple[_Use, Tensor, Moment | None]]) -> None:
-        for use, gradient, errors in came:
-            if not any(use is other for other in self._counted[-2 * len(self.linears) :]):
+    def _take(self, came: Iterable[_Came]) -> None:
+        for use, gradient, errors, product in came:
+            passed = use.of
+            if use.within is not self._counted:  # the first of perhaps several backward passes through it
+                use.within, use.errors = self._counted, []
                 self._counted.append(use)
+                if passed is not None:
+                    passed.gradient = passed.product = None
             if errors is not None:
                 use.errors.append(errors)
-            if use.of is not None:
-                self.group = use.of.group
-                old = use.of.gradient
-                use.of.gradient = gradient if old is None else old + gradient
+            if passed is not None:
+                self.group = passed.group
+                passed.gradient = gradient if passed.gradient is None else passed.gradient + gradient
+                if product is not None:
+                    passed.product = product if passed.product is None else passed.product + product
 
     def clear(self) -> None:
         """Forget what was seen."""
@@ -241,7 +259,7 @@ class Capture:
         """Passes that count, in the order they were made, without empty ones."""
         if not self._counted and self._pending:  # gradients taken by autograd.grad
             last = len(self.linears) - 1
-            through = [came for came in self._pending.values() if any(use.layer == last for use, _, _ in came)]
+            through = [came for came in self._pending.values() if any(use.layer == last for use, *_ in came)]
             if len(through) == 1:  # of several, who knows which one the gradients are of
                 self._take(through[0])
                 self._pending = {}
