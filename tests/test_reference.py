@@ -118,7 +118,9 @@ def test_steps_on_mini_batches_are_the_reference_s(mlp, pauses, batch_size):
 @pytest.mark.parametrize("loss", [MeanSquaredError(), CrossEntropy()], ids=lambda loss: loss.name)
 @pytest.mark.parametrize("factor", [lambda step: 2.0**12, lambda step: 2.0 ** (16 - step // 10 + step % 3)])
 def test_errors_scaled_unlike_the_gradients_are_the_reference_s(batch_size, loss, factor):
-    compared(learned(), fitting(MLPS[1], loss, 120, batch_size), 50, factor=factor, tolerance=1e-8)
+    problem = fitting(MLPS[1], loss, 120, batch_size)
+    _, looks = compared(learned(), problem, 50, factor=factor, tolerance=1e-8)
+    assert looks == ([*range(17), 32, 48] if batch_size else list(range(50)))
 
 
 @pytest.mark.parametrize("mlp", MLPS, ids=str)
@@ -148,7 +150,8 @@ def test_losses_that_creep_up_are_the_reference_s():
 )
 def test_moments_and_spectra_come_when_the_settings_say_as_the_reference_s_do(settings):
     optimizer = learned(hold=2, warm=6, small=4, dense=6, rank=40, **settings)
-    compared(optimizer, fitting(MLPS[1], CrossEntropy(), 120, 40), 40)
+    _, looks = compared(optimizer, fitting(MLPS[1], CrossEntropy(), 120, 40), 40)
+    assert looks == [*range(7), *range(8, 40, 2)]
 
 
 @pytest.mark.parametrize("sense", SENSES)

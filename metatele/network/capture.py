@@ -79,7 +79,7 @@ class Capture:
 
     A backward pass counts if a gradient reached a parameter's ``grad`` in it, so evaluations, metrics, penalties on
     inputs and abandoned passes are never mixed in; where none did, as with ``p.grad = torch.autograd.grad(...)``, the
-    last one that came through the last layer does. Passes count until :meth:`clear`.
+    one that came through the last layer does, if it is the only one. Passes count until :meth:`clear`.
 
     Args:
         linears: The layers, in the order of a pass; a Linear on inputs ``[..., d]`` with any leading dimensions.

@@ -184,16 +184,19 @@ class EquivariantStepper(Stepper):
         if self._stored or self._states is None:
             return
         self._stored = True
-        network, layers = self._states.parts()
-        known = set(memory)
+        group[NETWORK] = self._laid_out(self._states, memory)
+
+    def _laid_out(self, states: EquivariantStates, homes: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+        """Put what belongs to a parameter into its entry; returns what belongs to the network, or has no entry."""
+        network, layers = states.parts()
         elsewhere: dict[str, dict[str, Tensor]] = {}
         for number, (linear, layer) in enumerate(zip(self.capture.linears, layers, strict=True)):
             for p, name, found in self._spread(linear, layer):
-                if p in known:
-                    memory[p].update(found)
+                if p in homes:
+                    homes[p].update(found)
                 else:  # it is in no group
                     elsewhere[f"{number}.{name}"] = found
-        group[NETWORK] = {**network, "elsewhere": elsewhere}
+        return {**network, "elsewhere": elsewhere}
 
     @staticmethod
     def _spread(linear: nn.Linear, layer: dict[str, Tensor]) -> list[tuple[Tensor, str, dict[str, Tensor]]]:
@@ -282,14 +285,6 @@ class EquivariantStepper(Stepper):
             raise ShapeMismatchError(f"the state does not belong to this model: expected {expected}, got {velocity}")
         config = self.meta.config
         known = read_old({k: v for k, v in old.items() if k != "step"}, config.dense, config.rank)
-        network, layers = known.parts()
-        numbers: dict[Tensor, Any] = {p: number for number, p in parameters.items()}
-        elsewhere: dict[str, dict[str, Tensor]] = {}
-        for index, (linear, layer) in enumerate(zip(self.capture.linears, layers, strict=True)):
-            for p, name, found in self._spread(linear, layer):
-                if p in numbers:
-                    state.setdefault(numbers[p], {}).update(found)
-                else:
-                    elsewhere[f"{index}.{name}"] = found
-        groups[0][NETWORK] = {**network, "elsewhere": elsewhere}
+        homes = {p: state.setdefault(number, {}) for number, p in parameters.items()}
+        groups[0][NETWORK] = self._laid_out(known, homes)
         return {**state_dict, "state": state, "param_groups": groups}
