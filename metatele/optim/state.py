@@ -55,9 +55,8 @@ def carry_state(
       carried m is cut, entry by entry, to where ``|m'|/√v'`` is no larger than its largest value in that tensor was.
       Without that, entries whose v is tiny (weights of dead units) would take steps without bound.
 
-    What is neither is kept. Measured on digits (64-48-32-10 ReLU; Adam, AdamW, NAdam, RAdam at 0.01; teleports every 10
-    and every 40 of 200 steps; 5 seeds, geometric mean): training loss is 0.63 times that with state kept over
-    rescalings, and 1.05 times, with held-out loss 0.99 times, over approximate teleports, which is within the spread.
+    What is neither is kept. Training mostly ends as with state that is kept, and may end worse where rescalings without
+    a bound are repeated (``benchmarks/teleport_field.py``; its stored results are in ``docs/teleporting.md``).
 
     Args:
         optimizer: Whose state.
