@@ -18,22 +18,39 @@ from metatele.config.families import (
     stored_config,
 )
 from metatele.config.flat import METHODS, MethodConfig, TaskConfig
-from metatele.config.presets import PRESETS, TRANSFER, EquivariantRunConfig, FlatRunConfig, transfer
-from metatele.config.training import FlatTrainingConfig, GroupTrainingConfig, TrainingConfig
+from metatele.config.general import GeneralConfig
+from metatele.config.general_training import KINDS, EvolutionTrainingConfig, ModulesConfig
+from metatele.config.presets import (
+    GENERAL,
+    PRESETS,
+    TRANSFER,
+    EquivariantRunConfig,
+    FlatRunConfig,
+    GeneralRunConfig,
+    transfer,
+)
+from metatele.config.training import CommonTrainingConfig, FlatTrainingConfig, GroupTrainingConfig, TrainingConfig
 
 __all__ = [
+    "GENERAL",
+    "KINDS",
     "METHODS",
     "PRESETS",
     "SENSES",
     "TRANSFER",
+    "CommonTrainingConfig",
     "EquivariantConfig",
     "EquivariantRunConfig",
+    "EvolutionTrainingConfig",
     "FamilyConfig",
     "FlatRunConfig",
     "FlatTrainingConfig",
+    "GeneralConfig",
+    "GeneralRunConfig",
     "GroupTrainingConfig",
     "MethodConfig",
     "MixtureConfig",
+    "ModulesConfig",
     "RunConfig",
     "TaskConfig",
     "TrainingConfig",

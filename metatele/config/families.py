@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metatele.config.base import from_dict
-from metatele.config.training import TrainingConfig
+from metatele.config.training import CommonTrainingConfig
 from metatele.errors import ConfigError
 
 PARTS = ("task", "method", "training")
@@ -38,7 +38,7 @@ class RunConfig:
     seed: int
     task: Any
     method: Any
-    training: TrainingConfig
+    training: CommonTrainingConfig
 
     @property
     def family(self) -> FamilyConfig:

@@ -8,6 +8,8 @@ from typing import Any
 from metatele.config.equivariant import EquivariantConfig, MixtureConfig
 from metatele.config.families import FamilyConfig, RunConfig, preset, register_family
 from metatele.config.flat import METHODS, MethodConfig, TaskConfig
+from metatele.config.general import GeneralConfig
+from metatele.config.general_training import EvolutionTrainingConfig, ModulesConfig
 from metatele.config.training import FlatTrainingConfig, GroupTrainingConfig
 from metatele.errors import ConfigError
 
@@ -32,6 +34,17 @@ class EquivariantRunConfig(RunConfig):
     task: MixtureConfig = field(default_factory=MixtureConfig)
     method: EquivariantConfig = field(default_factory=EquivariantConfig)
     training: GroupTrainingConfig = field(default_factory=GroupTrainingConfig)
+
+
+@dataclass(frozen=True)
+class GeneralRunConfig(RunConfig):
+    """A run of the general family, which takes any module; see :class:`RunConfig`."""
+
+    preset: str = "general"
+    seed: int = 0
+    task: ModulesConfig = field(default_factory=ModulesConfig)
+    method: GeneralConfig = field(default_factory=GeneralConfig)
+    training: EvolutionTrainingConfig = field(default_factory=EvolutionTrainingConfig)
 
 
 # What each preset changes, for all methods ("") and for one.
@@ -111,6 +124,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 PRESETS = tuple(_PRESETS)  # of the flat family
 TRANSFER = "transfer"  # of the equivariant family
+GENERAL = "general"  # of the general family
 
 
 def _flat(name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +159,7 @@ register_family(
 register_family(
     FamilyConfig("equivariant", "for every shape", EquivariantRunConfig, (TRANSFER,), lambda *_: dict(_TRANSFER))
 )
+register_family(FamilyConfig("general", "for any module", GeneralRunConfig, (GENERAL,), lambda *_: {}))
 
 
 def transfer(**changes: Any) -> EquivariantRunConfig:

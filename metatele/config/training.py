@@ -9,7 +9,30 @@ from metatele.config.base import check_types, require, require_positive, setting
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class CommonTrainingConfig:
+    """What a run of any kind of meta-training has: when it is validated, saved and logged.
+
+    A subclass says how many :attr:`updates` there are.
+    """
+
+    max_skipped: int = setting(20, "non-finite updates in a row before the run stops")
+    validation_every: int = setting(100, "updates between validations")
+    save_every: int = setting(100, "updates between saves of the resumable state")
+    log_every: int = setting(20, "updates between log entries")
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_types(self)
+        require_positive(self, "max_skipped", "validation_every", "save_every", "log_every")
+
+    @property
+    def updates(self) -> int:
+        """Meta-updates of the whole run."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TrainingConfig(CommonTrainingConfig):
     """Meta-training by truncated unrolling (Zhao et al. 2024, Algorithm 1): what every family has.
 
     Lengths are steps of an inner trajectory, counts of updates are meta-updates. A trajectory is cut into
@@ -35,22 +58,15 @@ class TrainingConfig:
     average: float = setting(0.0, "decay of the averaged weights that are evaluated and saved; 0: none")
     remat: bool = setting(False, "compute inner steps anew in the backward pass: less memory, more time")
     lost_loss: float = setting(1e8, "a trajectory at this loss stops, and a new one takes its place")
-    max_skipped: int = setting(20, "non-finite updates in a row before the run stops")
     validation_trajectories: int = setting(16, "held-out trajectories that choose the checkpoint")
     validation_steps: int = setting(100, "their length")
-    validation_every: int = setting(100, "updates between validations")
     validation_score_at: tuple[int, ...] = setting((29, 99), "steps whose mean log loss is the score")
-    save_every: int = setting(100, "updates between saves of the resumable state")
-    log_every: int = setting(20, "updates between log entries")
 
     def __post_init__(self) -> None:
         """Check sizes and that windows fit."""
-        check_types(self)
-        require_positive(
-            self,
-            *("trajectories", "batch", "horizon", "unroll", "local_lr", "lost_loss", "max_skipped"),
-            *("validation_trajectories", "validation_steps", "validation_every", "save_every", "log_every"),
-        )
+        super().__post_init__()
+        require_positive(self, "trajectories", "batch", "horizon", "unroll", "local_lr", "lost_loss")
+        require_positive(self, "validation_trajectories", "validation_steps")
         require(self.unroll <= self.horizon, "unroll", f"at most the horizon ({self.horizon})", self.unroll)
         require(
             all(isinstance(h, int) and 0 < h <= self.horizon for h in self.shorter)

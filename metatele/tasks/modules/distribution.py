@@ -1,0 +1,108 @@
+"""The distribution of inner problems on modules: which data, which network, which way of training."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from metatele.config import ModulesConfig
+from metatele.random import generator
+from metatele.tasks.modules.data import Source
+from metatele.tasks.modules.draws import Draws
+from metatele.tasks.modules.images import drawn_images
+from metatele.tasks.modules.networks import Network, built, drawn_network
+from metatele.tasks.modules.problem import Problem
+from metatele.tasks.modules.sequences import drawn_signals, drawn_tokens
+from metatele.tasks.modules.tables import drawn_table
+
+# Time of a training step with Adam on one core, fitted to a few hundred problems: a fixed part, a part for each module
+# and each parameter, a step of a recurrent layer, and floating-point operations per ms.
+_FIXED_MS, _MODULE_MS, _PARAMETER_MS, _RECURRENT_MS, _PER_MS = 0.15, 0.04, 0.006, 0.03, 1.5e7
+
+
+class Modules:
+    """Problems as people have them, on modules of any kind.
+
+    Each is named by a seed, a stream and an index, and is the same wherever it is drawn.
+
+    Args:
+        config: How they are distributed.
+
+    Example:
+        >>> modules = Modules(ModulesConfig())
+        >>> modules.sample(0, "train", 3) == modules.sample(0, "train", 3)
+        True
+    """
+
+    def __init__(self, config: ModulesConfig) -> None:
+        self.config = config
+
+    def sample(self, seed: int, stream: str, index: int) -> Problem:
+        """Problem number ``index`` of a stream; its data are made when asked for."""
+        c, draws = self.config, Draws(generator(seed, stream, index))
+        kind = draws.choice(c.kinds)
+        source: Source
+        if kind in ("regression", "classification"):
+            source = drawn_table(draws, kind)
+        elif kind == "tokens":
+            source = drawn_tokens(draws)
+        elif kind == "signals":
+            source = drawn_signals(draws)
+        else:
+            source = drawn_images(draws, kind)
+        network = drawn_network(draws, kind, c.broadest, c.deepest)
+        samples = draws.whole(c.fewest_samples, c.most_samples if kind != "images" else min(4000, c.most_samples))
+        batch = min(samples, draws.whole(4, 256))
+        if draws.chance(c.whole_share):
+            samples = batch = min(samples, 512)
+        elif draws.chance(c.fresh_share):
+            samples = 0
+        passes = draws.choice((1,) * 24 + (2,))
+        step_ms = passes * estimated_step_ms(network, source, batch)
+        wanted = draws.whole(c.shortest, c.longest)
+        trained = draws.whole(30, 150) if draws.chance(c.trained_share) else 0
+        trained = min(trained, int(c.budget_ms / step_ms) // 2)
+        horizon = max(c.shortest, min(wanted, int(c.budget_ms / step_ms) - trained))
+        change, change_at = self._change(draws, source, horizon, trained)
+        if samples and batch < samples:  # what is never seen need not be made
+            samples = max(batch + 1, min(samples, (horizon + trained) * batch * passes))
+        return Problem(
+            *(kind, source, network, horizon, samples, batch, passes),
+            known=draws.chance(0.5),
+            change=change,
+            change_at=change_at,
+            trained=trained,
+            clip=draws.choice((0.0,) * 9 + (1.0,)),
+            held_out_samples=c.held_out_samples,
+            cost_ms=(horizon + trained) * step_ms,
+            seed=draws.seed() // 2,
+        )
+
+    def _change(self, draws: Draws, source: Source, horizon: int, trained: int) -> tuple[str, int]:
+        at = int(horizon * draws.uniform(0.2, 0.7))
+        happens, which = draws.chance(self.config.event_share), draws.choice(("freed", "inputs", "targets", "classes"))
+        if trained:  # to be trained on further, or on something else
+            happens, at = draws.chance(0.6), 0
+            which = draws.choice(("inputs", "targets"))
+        if not happens:
+            return "none", 0
+        by_class = source.loss == "ce" and not source.positions and source.outputs >= 4
+        if which == "classes" and not (by_class and not source.tokens):
+            which = "targets"
+        return which, at
+
+
+def estimated_step_ms(network: Network, source: Source, batch: int) -> float:
+    """About how long a training step with Adam takes on one core, in ms."""
+    model = built(network, source)
+    modules = sum(1 for m in model.modules() if not isinstance(m, nn.Sequential))
+    positions = source.shape[0] if network.kind in ("attention", "convolution", "gru", "lstm", "rnn", "mean") else 1
+    if len(source.shape) == 3:
+        positions = source.shape[1] * source.shape[2] if network.kind == "convolution" else 1
+    operations = 6.0 * batch * positions * sum(math.prod(p.shape) for p in model.parameters())
+    recurrent = network.kind in ("gru", "lstm", "rnn") and len(source.shape) < 3
+    steps = source.shape[0] * network.depth if recurrent else 0
+    parameters = sum(1 for _ in model.parameters())
+    fixed = _FIXED_MS + _MODULE_MS * modules + _PARAMETER_MS * parameters + _RECURRENT_MS * steps
+    return fixed + operations / _PER_MS
