@@ -69,7 +69,8 @@ def _configured(values: dict[str, Any]) -> RunConfig:
 
 
 def _small(config: RunConfig) -> bool:
-    return config.training.batch * getattr(config.method, "hidden", 1) <= _ONE_THREAD_SUFFICES
+    batch = getattr(config.training, "batch", 1)  # inner runs of evolution have one thread each
+    return bool(batch * getattr(config.method, "hidden", 1) <= _ONE_THREAD_SUFFICES)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from metatele.config.base import from_dict
-from metatele.config.training import CommonTrainingConfig
 from metatele.errors import ConfigError
 
 PARTS = ("task", "method", "training")
@@ -31,14 +30,14 @@ class RunConfig:
         seed: Of everything random.
         task: The distribution of inner problems.
         method: The meta-optimizer; enough to rebuild it.
-        training: How it is trained.
+        training: How it is trained: a :class:`~metatele.config.training.CommonTrainingConfig`.
     """
 
     preset: str
     seed: int
     task: Any
     method: Any
-    training: CommonTrainingConfig
+    training: Any
 
     @property
     def family(self) -> FamilyConfig:

@@ -22,8 +22,7 @@ class ModulesConfig:
     """
 
     kinds: tuple[str, ...] = setting(
-        tuple(["regression", "regression", "classification", "classification", "classification", "images", "images"])
-        + tuple(["tokens", "tokens", "signals", "autoencoder"]),
+        (*2 * ("regression",), *3 * ("classification",), *2 * ("images",), *2 * ("tokens",), "signals", "autoencoder"),
         f"kinds of problems, drawn evenly: {', '.join(KINDS)}; tables come first in what people do",
     )
     shortest: int = setting(20, "least steps of a run; they are log-uniform")

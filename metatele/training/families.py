@@ -11,10 +11,11 @@ from metatele.config import RunConfig, family_named
 from metatele.errors import ConfigError
 from metatele.training.equivariant import EquivariantTrainer
 from metatele.training.flat import FlatTrainer
+from metatele.training.general import GeneralTrainer
 from metatele.training.processes import Processes
-from metatele.training.trainer import Trainer
+from metatele.training.trainer import MetaTrainer
 
-MakeTrainer = Callable[[Any, torch.device | str, Processes], Trainer]
+MakeTrainer = Callable[[Any, torch.device | str, Processes], MetaTrainer]
 
 _TRAINERS: dict[str, MakeTrainer] = {}
 
@@ -35,7 +36,9 @@ def register_trainer(name: str, make: MakeTrainer) -> None:
     _TRAINERS[name] = make
 
 
-def trainer_of(config: RunConfig, device: torch.device | str = "cpu", processes: Processes | None = None) -> Trainer:
+def trainer_of(
+    config: RunConfig, device: torch.device | str = "cpu", processes: Processes | None = None
+) -> MetaTrainer:
     """A trainer for a run, at its beginning.
 
     Args:
@@ -59,3 +62,4 @@ def trainer_of(config: RunConfig, device: torch.device | str = "cpu", processes:
 
 register_trainer("flat", FlatTrainer)
 register_trainer("equivariant", EquivariantTrainer)
+register_trainer("general", GeneralTrainer)

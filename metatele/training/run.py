@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from metatele.errors import CheckpointError, RunFolderError, SaveError
 from metatele.files import existing_folder, write_atomically
 from metatele.training.families import trainer_of
 from metatele.training.processes import Processes
-from metatele.training.trainer import Trainer
+from metatele.training.trainer import MetaTrainer
 
 _SEAL = b"\nmetatele sha256 "  # the file ends with its own checksum; torch.load does not check any
 STATE_NAME, METRICS_NAME, CHECKPOINT_NAME = "training_state.pt", "metrics.jsonl", "checkpoint"
@@ -44,7 +44,7 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     processes: Processes | None = None,
-) -> Trainer:
+) -> MetaTrainer:
     """Meta-train into a folder; the whole of ``train_meta.py``.
 
     Args:
@@ -75,7 +75,7 @@ def train(
     """
     folder, processes, c = Path(out), processes or Processes(), config.training
     trainer = (_resumed_trainer if resume else _new_trainer)(config, folder, device, processes)
-    with _Log(folder, trainer, quiet) if processes.first else nullcontext() as log:
+    with closing(trainer), _Log(folder, trainer, quiet) if processes.first else nullcontext() as log:
         if not resume:
             _save(trainer, folder)
         while not trainer.finished:
@@ -122,7 +122,7 @@ def train_once(config: RunConfig, folder: Path, device: torch.device | str = "cp
     write_atomically(folder / "seconds.json", json.dumps(seconds).encode())
 
 
-def _new_trainer(config: RunConfig, folder: Path, device: torch.device | str, processes: Processes) -> Trainer:
+def _new_trainer(config: RunConfig, folder: Path, device: torch.device | str, processes: Processes) -> MetaTrainer:
     processes.checked(lambda: _check_new(folder))
     trainer = trainer_of(config, device, processes)  # first, so that settings it refuses leave no folder behind
     try:
@@ -151,7 +151,7 @@ def _check_new(folder: Path) -> None:
         raise RunFolderError(f"{folder} is not empty (it holds {sorted(foreign)[0]}); choose another --out")
 
 
-def _resumed_trainer(config: RunConfig, folder: Path, device: torch.device | str, processes: Processes) -> Trainer:
+def _resumed_trainer(config: RunConfig, folder: Path, device: torch.device | str, processes: Processes) -> MetaTrainer:
     state = usable_state(folder)
     stored = stored_config(state["config"])
     if type(stored) is not type(config):
@@ -226,7 +226,7 @@ def read_state(folder: Path, name: str = STATE_NAME) -> dict[str, Any]:
     return state
 
 
-def _save(trainer: Trainer, folder: Path) -> None:
+def _save(trainer: MetaTrainer, folder: Path) -> None:
     state = trainer.state_dict()  # to which all processes contribute
     if not trainer.processes.first:
         return
@@ -237,7 +237,7 @@ def _save(trainer: Trainer, folder: Path) -> None:
     write_atomically(folder / STATE_NAME, content + seal, previous=folder / PREVIOUS_NAME)
 
 
-def _validate(trainer: Trainer, folder: Path, log: _Log) -> None:
+def _validate(trainer: MetaTrainer, folder: Path, log: _Log) -> None:
     score, losses = trainer.validate()
     log.validation(score, losses)
     if score < trainer.best:
@@ -252,9 +252,9 @@ def _validate(trainer: Trainer, folder: Path, log: _Log) -> None:
 class _Log:
     """metrics.jsonl, TensorBoard, and one line or a bar for whoever watches."""
 
-    def __init__(self, folder: Path, trainer: Trainer, quiet: bool) -> None:
+    def __init__(self, folder: Path, trainer: MetaTrainer, quiet: bool) -> None:
         self.folder, self.trainer, self.quiet = folder, trainer, quiet
-        self.last_losses: dict[int, float] = {}
+        self.last_losses: dict[Any, float] = {}
 
     def __enter__(self) -> _Log:
         from torch.utils.tensorboard import SummaryWriter
@@ -313,7 +313,7 @@ class _Log:
         self._scalars({f"train/{name}": value for name, value in metrics.items()})
         shown = f"meta-loss {metrics['meta_loss']:.4g}"
         if self.last_losses:
-            shown += "".join(f"  L({s}) {loss:.4g}" for s, loss in self.last_losses.items() if s > 1)
+            shown += self.trainer.shown(self.last_losses)
         self.bar.set_postfix_str(shown)
         if self.lines:
             total, speed = self.trainer.config.training.updates, metrics["ms_per_trajectory_step"]
@@ -324,7 +324,7 @@ class _Log:
             )
             print(f"update {self.trainer.update}/{total}  {shown}  {speed:.3f} ms/step{troubles}", flush=True)
 
-    def validation(self, score: float, losses: dict[int, float]) -> None:
+    def validation(self, score: float, losses: dict[Any, float]) -> None:
         self.last_losses = losses
         self._write({"validation_score": score, "validation_loss_at": losses})
         self._scalars({"validation/score": score, **{f"validation/loss_at_{s}": loss for s, loss in losses.items()}})

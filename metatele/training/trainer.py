@@ -42,7 +42,69 @@ class Window(NamedTuple):
     measured: dict[str, float]
 
 
-class Trainer(ABC):
+class MetaTrainer(ABC):
+    """What a run folder needs of whoever trains: steps, scores, and a state to go on from.
+
+    Args:
+        config: What to train and how.
+        optimizer: What is trained.
+        device: Where.
+        processes: Those that share the work.
+
+    Attributes:
+        update: Meta-updates done.
+        skipped: Updates skipped because a loss or gradient was not finite.
+        started: Inner trajectories begun.
+        best: Least validation score so far.
+    """
+
+    def __init__(
+        self, config: RunConfig, optimizer: nn.Module, device: torch.device | str, processes: Processes
+    ) -> None:
+        self.config, self.optimizer, self.device = config, optimizer, torch.device(device)
+        self.processes = processes
+        self.update = self.skipped = self.skipped_in_row = self.started = 0
+        self.best = math.inf
+
+    @property
+    def finished(self) -> bool:
+        """Whether all updates are done."""
+        return self.update >= self.config.training.updates
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are validated and published."""
+        return self.optimizer
+
+    @abstractmethod
+    def step(self, measure: bool = False) -> dict[str, float]:
+        """One meta-update; numbers to log."""
+
+    @abstractmethod
+    def validate(self) -> tuple[float, dict[Any, float]]:
+        """Score, lower is better, and what it is made of."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on to the same bits: tensors and plain values only."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+
+    @abstractmethod
+    def gradients(self) -> Tensor:
+        """Inner gradients, for a histogram."""
+
+    def shown(self, measured: dict[Any, float]) -> str:
+        """What the score is made of, for whoever watches: losses at steps, but for the first."""
+        return "".join(f"  L({step}) {loss:.4g}" for step, loss in measured.items() if step > 1)
+
+    def close(self) -> None:  # noqa: B027 most have nothing to let go of
+        """Let go of what was started for the run."""
+
+
+class Trainer(MetaTrainer):
     r"""One meta-training run: Adam on windows of unrolled trajectories, whatever is unrolled.
 
     .. math:: θ ← θ - \text{Adam}\Big(∇_θ \frac{1}{B} \sum_{b} \sum_{t \in \text{window}} L_b(w_t)\Big)
@@ -58,9 +120,6 @@ class Trainer(ABC):
 
     Attributes:
         share: Which trajectories of the batch are this process's.
-        update: Meta-updates done.
-        skipped: Updates skipped because a loss or gradient was not finite.
-        best: Least validation score so far.
     """
 
     def __init__(
@@ -71,8 +130,8 @@ class Trainer(ABC):
         device: torch.device | str,
         processes: Processes,
     ) -> None:
-        self.config, self.optimizer, self.device = config, optimizer, torch.device(device)
-        self.processes, self.share = processes, processes.share(config.training.batch)
+        super().__init__(config, optimizer, device, processes)
+        self.share = processes.share(config.training.batch)
         if not len(self.share):
             raise ConfigError(
                 f"batch must be at least the number of processes ({processes.count}), got {config.training.batch}"
@@ -82,22 +141,11 @@ class Trainer(ABC):
         self.averaged: nn.Module | None = None
         if config.training.average:
             self.averaged = copy.deepcopy(optimizer).requires_grad_(False)
-        self.update = self.skipped = self.skipped_in_row = self.started = 0
-        self.best = math.inf
-
-    @property
-    def finished(self) -> bool:
-        """Whether all updates are done."""
-        return self.update >= self.config.training.updates
 
     @property
     def evaluated(self) -> nn.Module:
         """The weights that are validated and published: the averaged ones, if there are any."""
         return self.optimizer if self.averaged is None else self.averaged
-
-    @abstractmethod
-    def validate(self) -> tuple[float, dict[int, float]]:
-        """Score, and what it is made of, at a few steps, on validation trajectories."""
 
     @abstractmethod
     def _unrolled(self, measure: bool) -> Window:
@@ -114,10 +162,6 @@ class Trainer(ABC):
     @abstractmethod
     def _return(self, where: dict[str, Any]) -> None:
         """Go on from :meth:`_where`."""
-
-    @abstractmethod
-    def gradients(self) -> Tensor:
-        """Inner gradients of the trajectories, for a histogram."""
 
     def _objective(self, losses: Tensor) -> Tensor:
         """This process's part of a window's meta-loss, from its trajectories' losses ``[K, B]``."""

@@ -18,7 +18,7 @@ from metatele.tasks.modules.tables import drawn_table
 
 # Time of a training step with Adam on one core, fitted to a few hundred problems: a fixed part, a part for each module
 # and each parameter, a step of a recurrent layer, and floating-point operations per ms.
-_FIXED_MS, _MODULE_MS, _PARAMETER_MS, _RECURRENT_MS, _PER_MS = 0.15, 0.04, 0.006, 0.03, 1.5e7
+_FIXED_MS, _MODULE_MS, _PARAMETER_MS, _RECURRENT_MS, _PER_MS = 0.3, 0.09, 0.015, 0.1, 1.5e7
 
 
 class Modules:

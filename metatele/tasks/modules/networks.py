@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -204,13 +205,15 @@ class Reader(nn.Module):
                     made += [*_norm(network.norm, width, 1), ACTIVATIONS[network.activation]()]
                 self.body = nn.Sequential(*made)
             case "mean":
-                self.body = perceptron(network, width, width)
+                norm = "layer" if network.norm == "batch" else network.norm  # which takes no positions
+                self.body = perceptron(replace(network, norm=norm), width, width)
             case _:
                 rows = width
                 self.body = perceptron(network, length * width, length * width if self.each else width)
         self.last = nn.Linear(rows, source.outputs, bias=network.bias)
         if network.tied and source.tokens == source.outputs:
-            self.last.weight = self.first.weight
+            nn.init.normal_(self.last.weight, std=width**-0.5)
+            self.first.weight = self.last.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs ``[n, positions, outputs]``, or ``[n, outputs]``."""
@@ -275,7 +278,7 @@ def built(network: Network, source: Source) -> nn.Module:
 
 def drawn_network(draws: Draws, kind: str, broadest: int, deepest: int) -> Network:
     """A network for a kind of problem."""
-    shared = {
+    shared: dict[str, Any] = {
         "activation": draws.choice(_USUAL),
         "dropout": draws.choice((0.0, 0.0, 0.0, 0.0, 0.1, 0.3)),
         "bias": draws.chance(0.9),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -95,9 +96,8 @@ class Problem:
     def batches(self) -> Iterator[Data]:
         """Batches in order, one for each pass; they never end."""
         first = self._batches(self.seed, 0)
-        for step in range(self.change_at if self.phase(self.change_at) else 0):
-            for _ in range(self.passes):
-                yield next(first)
+        for _ in range(self.change_at if self.phase(self.change_at) else 0):
+            yield from itertools.islice(first, self.passes)
         if self.phase(self.change_at):
             yield from self._batches(self.seed, 1)
         yield from first

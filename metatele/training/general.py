@@ -1,0 +1,346 @@
+"""Meta-training of the general family: evolution on whole inner runs, made as users make them."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metatele.config import EvolutionTrainingConfig, GeneralRunConfig, ModulesConfig, RunConfig, to_dict
+from metatele.errors import CheckpointError, ConfigError, DivergedError
+from metatele.files import write_atomically
+from metatele.learned.families import learned_family
+from metatele.optim.learned import LearnedOptimizer
+from metatele.tasks.modules import Modules
+from metatele.training.evolution import Evolution, rate_share
+from metatele.training.inner import (
+    REFERENCE_RATES,
+    MakeOptimizer,
+    Outcome,
+    adam,
+    better,
+    fine,
+    from_plain,
+    plain,
+    run,
+    score,
+)
+from metatele.training.processes import Processes
+from metatele.training.trainer import MetaTrainer
+from metatele.training.workers import Lost, Workers
+
+_SHARED_SEED = 0  # of problems that are the same for all seeds of meta-training
+_REFERENCES = 1  # version of the file of Adam's runs: raise it when problems change
+
+
+class Job(NamedTuple):
+    """An inner run for a worker.
+
+    Attributes:
+        problem: Seed, stream and index.
+        parameters: The meta-optimizer's, as plain numbers; without them Adam runs at its rates.
+    """
+
+    problem: tuple[int, str, int]
+    parameters: Sequence[float] | None
+
+
+def worker(task: ModulesConfig, build: Callable[[], nn.Module], make: MakeOptimizer) -> Callable[[Job], list[Any]]:
+    """What works off a :class:`Job`; made in the process where it is called."""
+    modules, meta = Modules(task), build().requires_grad_(False)
+
+    def work(job: Job) -> list[Any]:
+        problem = modules.sample(*job.problem)
+        if job.parameters is None:
+            runs = [run(problem, adam(rate)) for rate in REFERENCE_RATES]
+            found = better(runs)
+            return plain(found._replace(seconds=sum(one.seconds for one in runs)))
+        _set_flat(meta, torch.tensor(job.parameters, dtype=torch.float64))
+        return plain(run(problem, lambda model, total_steps: make(meta, model, total_steps)))
+
+    return work
+
+
+def _flat(meta: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten().double() for p in meta.parameters()])
+
+
+@torch.no_grad()
+def _set_flat(meta: nn.Module, values: Tensor) -> None:
+    parameters = list(meta.parameters())
+    for p, part in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
+        p.copy_(part.view_as(p))
+
+
+class EvolutionTrainer(MetaTrainer):
+    """Meta-training by evolution strategies over whole runs; both of a pair see the same problem.
+
+    Args:
+        config: What to train and how.
+        device: Where published weights lie; inner runs are on the CPU, where small ones are fastest.
+        processes: One alone: the work is shared by ``workers``.
+        build: Gives the meta-optimizer; a function of a module, or a partial of one, as it travels to workers.
+        make: ``make(meta, model, total_steps)`` gives the optimizer of a run; the same is true of it.
+
+    Raises:
+        ConfigError: There are several processes.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device | str,
+        processes: Processes,
+        build: Callable[[], nn.Module],
+        make: MakeOptimizer,
+    ) -> None:
+        if processes.count > 1:
+            raise ConfigError(f"the general family trains in one process with workers, got {processes.count} processes")
+        super().__init__(config, build(), device, processes)
+        self.optimizer.requires_grad_(False)
+        self.modules = Modules(config.task)
+        self.evolution = Evolution(_flat(self.optimizer), config.training, config.seed)
+        arguments = (config.task, build, make)
+        self.workers = Workers(config.training.workers, worker, arguments, config.training.timeout_s)
+        self.references: dict[str, Outcome] = {}
+        self.elapsed_s, self._since_s = 0.0, time.monotonic()
+        self._warned: set[str] = set()
+        self._read_references()
+
+    @property
+    def c(self) -> EvolutionTrainingConfig:
+        """How it is trained."""
+        found: EvolutionTrainingConfig = self.config.training
+        return found
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, by generations or by time."""
+        done = self.update / self.c.updates
+        return max(done, self._seconds() / (60 * self.c.minutes)) if self.c.minutes else done
+
+    @property
+    def finished(self) -> bool:
+        """Whether all generations are done, or the time is over."""
+        return self.progress >= 1
+
+    def step(self, measure: bool = False) -> dict[str, float]:
+        """One generation.
+
+        Args:
+            measure: Nothing more is measured; all is known.
+
+        Returns:
+            Numbers to log; ``meta_loss`` is the mean score of both of all pairs.
+
+        Raises:
+            DivergedError: ``max_skipped`` generations in a row told nothing.
+        """
+        begin_s, c, progress = time.perf_counter(), self.c, self.progress
+        noise, sigma = self.evolution.asked(progress)
+        first = self.started
+        problems = [self._key(first + i) for i in range(c.pairs * c.problems)]
+        self.started += len(problems)
+        center = self.evolution.mean
+        signed = [center + sign * sigma * noise[i // c.problems] for i in range(len(problems)) for sign in (1, -1)]
+        scores, outcomes = self._scores([key for key in problems for _ in range(2)], signed)
+        table = torch.tensor(scores, dtype=torch.float64).view(c.pairs, c.problems, 2)
+        differences = (table[..., 0] - table[..., 1]).nanmean(-1)
+        norm = self.evolution.told(noise, differences, sigma, rate_share(progress, c.decay))
+        _set_flat(self.optimizer, self.evolution.averaged)
+        self.update += 1
+        self.skipped_in_row = 0 if norm else self.skipped_in_row + 1
+        self.skipped += not norm
+        if self.skipped_in_row >= c.max_skipped:
+            raise DivergedError(f"{self.skipped_in_row} generations in a row told nothing (at {self.update})")
+        if not c.pool:
+            self._forget()
+        known = table[table.isfinite()]
+        runs = [outcome for outcome in outcomes if outcome is not None]
+        steps = sum(self.modules.sample(*key).horizon for key in problems) * 2
+        return {
+            "meta_loss": float(known.mean()) if len(known) else math.nan,
+            "meta_gradient_norm": norm,
+            "skipped": float(self.skipped),
+            "lost_trajectories": float(len(outcomes) - len(runs)),
+            "not_finite": float(sum(not outcome.finite for outcome in runs)),
+            "sigma": sigma,
+            "difference": float(differences.abs().nanmean()),
+            "run_s": sum(outcome.seconds for outcome in runs) / max(1, len(runs)),
+            "generation_s": time.perf_counter() - begin_s,
+            "ms_per_trajectory_step": 1e3 * (time.perf_counter() - begin_s) / steps,
+        }
+
+    def validate(self) -> tuple[float, dict[Any, float]]:
+        """Mean score on problems that are never trained on, and shares and medians behind it."""
+        keys = [(_SHARED_SEED, "validation", i) for i in range(self.c.validation_problems)]
+        scores, outcomes = self._scores(keys, [self.evolution.averaged] * len(keys))
+        self._write_references()
+        pairs = [
+            (ours, self.references[_name(key)])
+            for key, ours in zip(keys, outcomes, strict=True)
+            if ours is not None and _name(key) in self.references
+        ]
+        known = [value for value in scores if math.isfinite(value)]
+        if not known:
+            return math.inf, {}
+        ratios = [ours.best / max(theirs.best, 1e-30) for ours, theirs in pairs if ours.finite and theirs.finite]
+        details = {
+            "fine": sum(fine(ours, theirs, self.c) for ours, theirs in pairs) / max(1, len(pairs)),
+            "held_out_ratio": float(torch.tensor(ratios or [math.inf]).median()),
+            "twice_adams": sum(ratio > 2 for ratio in ratios) / max(1, len(pairs)),
+            "not_finite": float(sum(not ours.finite for ours, _ in pairs)),
+            "lost": float(len(scores) - len(known)),
+        }
+        return sum(known) / len(known), details
+
+    def shown(self, measured: dict[Any, float]) -> str:
+        """The last validation, for whoever watches."""
+        return "".join(f"  {name} {value:.3g}" for name, value in measured.items())
+
+    def gradients(self) -> Tensor:
+        """None are taken."""
+        return torch.zeros(0)
+
+    def close(self) -> None:
+        """End the workers."""
+        self.workers.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on to the same bits."""
+        return {
+            "format": 1,
+            "config": to_dict(self.config),
+            "evolution": self.evolution.state_dict(),
+            "counters": [self.update, self.skipped, self.skipped_in_row, self.started],
+            "best": self.best,
+            "elapsed_s": self._seconds(),
+            "references": {name: plain(outcome) for name, outcome in self.references.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: The state does not belong to this configuration.
+        """
+        try:
+            self.evolution.load_state_dict(state["evolution"])
+            self.update, self.skipped, self.skipped_in_row, self.started = state["counters"]
+            self.best = state["best"]
+            self.elapsed_s, self._since_s = state["elapsed_s"], time.monotonic()
+            self.references.update({name: from_plain(values) for name, values in state["references"].items()})
+            _set_flat(self.optimizer, self.evolution.averaged)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise CheckpointError(f"the training state does not fit its configuration: {error}") from error
+
+    def _seconds(self) -> float:
+        return self.elapsed_s + time.monotonic() - self._since_s
+
+    def _key(self, number: int) -> tuple[int, str, int]:
+        """The training problem of a number: a new one, or one of the pool, each once in every round."""
+        if not self.c.pool:
+            return self.config.seed, "train", number
+        turn, place = divmod(number, self.c.pool)
+        g = torch.Generator().manual_seed(1000 * self.config.seed + turn)
+        return _SHARED_SEED, "train", int(torch.randperm(self.c.pool, generator=g)[place])
+
+    def _scores(
+        self, keys: list[tuple[int, str, int]], parameters: list[Tensor]
+    ) -> tuple[list[float], list[Outcome | None]]:
+        """Score and outcome of a run for each problem and parameters; NaN and none for one that was lost."""
+        missing = [key for key in dict.fromkeys(keys) if _name(key) not in self.references]
+        jobs = [Job(key, None) for key in missing]
+        jobs += [Job(key, theta.tolist()) for key, theta in zip(keys, parameters, strict=True)]
+        costs = {key: self.modules.sample(*key).cost_ms for key in dict.fromkeys(keys)}
+        order = sorted(range(len(jobs)), key=lambda i: -costs[jobs[i].problem])
+        answers: dict[int, Any] = dict(zip(order, self.workers.answers([jobs[i] for i in order]), strict=True))
+        outcomes = [self._outcome(answers[i]) for i in range(len(jobs))]
+        for key, found in zip(missing, outcomes, strict=False):
+            if found is not None:
+                self.references[_name(key)] = found
+        ours = outcomes[len(missing) :]
+        scores = [
+            math.nan
+            if outcome is None or _name(key) not in self.references
+            else score(outcome, self.references[_name(key)], self.c)
+            for key, outcome in zip(keys, ours, strict=True)
+        ]
+        return scores, ours
+
+    def _outcome(self, answer: Any) -> Outcome | None:
+        if not isinstance(answer, Lost):
+            return from_plain(answer)
+        if answer.reason not in self._warned:
+            self._warned.add(answer.reason)
+            warnings.warn(f"an inner run was lost: {answer.reason}", stacklevel=2)
+        return None
+
+    def _forget(self) -> None:
+        """Adam's runs on problems that never come again."""
+        self.references = {name: found for name, found in self.references.items() if not name.startswith("train")}
+
+    # --- Adam's runs in a file
+
+    def _label(self) -> str:
+        return json.dumps([_REFERENCES, list(REFERENCE_RATES), to_dict(self.config.task)], sort_keys=True)
+
+    def _read_references(self) -> None:
+        path = Path(self.c.references)
+        if not self.c.references or not path.exists():
+            return
+        try:
+            stored = json.loads(path.read_text("utf-8"))
+            found = {name: from_plain(values) for name, values in stored.get(self._label(), {}).items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"references must be a file of earlier runs, and {path} cannot be read") from error
+        self.references = {**found, **self.references}
+
+    def _write_references(self) -> None:
+        if not self.c.references:
+            return
+        path = Path(self.c.references)
+        stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        ours = {
+            name: plain(found) for name, found in self.references.items() if name.split("/")[1] == str(_SHARED_SEED)
+        }
+        stored[self._label()] = {**stored.get(self._label(), {}), **ours}
+        write_atomically(path, json.dumps(stored).encode())
+
+
+def _name(key: tuple[int, str, int]) -> str:
+    seed, stream, index = key
+    return f"{stream}/{seed}/{index}"
+
+
+class GeneralTrainer(EvolutionTrainer):
+    """Meta-training of the general family, whose inner runs are those of ``LearnedOptimizer(model)``.
+
+    Args:
+        config: What to train and how.
+        device: Where published weights lie.
+        processes: One alone.
+    """
+
+    def __init__(
+        self, config: GeneralRunConfig, device: torch.device | str = "cpu", processes: Processes | None = None
+    ) -> None:
+        build = partial(_built, config)
+        super().__init__(config, device, processes or Processes(), build, _stepped)
+
+
+def _built(config: GeneralRunConfig) -> nn.Module:
+    return learned_family("general").build(config.method, config.task, config.seed)
+
+
+def _stepped(meta: Any, model: nn.Module, total_steps: int | None) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {} if total_steps is None else {"total_steps": total_steps}
+    return LearnedOptimizer(model, meta, **settings)
