@@ -265,7 +265,7 @@ def built(network: Network, source: Source) -> nn.Module:
             inputs = math.prod(source.shape)
             model: nn.Module = perceptron(network, inputs, source.outputs)
             if len(source.shape) > 1:
-                model = nn.Sequential(nn.Flatten(), *model)
+                model = nn.Sequential(nn.Flatten(), *model.children())
         elif network.kind == "autoencoder":
             model = autoencoder(network, source.shape[0])
         elif network.kind == "convolution" and len(source.shape) == 3:
