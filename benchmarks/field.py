@@ -392,6 +392,7 @@ def table(result: dict[str, Any]) -> None:
         print(f"{name:36} skipped: {reason}")
     s = result["summary"]
     ratios = ", ".join(f"{k.removesuffix('_ratio').replace('_', ' ')} {number(s[f'median_{k}'])}" for k in RATIOS)
+    ratios = ratios if s["refused"] < s["situations"] else "nothing"
     print(
         f"fine {s['fine']} of {s['situations']}, wild {s['wild']}, not finite {s['not_finite']}, "
         f"refused {s['refused']}; median over Adam's: {ratios}"

@@ -400,13 +400,13 @@ plain("weights times 3", digits, (64, 64, 32, OUT), prepare=lambda run: scaled(r
 plain("weights times 0.1", digits, (64, 64, 32, OUT), nn.Tanh, prepare=lambda run: scaled(run.model, 0.1) and None)
 # convolutions
 add("CNN, digits", DIGIT_IMAGES, lambda: convolutional(1, 8), batch=64, steps=200)
-add("CNN, CIFAR-10", images("cifar10", 2000, 500, (3, 32, 32)), lambda: convolutional(3, 32), batch=32, steps=200)
-SHIRTS = images("fashion-mnist", 4000, 500, (1, 28, 28))
-add("CNN with BatchNorm, Fashion-MNIST", SHIRTS, lambda: convolutional(1, 28, norm=True), batch=64, steps=100)
+add("CNN, CIFAR-10", images("cifar10", 2000, 300, (3, 32, 32)), lambda: convolutional(3, 32), batch=32, steps=150)
+SHIRTS = images("fashion-mnist", 4000, 300, (1, 28, 28))
+add("CNN with BatchNorm, Fashion-MNIST", SHIRTS, lambda: convolutional(1, 28, norm=True), batch=32, steps=120)
 # sequences and text
 add("LSTM, adding", adding, lambda: Recurrent(nn.LSTM, 2, 32, 1), loss=MSE, batch=32)
-add("GRU, waves", waves, lambda: Recurrent(nn.GRU, 1, 24, 1), loss=MSE, batch=64, steps=200)
-add("GRU, characters", characters(24, 600), lambda: Recurrent(nn.GRU, 16, 48, 20, 20), batch=16)
+add("GRU, waves", waves, lambda: Recurrent(nn.GRU, 1, 24, 1), loss=MSE, batch=32, steps=200)
+add("GRU, characters", characters(24, 600), lambda: Recurrent(nn.GRU, 16, 48, 20, 20), batch=16, steps=200)
 add("tied embedding, characters", characters(3, 4000, every=False), lambda: Tied(20, 3, 24), batch=128, steps=400)
 TOPICS = word_ids(1000, 1500, 30, 5)
 add("mean of embeddings, topics", TOPICS, lambda: nn.Sequential(nn.EmbeddingBag(1000, 32), nn.Linear(32, 5)), batch=32)
