@@ -6,7 +6,8 @@ python benchmarks/field.py --redraw results/benchmarks/field.json   # print it a
 python benchmarks/field.py --list
 
 The situations are those of ``field_situations.py``. Adam is the better, by held-out loss, of the rates 1e-3 and 1e-2;
-its runs are kept in the file of ``--baseline`` and made again where the situation has changed. Some situations need
+its runs are kept in the file of ``--baseline`` and made again where the situation has changed. Costs are comparable if
+no other program ran and both arms are new. Some situations need
 MNIST, Fashion-MNIST or CIFAR-10 under ``--data-root``; without the files they are skipped.
 
 A situation is *fine* if the best held-out loss is at most 1.05 of Adam's; and the training loss at the end is at most
@@ -27,6 +28,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -189,16 +191,18 @@ def method(text: str) -> Factory:
 
 
 def job(task: tuple[str, int, str]) -> tuple[tuple[str, int, str], Result]:
-    """One run by names; an error becomes ``{"error": …}``, missing data ``{"skipped": …}``."""
+    """One run by names, with what it warned of; an error becomes ``{"error": …}``, missing data ``{"skipped": …}``."""
     torch.set_num_threads(1)
     name, seed, text = task
     try:
-        result = run_situation(SITUATIONS[name], seed, method(text))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("default")
+            result = run_situation(SITUATIONS[name], seed, method(text))
     except DataError as error:
         return task, {"skipped": str(error)}
     except Exception as error:  # whatever an optimizer says to a user is what this table is about
         return task, {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-    return task, result
+    return task, {**result, "warnings": sorted({str(w.message) for w in said if w.category is UserWarning})}
 
 
 def run_all(tasks: Sequence[tuple[str, int, str]], processes: int) -> Iterable[tuple[tuple[str, int, str], Result]]:
@@ -228,10 +232,10 @@ class Baseline:
     def known(self, task: tuple[str, int, str], ours: Result) -> bool:
         """Whether there is a run of the same situation: as many steps, from the same first loss."""
         found = self.results.get("|".join(map(str, task)))
-        if found is None:
+        if found is None or found["start"] is None:
             return False
         if "steps" not in ours:
-            return "start" in found
+            return True
         return found["steps"] == ours["steps"] and math.isclose(found["start"], ours["start"], rel_tol=1e-3)
 
     def add(self, task: tuple[str, int, str], result: Result) -> None:
@@ -312,9 +316,12 @@ def row(name: str, ours: Sequence[Result], arms: dict[float, list[Result]]) -> R
     own = over_seeds(ours)
     start = mean(run["start"] for run in ours)
     result |= {"ours": own, "start": start, "fine": is_fine(own, rated[lr], start) and own["finite"]}
-    result["fine_seeds"] = sum(is_fine(a, b, a["start"]) for a, b in zip(ours, arms[lr], strict=True))
+    pairs = zip(ours, arms[lr], strict=True)
+    result["fine_seeds"] = sum(is_fine(a, b, a["start"]) and a["finite"] for a, b in pairs)
+    result["warnings"] = sorted({w for run in ours for w in run.get("warnings", [])})
     for part in PARTS:
-        result[f"{part}_ratio"] = own[part] / max(rated[lr][part], SMALLEST)
+        lost = math.isinf(own[part])  # whatever became of Adam
+        result[f"{part}_ratio"] = math.inf if lost else own[part] / max(rated[lr][part], SMALLEST)
     result["cost_ratio"] = own["ms_per_step"] / rated[lr]["ms_per_step"]
     result["wild"] = not own["finite"] or min(result["train_ratio"], result["held_out_best_ratio"]) > WILD
     return result

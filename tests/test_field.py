@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,8 @@ def test_a_row_is_beside_the_better_rate_and_a_refusal_is_not_fine():
     assert not unending["fine"]
     total = field.summary([row, refused, wild, unending])
     assert [total[k] for k in ("situations", "fine", "wild", "not_finite", "refused")] == [4, 1, 2, 1, 1]
+    lost = [losses(math.inf, math.inf, math.inf)] * 2
+    assert field.row("x", [{**run, "start": 2.0} for run in lost], {1e-3: lost})["train_ratio"] == math.inf
     json.dumps(field.finite([row, refused, wild, unending]), allow_nan=False)
 
 
@@ -292,6 +295,16 @@ def test_a_situation_without_its_data_is_skipped_and_an_error_of_the_optimizer_i
     assert list(result["skipped"]) == ["MNIST, batch 128"]
     assert result["rows"][0]["error"].startswith("ZeroDivisionError")
     assert "skipped" in capsys.readouterr().out
+
+
+def test_what_an_optimizer_warns_of_is_kept(monkeypatch):
+    def warning(model, **_):
+        warnings.warn("I stand still", stacklevel=1)
+        return still(model)
+
+    monkeypatch.setattr(field, "learned", warning)
+    _, result = field.job(("digits, logistic regression", 0, "ours"))
+    assert result["warnings"] == ["I stand still"]
 
 
 @pytest.mark.parametrize(
