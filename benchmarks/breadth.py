@@ -343,7 +343,8 @@ def work(pool: Any, processes: int, raw: Raw, jobs: Callable[[], list[Job]], lim
             if len(running) >= processes:
                 break
             late = time.monotonic() - begin + 2 * TASKS[job.task].seconds > limit_s
-            if job not in running.values() and (job.task, job.method) not in refused and not late:
+            known = {(job.task, job.method), ("", job.method)} & refused
+            if job not in running.values() and not known and not late:
                 running[pool.submit(_run, job)] = job
         if not running:
             return
@@ -355,9 +356,13 @@ def work(pool: Any, processes: int, raw: Raw, jobs: Callable[[], list[Job]], lim
                 raw.add(row)
                 yield f"{what}: {row['train_end']} / {end(row):.6g}, {row['ms_per_step']} ms {row['failed']}"
             else:
-                refused.add((job.task, job.method))
-                told = str(error) if isinstance(error, UnavailableError) else repr(error)
-                yield f"left out: {job.task}, {METHODS[job.method].title}: {told}"
+                everywhere = isinstance(error, UnavailableError) and error.everywhere
+                wide = ("" if everywhere else job.task, job.method)
+                if wide not in refused:
+                    place = "every task" if everywhere else job.task
+                    told = error.reason if isinstance(error, UnavailableError) else repr(error)
+                    yield f"left out: {METHODS[job.method].title} on {place}: {told}"
+                refused.add(wide)
 
 
 def result(raw: Raw) -> dict[str, Any]:

@@ -8,7 +8,6 @@ seed draws the initial weights and the order of the batches.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -214,7 +213,7 @@ def cnn() -> nn.Module:
     def layer(i: int, o: int) -> list[nn.Module]:
         return [nn.Conv2d(i, o, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
 
-    body = nn.Sequential(*layer(3, 32), *layer(32, 64), *layer(64, 64), nn.Flatten())
+    body = nn.Sequential(*layer(3, 16), *layer(16, 32), *layer(32, 64), nn.Flatten())
     return Headed(body, nn.Linear(64 * 16, 10))
 
 
@@ -330,7 +329,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim == 2:  # what a residual branch ends in is shorter, so that depth does not matter
                 ends = name.endswith(("out.weight", "body.3.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * depth) if ends else 0.02)
+                nn.init.normal_(p, std=(width * 2 * depth if ends else width) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x) + self.position.weight[: x.shape[1]]
@@ -387,12 +386,12 @@ TASKS: dict[str, Task] = {
     "autoencoder": Task(
         "Fashion-MNIST, autoencoder", 300, Autoencoder, _images("fashion", 128, to_itself=True), F.mse_loss, 5
     ),
-    "cnn": Task("CIFAR-10, CNN", 200, cnn, _images("cifar", 64), class_loss, 30),
-    "resnet": Task("CIFAR-10, residual CNN", 200, resnet, _images("cifar", 64), class_loss, 30),
+    "cnn": Task("CIFAR-10, CNN", 200, cnn, _images("cifar", 64), class_loss, 15),
+    "resnet": Task("CIFAR-10, residual CNN", 200, resnet, _images("cifar", 64), class_loss, 20),
     "gru": Task("characters, GRU", 200, CharGRU, _text(32), class_loss, 12),
     "vit": Task("MNIST, ViT", 200, ViT, _images("mnist", 64), class_loss, 8),
     "mixer": Task("Fashion-MNIST, mixer", 200, Mixer, _images("fashion", 64), class_loss, 8),
     "gpt": Task("characters, GPT 2 x 64", 300, GPT, _text(32), class_loss, 12),
     "attention": Task("attention student, full batch", 300, Student, _teacher, F.mse_loss, 2),
-    "gpt-4x128": Task("characters, GPT 4 x 128", 150, lambda: GPT(128, 4), _text(32), class_loss, 35, extra=True),
+    "gpt-4x128": Task("characters, GPT 4 x 128", 150, lambda: GPT(128, 4), _text(16), class_loss, 20, extra=True),
 }

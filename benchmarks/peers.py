@@ -20,7 +20,16 @@ WARM_UP = 0.05
 
 
 class UnavailableError(Exception):
-    """A method that can't be built here, and why."""
+    """A method that can't be built here, and why.
+
+    Args:
+        reason: A sentence.
+        everywhere: Whether that holds for every task.
+    """
+
+    def __init__(self, reason: str, everywhere: bool = False) -> None:
+        super().__init__(reason, everywhere)
+        self.reason, self.everywhere = reason, everywhere
 
 
 class FlatMuon(Optimizer):
@@ -72,7 +81,7 @@ def _pytorch_optimizer(name: str) -> Any:
     try:
         import pytorch_optimizer
     except ImportError as error:
-        raise UnavailableError(f"{name} needs pytorch_optimizer: pip install 'metatele[benchmarks]'") from error
+        raise UnavailableError(f"{name} needs pytorch_optimizer: pip install 'metatele[benchmarks]'", True) from error
     return getattr(pytorch_optimizer, name)
 
 
@@ -82,7 +91,7 @@ def _adamw(model: nn.Module, steps: int, s: Settings) -> Optimizer:
 
 def _muon(model: nn.Module, steps: int, s: Settings) -> Optimizer:
     if not hasattr(torch.optim, "Muon"):
-        raise UnavailableError(f"Muon needs torch 2.9 or later, this is {torch.__version__}")
+        raise UnavailableError(f"Muon needs torch 2.9 or later, this is {torch.__version__}", True)
     return FlatMuon(model, s["lr"], s["weight_decay"], s["rest_lr"])
 
 
@@ -122,7 +131,9 @@ def _ours(model: nn.Module, steps: int, s: Settings) -> Optimizer:
     try:
         return metatele.LearnedOptimizer(model, total_steps=steps)
     except TypeError as error:
-        raise UnavailableError(f"LearnedOptimizer does not take total_steps yet: {error}") from error
+        if "total_steps" not in str(error):
+            raise
+        raise UnavailableError("this LearnedOptimizer does not take total_steps", True) from error
     except metatele.errors.MetateleError as error:
         raise UnavailableError(f"LearnedOptimizer refuses the model: {error}") from error
 
