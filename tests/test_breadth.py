@@ -13,10 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import breadth  # noqa: E402
+import breadth_runs  # noqa: E402
 import breadth_summary  # noqa: E402
 import breadth_tasks  # noqa: E402
 import peers  # noqa: E402
-from breadth import Here, Job, Raw, missing, trained, tuned, work  # noqa: E402
+from breadth import Here, Raw, missing, tuned, work  # noqa: E402
+from breadth_runs import Job, trained  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +113,23 @@ def test_schedules_reach_both_inner_optimizers():
     assert [g["lr"] for g in (*optimizer.muon.param_groups, *optimizer.adamw.param_groups)] == [0.01, 5e-4]
 
 
+def test_adamw_is_timed_beside_every_shown_run_and_changes_nothing_in_it(arrays, monkeypatch):
+    shown = trained(Job("digits", "muon", 0, 0.02, 0.0, 1e-3), arrays, steps=20)
+    assert shown["adamw_ms_per_step"] > 0
+    monkeypatch.setattr(breadth_runs, "SHOWN", ())
+    alone = trained(Job("digits", "muon", 0, 0.02, 0.0, 1e-3), arrays, steps=20)
+    assert "adamw_ms_per_step" not in alone
+    assert alone["held_out"] == shown["held_out"]
+
+
+def test_work_at_every_tenth_step_is_part_of_the_time():
+    assert breadth_runs.block_ms([1.0] * 10 + [0.1, *[0.01] * 9] * 3) == pytest.approx(19.0)
+
+
 def test_statistics_of_batchnorm_belong_to_the_weights_that_are_judged():
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
     x = torch.randn(500, 3) * 4 + 1
-    breadth.norm_statistics_(model, x)
+    breadth_runs.norm_statistics_(model, x)
     torch.testing.assert_close(model[0].running_mean, x.mean(0))
     assert model[0].momentum == 0.1
 
@@ -144,7 +159,7 @@ def test_the_best_rate_lies_inside_the_grid_and_weight_decay_is_tried_at_it(best
     assert len(tried) == rates
     assert tried[0] < best < tried[-1]
     assert [job.lr for job in asked if job.weight_decay] == [best]
-    assert {job.seed for job in asked}.isdisjoint(breadth.SHOWN)
+    assert {job.seed for job in asked}.isdisjoint(breadth_runs.SHOWN)
 
 
 def test_a_rate_that_never_works_ends_the_search():
