@@ -1,0 +1,217 @@
+"""What the rows of breadth.py say: shares of tuned AdamW's steps and time, a table, a figure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from breadth_tasks import TASKS
+from peers import METHODS, OURS
+
+Rows = Sequence[dict[str, Any]]
+
+
+def steps_to(row: dict[str, Any], target: float) -> float:
+    """Steps until the held-out curve, a line between its points, is first down to a target; infinite if never.
+
+    Example:
+        >>> steps_to({"at": [0, 10, 20], "held_out": [3.0, 2.0, 1.0]}, 1.5)
+        15.0
+    """
+    before: tuple[float, float] | None = None
+    for at, loss in zip(row["at"], row["held_out"], strict=True):
+        if loss is None:
+            break
+        if loss <= target:
+            if before is None:
+                return float(at)
+            step, high = before
+            return step + (at - step) * (high - target) / (high - loss)
+        before = (at, loss)
+    return math.inf
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    """Median with what is missing as infinite; none if that is what comes."""
+    found = statistics.median(math.inf if v is None else v for v in values)
+    return found if math.isfinite(found) else None
+
+
+def _cell(rows: Rows, target: float, steps: int) -> dict[str, Any]:
+    share = _median([steps_to(row, target) / steps for row in rows])
+    ratios = [row["ms_per_step"] / row["adamw_ms_per_step"] for row in rows if row.get("adamw_ms_per_step")]
+    times = 1.0 if rows[0]["method"] == "adamw" else _median(ratios) if ratios else None
+    return {
+        "seeds": len(rows),
+        "settings": rows[0]["settings"],
+        "train": _median([row["train_end"] for row in rows]),
+        "held_out": _median([row["held_out"][-1] for row in rows]),
+        "held_out_all": [row["held_out"][-1] for row in rows],
+        "ms_per_step": _median([row["ms_per_step"] for row in rows]),
+        "ms_over_adamw": times,
+        "steps_share": share,
+        "time_share": None if share is None or times is None else share * times,
+    }
+
+
+def _geometric(values: Sequence[float | None]) -> dict[str, Any]:
+    """Geometric mean over the tasks that got there, and in how many it did not."""
+    reached = [max(v, 1e-9) for v in values if v is not None]
+    return {
+        "geometric_mean_of_reached": math.exp(statistics.fmean(map(math.log, reached))) if reached else None,
+        "largest": max(reached) if reached and len(reached) == len(values) else None,
+        "never": len(values) - len(reached),
+        "tasks": len(values),
+    }
+
+
+def _ahead(cells: dict[str, Any], method: str, peer: str) -> bool | None:
+    ours, theirs = (cells.get(m, {}).get("train") for m in (method, peer))
+    return None if theirs is None else ours is not None and ours < theirs
+
+
+def summary(rows: Rows) -> dict[str, Any]:
+    """For each task and method the medians over seeds, and for each method the means over the ten tasks.
+
+    Returns:
+        ``tasks[task][method]``: losses at the end, ms per step, and the share of tuned AdamW's steps (``steps_share``)
+        and time (``time_share``) after which its median final held-out loss is reached; null if never.
+        ``methods[method]``: geometric means of both, tasks ahead of Muon and of SOAP in training loss at the end, and
+        held-out loss over the best tuned peer's.
+    """
+    tasks: dict[str, Any] = {}
+    for task in TASKS:
+        by_method = {m: [r for r in rows if (r["task"], r["method"]) == (task, m)] for m in METHODS}
+        target = _median([r["held_out"][-1] for r in by_method["adamw"]]) if by_method["adamw"] else None
+        if target is None:
+            continue
+        tasks[task] = {m: _cell(found, target, found[0]["steps"]) for m, found in by_method.items() if found}
+    methods: dict[str, Any] = {}
+    for method in METHODS:
+        shown = {t: cells for t, cells in tasks.items() if method in cells and not TASKS[t].extra}
+        if not shown:
+            continue
+        own = [cells[method] for cells in shown.values()]
+        best = {t: _best(cells, method) for t, cells in shown.items()}
+        methods[method] = {
+            "steps": _geometric([c["steps_share"] for c in own]),
+            "time": _geometric([c["time_share"] for c in own]),
+            "train_ahead_of": {
+                peer: sum(bool(_ahead(cells, method, peer)) for cells in shown.values()) for peer in ("muon", "soap")
+            },
+            "held_out_over_best_peer": {
+                t: None if best[t] is None or c["held_out"] is None else c["held_out"] / best[t]
+                for (t, _), c in zip(shown.items(), own, strict=True)
+            },
+        }
+    return {"tasks": tasks, "methods": methods}
+
+
+def _best(cells: dict[str, Any], method: str) -> float | None:
+    """The lowest held-out loss of the tuned peers."""
+    peers = [c["held_out"] for m, c in cells.items() if METHODS[m].rates and m != method and c["held_out"] is not None]
+    return min(peers, default=None)
+
+
+# --- shown
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: losses at the end and the share of AdamW's steps, then the means over tasks."""
+    tasks, methods = found["tasks"], [m for m in METHODS if any(m in cells for cells in found["tasks"].values())]
+    head = ["task", *(METHODS[m].title for m in methods)]
+    lines = ["Held-out loss at the end, median of seeds; in brackets training loss.", "", *_head(head)]
+    for task, cells in tasks.items():
+        shown = [
+            _number(cells[m]["held_out"]) + f" ({_number(cells[m]['train'])})" if m in cells else "" for m in methods
+        ]
+        lines.append(f"| {TASKS[task].title} | " + " | ".join(shown) + " |")
+    lines += [
+        "",
+        "Steps to tuned AdamW's final held-out loss over its steps (× ms per step over its own).",
+        "",
+        *_head(head),
+    ]
+    for task, cells in tasks.items():
+        shown = [
+            (_number(cells[m]["steps_share"], 2) if cells[m]["steps_share"] is not None else "never")
+            + f" (× {_number(cells[m]['ms_over_adamw'], 2)})"
+            if m in cells
+            else ""
+            for m in methods
+        ]
+        lines.append(f"| {TASKS[task].title} | " + " | ".join(shown) + " |")
+    lines += [
+        "",
+        *_head(["method", "steps", "time", "never", "trains ahead of Muon", "of SOAP", "worst held-out / best peer"]),
+    ]
+    for m, means in found["methods"].items():
+        ratios = list(means["held_out_over_best_peer"].values())
+        worst = _number(max(ratios)) if ratios and None not in ratios else "–"
+        ahead = means["train_ahead_of"]
+        steps, times = (means[k]["geometric_mean_of_reached"] for k in ("steps", "time"))
+        never = f"{means['steps']['never']} of {means['steps']['tasks']}"
+        cells = [METHODS[m].title, _number(steps, 2), _number(times, 2), never, ahead["muon"], ahead["soap"], worst]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _head(cells: Sequence[str]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |", "|" + "---|" * len(cells)]
+
+
+LOOKS = {
+    "muon": ("s", "#1f77b4"),
+    "soap": ("^", "#2ca02c"),
+    "shampoo": ("v", "#8c564b"),
+    "schedule-free": ("D", "#9467bd"),
+    "prodigy": ("P", "#7f7f7f"),
+    "ours-endless": ("o", "#f2a2a2"),
+    "ours": ("o", "#d62728"),
+}
+
+
+def drawn(found: dict[str, Any]) -> bytes:
+    """A dot for each task and method: the share of tuned AdamW's steps that its final held-out loss takes."""
+    from metatele.figures import png, subplots
+
+    tasks = list(found["tasks"])
+    figure, axes = subplots(1, 1, figsize=(8.0, 0.9 + 0.34 * max(len(tasks), 3)))
+    shares = [c["steps_share"] for cells in found["tasks"].values() for c in cells.values()]
+    left = min([0.1, *(s for s in shares if s)])
+    beyond = 1.5  # where a dot stands that never got there
+    for method, (marker, colour) in LOOKS.items():
+        ours = method in OURS
+        places, values = [], []
+        for place, task in enumerate(tasks):
+            if method in found["tasks"][task]:
+                share = found["tasks"][task][method]["steps_share"]
+                places.append(place)
+                values.append(beyond if share is None else max(share, left))
+        if places:
+            style = {"s": 75 if ours else 34, "zorder": 3 if ours else 2, "alpha": 1.0 if ours else 0.75}
+            title = METHODS[method].title
+            axes.scatter(values, places, marker=marker, color=colour, label=title, linewidths=0, **style)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.axvspan(1.22, beyond * 1.22, color="#eeeeee", zorder=0)
+    axes.set_xscale("log")
+    axes.set_xlim(left * 0.85, beyond * 1.22)
+    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0) if t >= left * 0.85]
+    axes.set_xticks([*ticks, beyond], [*(f"{t:g}" for t in ticks), "never"])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(tasks)), [TASKS[t].title for t in tasks])
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("steps to tuned AdamW's final held-out loss, as a share of its steps")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    return png(figure)
