@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from metatele.config.base import check_types, require_positive, setting
+from metatele.config.base import check_types, require, require_positive, setting
 
 
 @dataclass(frozen=True)
 class GeneralConfig:
-    """A meta-optimizer for any module. Enough to rebuild it."""
+    """A meta-optimizer for any module. Enough to rebuild it.
 
-    first_rate: float = setting(3e-3, "the rate before training")
+    What is not said to be learned is a constant of the algorithm: the shipped checkpoint was meta-trained with the
+    defaults, and others change what it does on every network.
+
+    Example:
+        >>> GeneralConfig(hold=5).hold
+        5
+    """
+
+    # the controller
+    hidden: int = setting(12, "size of the controller's hidden layer")
+    blind: tuple[str, ...] = setting((), "numbers the controller does not see, to find out what they are worth")
+    hold: int = setting(10, "steps between two looks, at which moments are taken in and the controller is asked")
+    warm: int = setting(10, "first steps, each of which is a look")
+    repeats: bool = setting(True, "where the batch is the same again and again, step as the equivariant family does")
+
+    # the direction
+    momentum: float = setting(0.9, "decay of the running gradient")
+    averaging: float = setting(0.9, "decay of the inputs' second moments, by looks")
+    dense: int = setting(128, "inputs up to which second moments are matrices; of more, factors of a few columns")
+    rank: int = setting(32, "columns of such a factor")
+    orthogonal: int = setting(5, "iterations of Newton and Schulz towards a matrix of singular values 1")
+    share: float = setting(
+        0.5, "of the operations of a pass that making a direction may take; dearer ones are made now and then"
+    )
+    stale: int = setting(2, "steps that a direction is kept for where making it is dear")
+
+    # length of a step
+    start: float = setting(0.02, "first step, relative to the size of a matrix")
+    least: float = setting(1e-6, "least length of a step, relative to the first: from there it comes back at once")
+    feedback: float = setting(0.9, "decay of the slope along the last step, which lengthens or shortens the next")
+    slow: float = setting(0.99, "decay of squared gradients, beside which the running gradient is measured")
+    clip: float = setting(4.0, "times the usual norm, up to which a gradient counts whole")
+    floor: float = setting(0.5, "least size of a matrix that steps are relative to, of what its fan-in gives")
+    vector_floor: float = setting(0.1, "the same of vectors, root mean square")
+    cool: float = setting(0.4, "share of the run over which steps fall to nothing where its length is known")
 
     def __post_init__(self) -> None:
-        """Check the rate."""
+        """Check sizes and ranges."""
         check_types(self)
-        require_positive(self, "first_rate")
+        require_positive(self, "hidden", "hold", "dense", "rank", "orthogonal", "share", "stale", "start", "least")
+        require_positive(self, "floor", "vector_floor", "clip")
+        for name in ("momentum", "averaging", "feedback", "slow"):
+            require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        require(0 < self.cool <= 1, "cool", "above 0 and at most 1", self.cool)
+        require(0 <= self.warm < math.inf, "warm", "zero or more", self.warm)
 
     @property
     def title(self) -> str:

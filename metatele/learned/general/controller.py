@@ -1,0 +1,232 @@
+"""The controller: what it sees of each matrix and what it sets, each declared once.
+
+A small network, the same for every matrix, reads the numbers of :data:`SEEN` and gives those of :data:`SET`. None
+depends on the units of the loss, nor on the order of hidden units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metatele.random import generator
+
+KINDS = ("linear", "conv", "attention", "embedding", "recurrent", "unseen", "vectors")
+
+
+class Sight(NamedTuple):
+    """What the controller's numbers are made of; of each matrix ``[L]``, or one number for all.
+
+    Attributes:
+        slope: z, the mean slope along the last step over its root mean square.
+        slope_long: The same over ten times as many steps.
+        agreement: Of the gradients of a batch's halves, ``[L]``, from 0, noise, to 1.
+        agreement_all: The same of the whole network.
+        momentum: Norm of the running gradient over the usual one of gradients, ``[L]``.
+        length: Log of the step length over the first.
+        grown: Log of the size of a matrix over that at the beginning, ``[L]``.
+        known: Share of the batch's samples that were seen before.
+        epochs: Passes through the data so far, as far as can be told; 0 if no sample came again.
+        age: Steps so far.
+        progress: Share of the run that is done; negative where its length is not known.
+        samples: Of a batch.
+        parameters: Of the network.
+        fallen: Log of the loss over the first one; 0 where it is not known.
+        positions: For each sample, ``[L]``.
+        aspect: Log of outputs over inputs, ``[L]``.
+        depth: Layers of the network.
+        first: Whether a matrix is the first, ``[L]``.
+        last: Whether it is the last.
+        kinds: Numbers in :data:`KINDS`, ``[L]``.
+    """
+
+    slope: Tensor
+    slope_long: Tensor
+    agreement: Tensor
+    agreement_all: Tensor
+    momentum: Tensor
+    length: Tensor
+    grown: Tensor
+    known: float
+    epochs: float
+    age: int
+    progress: float
+    samples: int
+    parameters: int
+    fallen: Tensor
+    positions: Tensor
+    aspect: Tensor
+    depth: int
+    first: Tensor
+    last: Tensor
+    kinds: Tensor
+
+
+class Measure(NamedTuple):
+    """A number that the controller reads.
+
+    Attributes:
+        name: What it is.
+        sense: Its kind, by which it may be hidden (``blind`` of the configuration).
+        least: Of what is read.
+        most: The same.
+        formula: About as large as 1.
+    """
+
+    name: str
+    sense: str
+    least: float
+    most: float
+    formula: Callable[[Sight], Tensor | float]
+
+
+def _logs(x: float) -> float:
+    return math.log(max(x, 1.0))
+
+
+SEEN: tuple[Measure, ...] = (
+    Measure("slope along the last step, over its noise", "feedback", -1, 1, lambda s: s.slope),
+    Measure("the same over ten times as long", "feedback", -2, 2, lambda s: 3 * s.slope_long),
+    Measure("agreement of half batches", "noise", 0, 1, lambda s: s.agreement),
+    Measure("the same of the whole network", "noise", 0, 1, lambda s: s.agreement_all),
+    Measure("log of momentum over usual gradients", "noise", -2, 0.5, lambda s: s.momentum.clamp_min(1e-8).log() / 2),
+    Measure("log of the step length over the first", "sizes", -2, 1, lambda s: s.length / 3),
+    Measure("log of the size over the first", "sizes", -2, 2, lambda s: s.grown),
+    Measure("share of samples seen before", "repeats", 0, 1, lambda s: s.known),
+    Measure("log of passes through the data", "repeats", 0, 2, lambda s: _logs(1 + s.epochs) / 2),
+    Measure("log of samples seen, for each parameter", "data", -2, 2, lambda s: (_ratio(s)) / 4),
+    Measure("log of the batch", "data", 0, 2, lambda s: _logs(s.samples) / 4),
+    Measure("log of steps so far", "clock", 0, 2, lambda s: _logs(1 + s.age) / 5),
+    Measure("progress through the run", "clock", 0, 1, lambda s: max(s.progress, 0.0)),
+    Measure("whether the run's length is known", "clock", 0, 1, lambda s: float(s.progress >= 0)),
+    Measure("log of the loss over the first", "loss", -3, 1, lambda s: s.fallen / 3),
+    Measure("log of positions for each sample", "place", 0, 2, lambda s: s.positions.clamp_min(1).log() / 4),
+    Measure("log of outputs over inputs", "place", -2, 2, lambda s: s.aspect / 3),
+    Measure("log of the depth", "place", 0, 1.5, lambda s: _logs(s.depth) / 3),
+    Measure("whether it is the first", "place", 0, 1, lambda s: s.first),
+    Measure("whether it is the last", "place", 0, 1, lambda s: s.last),
+    *(
+        Measure(f"whether it is of kind {kind}", "place", 0, 1, lambda s, k=k: (s.kinds == k).float())
+        for k, kind in enumerate(KINDS[1:], 1)
+    ),
+)
+SENSES = tuple(dict.fromkeys(measure.sense for measure in SEEN))
+
+
+def _ratio(s: Sight) -> float:
+    return math.log(max(s.samples, 1) * (s.age + 1) / max(s.parameters, 1))
+
+
+class Controls(NamedTuple):
+    """What is set; ``[L]`` of each matrix, ``[]`` of all.
+
+    Attributes:
+        stretch: Factor on the length of a matrix's step.
+        decay: w, weight decay by a step, relative to its length.
+        damping: λ.
+        spectral: r, from 0 (whitened) to 1 (msign).
+        anneal: p, how far the length follows the momentum's norm down.
+        longest: η_max, longest step relative to a matrix, ``[]``.
+        target: τ, the slope that is aimed at, ``[]``.
+        gain: How fast the length follows it, ``[]``.
+    """
+
+    stretch: Tensor
+    decay: Tensor
+    damping: Tensor
+    spectral: Tensor
+    anneal: Tensor
+    longest: Tensor
+    target: Tensor
+    gain: Tensor
+
+
+class Setting(NamedTuple):
+    """A number that the controller sets.
+
+    Attributes:
+        name: In :class:`Controls`.
+        joint: Whether it is one for all, by the mean of what the matrices ask for.
+        begin: Where it begins, before it is bent.
+        least: Of what is asked for, about the beginning.
+        most: The same.
+        bend: From what is asked for to the control.
+    """
+
+    name: str
+    joint: bool
+    begin: float
+    least: float
+    most: float
+    bend: Callable[[Tensor], Tensor]
+
+
+SET: tuple[Setting, ...] = (
+    Setting("stretch", False, 0.0, -2.0, 2.0, torch.exp),
+    Setting("decay", False, math.log(0.02), -3.0, 3.5, torch.exp),
+    Setting("damping", False, math.log(0.3), -6.0, 2.0, torch.exp),
+    Setting("spectral", False, 3.0, -6.0, 3.0, torch.sigmoid),
+    Setting("anneal", False, 1.0, -1.0, 1.0, lambda x: x),
+    Setting("longest", True, math.log(0.06), -3.0, 2.0, torch.exp),
+    Setting("target", True, 0.1, -0.5, 0.5, lambda x: x),
+    Setting("gain", True, math.log(0.1), -2.0, 1.5, torch.exp),
+)
+
+
+class Controller(nn.Module):
+    """A network with one hidden layer, and what its outputs take from the numbers directly.
+
+    Args:
+        hidden: Its size.
+        blind: Senses that are hidden from it.
+        seed: Of its first weights. Its outputs begin at zero, where each setting is as :data:`SET` begins it.
+
+    Example:
+        >>> controller = Controller(4)
+        >>> sum(p.numel() for p in controller.parameters()) < 1000
+        True
+    """
+
+    visible: Tensor
+    least: Tensor
+    most: Tensor
+    begin: Tensor
+
+    def __init__(self, hidden: int, blind: tuple[str, ...] = (), seed: int = 0) -> None:
+        super().__init__()
+        random = generator(seed, "initialisation")
+        n, k = len(SEEN), len(SET)
+        self.inner = nn.Parameter(torch.randn(hidden, n, generator=random) / n**0.5)
+        self.inner_bias = nn.Parameter(torch.zeros(hidden))
+        self.outer = nn.Parameter(torch.zeros(k, hidden))
+        self.direct = nn.Parameter(torch.zeros(k, n))
+        self.offset = nn.Parameter(torch.zeros(k))
+        self.register_buffer("visible", torch.tensor([float(m.sense not in blind) for m in SEEN]), persistent=False)
+        self.register_buffer("least", torch.tensor([s.least for s in SET]), persistent=False)
+        self.register_buffer("most", torch.tensor([s.most for s in SET]), persistent=False)
+        self.register_buffer("begin", torch.tensor([s.begin for s in SET]), persistent=False)
+
+    def seen(self, sight: Sight) -> Tensor:
+        """The numbers that are read, ``[L, numbers]``."""
+        like = sight.positions
+        columns = [
+            torch.as_tensor(m.formula(sight), dtype=like.dtype, device=like.device).clamp(m.least, m.most).expand_as(like)
+            for m in SEEN
+        ]
+        return torch.stack(columns, -1).nan_to_num(0.0, 0.0, 0.0) * self.visible
+
+    def forward(self, sight: Sight) -> Controls:
+        """What it sets."""
+        numbers = self.seen(sight)
+        asked = torch.tanh(numbers @ self.inner.T + self.inner_bias) @ self.outer.T
+        asked = asked + numbers @ self.direct.T + self.offset
+        joint = torch.tensor([s.joint for s in SET], device=asked.device)
+        asked = torch.where(joint, asked.mean(0, keepdim=True), asked)
+        # Bounds that are reached smoothly at a distance, and hardly bend what is asked for near the beginning.
+        asked = torch.where(asked < 0, -self.least * torch.tanh(-asked / self.least), self.most * torch.tanh(asked / self.most))
+        values = (self.begin + asked).unbind(-1)
+        return Controls(*(s.bend(v[0] if s.joint else v) for s, v in zip(SET, values, strict=True)))

@@ -1,0 +1,421 @@
+"""Where a network is on its way: what is remembered of it, and how it is stepped; see :mod:`.optimizer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metatele.config import GeneralConfig
+from metatele.learned.general.controller import KINDS, Controller, Controls, Sight
+from metatele.learned.general.direction import Root, mixed, msign, norms, polar_factor
+from metatele.learned.general.layout import Bucket, Layout
+from metatele.network.use import TINY, Moment
+
+_HASHES = 4096  # samples that are remembered, to know them again
+_OVERHEAD = 3e6  # operations that a layer's pass is at least as dear as
+_FAN_IN = 3.0  # weights of variance 1/(3 i) are what layers begin with
+_SECOND = 0.99  # decay of the squared gradients of vectors, as of the usual norms
+_TAME = 0.3  # share of a look in the running agreement
+
+
+class Piece(NamedTuple):
+    """What is known of a matrix-shaped piece beforehand.
+
+    Attributes:
+        shape: ``(g, o, i)``.
+        kind: One of the controller's kinds.
+        diagonal: Its inputs are look-ups, whose second moments are a diagonal.
+    """
+
+    shape: tuple[int, int, int]
+    kind: str
+    diagonal: bool
+
+
+class Glimpse(NamedTuple):
+    """What a look shows of a piece.
+
+    Attributes:
+        inputs: ``Σ hhᵀ/n``, or its diagonal ``[1, i]``; ``None`` if that is not known.
+        half: Gradient of the first half of the batch, ``[g, o, i]``.
+        columns: n.
+        positions: For each sample.
+    """
+
+    inputs: Moment | Tensor | None
+    half: Tensor | None
+    columns: int
+    positions: float
+
+
+class Scene(NamedTuple):
+    """What a look shows of the network.
+
+    Attributes:
+        pieces: Of those that were seen, by number.
+        sizes: ``‖W‖`` of all matrices, ``[L]``.
+        vectors: Root mean square of each vector, ``[V]``.
+        samples: Of the batch.
+        known: How many of them, of those that could be compared, were seen before: ``(known, compared, remembered)``.
+        loss: Log of the loss up to a constant, ``[]``; ``None`` if it is not known.
+        progress: Share of the run that is done; negative if not known.
+    """
+
+    pieces: Mapping[int, Glimpse]
+    sizes: Tensor
+    vectors: Tensor
+    samples: int
+    known: tuple[int, int, int]
+    loss: Tensor | None
+    progress: float
+
+
+@dataclass
+class _Kept:
+    """Of a bucket.
+
+    Attributes:
+        root: Of the inputs' moments.
+        factor: P of the last polar factor, ``[m, k, k]``, with the share of X that is not drawn to msign in it.
+        exact: Whether msign is made anew for each direction.
+        every: Steps that a direction is kept for.
+        renew: Steps that a polar factor is.
+        due: Age at which it is made anew.
+    """
+
+    root: Root | None = None
+    factor: Tensor | None = None
+    exact: bool = True
+    every: int = 1
+    renew: int = 1
+    due: int = 0
+
+
+class Course:
+    """A network's memories, and its steps.
+
+    Args:
+        config: Settings.
+        pieces: Its matrices.
+        sizes: Of its vectors.
+        like: Of the dtype and on the device of all memories.
+
+    Attributes:
+        age: Steps done.
+        layout: Where all lies in the flat tensors.
+        velocity: Running gradient, flat.
+        change: The last change of the weights, flat.
+        moments: Of each part's inputs.
+        log_rate: ``log η``, ``[]``.
+    """
+
+    def __init__(self, config: GeneralConfig, pieces: Sequence[Piece], sizes: Sequence[int], like: Tensor) -> None:
+        self.config, self.pieces = config, list(pieces)
+        ways = ["diagonal" if p.diagonal else "dense" if p.shape[2] <= config.dense else "factor" for p in pieces]
+        self.layout = Layout([p.shape for p in pieces], ways, sizes)
+        new = like.new_zeros
+        layout = self.layout
+        self.age = 0
+        self.velocity, self.change, self.gradient = new(layout.size), new(layout.size), new(layout.size)
+        self.usual = new(layout.matrices)  # running squared norm of gradients
+        self.seconds = new(sum(sizes))
+        self.moments: list[Moment | Tensor | None] = [None] * len(pieces)
+        self.taken = [0] * len(pieces)  # batches in each
+        self.kept = [_Kept() for _ in layout.buckets]
+        self.log_rate = new(()) + math.log(config.start)
+        self.slopes, self.slopes_long = new(2), new(2)
+        self.agreement = new(layout.matrices)
+        self.agreement_all = new(())
+        self.positions = torch.ones_like(self.usual)
+        self.columns = [0] * len(pieces)
+        self.start_sizes: Tensor | None = None
+        self.start_loss: Tensor | None = None
+        self.controls: Controls | None = None
+        self.lengths = new(layout.matrices + 1)  # of a step with η = 1; the last one is for vectors
+        self.decays = new(layout.matrices + 1)
+        self.spread = new(sum(sizes))  # the same of each number of the vectors
+        self.owner = torch.repeat_interleave(
+            torch.arange(len(sizes), device=like.device), torch.tensor(list(sizes), device=like.device, dtype=torch.long)
+        )
+        self.hashes: set[float] = set()
+        self.epochs = 0.0
+        self._facts()
+
+    def _facts(self) -> None:
+        """What the controller is told of places."""
+        layout, like = self.layout, self.usual
+        kinds, aspect, first, last, natural = (like.new_zeros(layout.matrices + 1) for _ in range(5))
+        for number, piece in enumerate(self.pieces):
+            rows, (_, o, i) = layout.rows(number), piece.shape
+            kinds[rows] = KINDS.index(piece.kind)
+            aspect[rows] = math.log(o / i)
+            first[rows], last[rows] = float(number == 0), float(number == len(self.pieces) - 1)
+            natural[rows] = math.sqrt(o / _FAN_IN)
+        kinds[-1] = KINDS.index("vectors")
+        self._kinds, self._aspect, self._first, self._last, self._natural = kinds, aspect, first, last, natural[:-1]
+
+    @property
+    def looks(self) -> bool:
+        """Whether the next step is a look."""
+        c = self.config
+        return self.age < c.warm or self.age % c.hold == 0
+
+    # --- a look
+
+    def remember(self, hashes: Sequence[float]) -> tuple[int, int, int]:
+        """Take in a batch's samples; how many were known, of how many, and how many are remembered."""
+        known = sum(h in self.hashes for h in hashes) if self.hashes else 0
+        room = _HASHES - len(self.hashes)
+        before = len(self.hashes)
+        if room > 0:
+            self.hashes.update(hashes[:room])
+        return known, len(hashes), before
+
+    def look(self, scene: Scene, gradients: Tensor, controller: Controller, same: bool = False) -> None:
+        """Take in what a look shows, and set the controls.
+
+        Args:
+            scene: What it shows.
+            gradients: Flat.
+            controller: What sets them.
+            same: Whether the batch is the last one.
+        """
+        self._take_in(scene)
+        self._agree(scene, gradients, same)
+        if self.start_sizes is None:
+            self.start_sizes = scene.sizes.clamp_min(TINY)
+        if scene.loss is not None and self.start_loss is None and bool(torch.isfinite(scene.loss)):
+            self.start_loss = scene.loss
+        controls = controller(self._sight(scene))
+        self._set(controls, scene)
+
+    def _take_in(self, scene: Scene) -> None:
+        c = self.config
+        for number, glimpse in scene.pieces.items():
+            rows = self.layout.rows(number)
+            self.positions[rows] = max(glimpse.positions, 1.0)
+            self.columns[number] = glimpse.columns
+            new = glimpse.inputs
+            if new is None or not bool(torch.isfinite(new.trace.sum() if isinstance(new, Moment) else new.sum())):
+                continue
+            old = self.moments[number]
+            self.taken[number] += 1
+            share = max(1 - c.averaging, 1 / self.taken[number])
+            if old is None:
+                self.moments[number] = new
+            elif isinstance(old, Moment) and isinstance(new, Moment):
+                self.moments[number] = old.mixed(new, share, c.rank)
+            elif isinstance(old, Tensor) and isinstance(new, Tensor):
+                self.moments[number] = old.lerp(new, share)
+
+    def _agree(self, scene: Scene, gradients: Tensor, same: bool) -> None:
+        """How far the gradients of the two halves of the batch agree, in whitened coordinates."""
+        squares = self.usual.new_zeros(3, len(self.usual))
+        for bucket, kept in zip(self.layout.buckets, self.kept, strict=True):
+            halves = [scene.pieces[n].half if n in scene.pieces else None for n in bucket.parts]
+            if all(half is None for half in halves):
+                continue
+            G = bucket.of(gradients)
+            H = torch.cat(
+                [torch.zeros_like(self.layout.part(gradients, n)) if h is None else h for n, h in zip(bucket.parts, halves, strict=True)]
+            )
+            rest = G - H
+            if kept.root is not None:
+                H, rest = kept.root.right(H), kept.root.right(rest)
+            for row, (a, b) in enumerate(((H, H), (rest, rest), (H, rest))):
+                squares[row, bucket.rows] = (a * b).sum((-2, -1))
+        squares = squares.nan_to_num(0.0, 0.0, 0.0)
+        one, two, across = squares
+        share = _TAME if self.age else 1.0
+        cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
+        known = (one > 0) & (two > 0)
+        self.agreement = torch.where(known, self.agreement.lerp(2 * cosine / (1 + cosine), share), self.agreement)
+        weight = (one + two).sqrt().clamp_min(TINY)  # layers count alike
+        one, two, across = ((t / weight.square()).sum() for t in (one, two, across))
+        cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
+        self.agreement_all = self.agreement_all.lerp(2 * cosine / (1 + cosine), share)
+        if same:
+            self.agreement, self.agreement_all = torch.ones_like(self.agreement), torch.ones_like(self.agreement_all)
+
+    def _sight(self, scene: Scene) -> Sight:
+        like = self.usual
+        known, compared, remembered = scene.known
+        if known and compared:
+            total = max(remembered * compared / known, 1.0)  # samples there are, as from marked fish in a pond
+            self.epochs = self.age * scene.samples / total
+
+        def all_(x: Tensor, vectors: float) -> Tensor:
+            return torch.cat([x, x.new_full((1,), vectors)])
+
+        assert self.start_sizes is not None
+        z, long = (slope(s) for s in (self.slopes, self.slopes_long))
+        usual = (self.usual / (1 - self.config.slow ** max(self.age, 1))).clamp_min(TINY).sqrt()
+        momentum = self._by_matrix(self.velocity) / usual
+        mean = self.agreement_all
+        return Sight(
+            slope=z,
+            slope_long=long,
+            agreement=torch.cat([self.agreement, mean[None]]),
+            agreement_all=mean,
+            momentum=all_(momentum, 1.0),
+            length=self.log_rate - math.log(self.config.start),
+            grown=all_((scene.sizes.clamp_min(TINY) / self.start_sizes).log(), 0.0),
+            known=known / compared if compared else 0.0,
+            epochs=self.epochs,
+            age=self.age,
+            progress=scene.progress,
+            samples=scene.samples,
+            parameters=self.layout.size,
+            fallen=like.new_zeros(()) if scene.loss is None or self.start_loss is None else scene.loss - self.start_loss,
+            positions=all_(self.positions, 1.0),
+            aspect=self._aspect,
+            depth=len(self.pieces),
+            first=self._first,
+            last=self._last,
+            kinds=self._kinds,
+        )
+
+    def _set(self, controls: Controls, scene: Scene) -> None:
+        """Make of the controls what steps use."""
+        c, layout = self.config, self.layout
+        self.controls = controls
+        sizes = torch.maximum(scene.sizes, c.floor * self._natural)
+        self.lengths = controls.stretch * torch.cat([sizes, sizes.new_ones(1)])
+        self.decays = controls.stretch * controls.decay
+        if layout.sizes:
+            self.spread = scene.vectors.clamp_min(c.vector_floor)[self.owner]
+        for bucket, kept in zip(layout.buckets, self.kept, strict=True):
+            found = [self.moments[number] for number in bucket.parts]
+            if all(m is not None for m in found):
+                kept.root = _root(bucket, found, controls.damping[:-1][bucket.rows])
+            self._plan(bucket, kept)
+
+    def _plan(self, bucket: Bucket, kept: _Kept) -> None:
+        """How often a bucket's directions are made anew, by what they cost beside a pass."""
+        c, (_, o, i) = self.config, bucket.shape
+        k, wide = min(o, i), max(o, i)
+        columns = max((self.columns[n] for n in bucket.parts), default=0)
+        room = c.share * (6 * columns * o * i + _OVERHEAD)
+        turn = 0 if kept.root is None else 2 * kept.root.products(o, i)
+        exact = c.orthogonal * (4 * k * k * wide + 2 * k**3) + turn
+        kept.exact = exact <= c.stale * room
+        kept.every = 1 if exact <= room or (not kept.exact and 2 * k * o * i + turn <= room) else c.stale
+        factor = 2 * k * k * wide + c.orthogonal * 8 * k**3
+        kept.renew = 1 if kept.exact else min(max(c.hold, math.ceil(4 * factor / room)), 100)
+
+    # --- a step
+
+    def _by_matrix(self, flat: Tensor) -> Tensor:
+        """``‖·‖`` of each matrix, ``[L]``."""
+        found = [norms(bucket.of(flat)) for bucket in self.layout.buckets]
+        return torch.cat(found) if found else self.usual
+
+    def step(self, momentum: float = 1.0, cooled: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Make the next change, of the flat gradient that lies in :attr:`gradient`.
+
+        Args:
+            momentum: Factor on the momentum.
+            cooled: Factor on the length.
+
+        Returns:
+            The change, flat; and the shares that the weights of each matrix, and of all vectors, lose first ``[L + 1]``.
+        """
+        c, layout, G, V = self.config, self.layout, self.gradient, self.velocity
+        assert self.controls is not None
+        if self.age:
+            self._feel(torch.dot(G, self.change))
+        sizes = self._by_matrix(G)
+        count = 1 - c.slow**self.age if self.age else 1.0
+        before = (self.usual / count).sqrt() if self.age else sizes
+        limit = c.clip * before
+        clipped = torch.where((sizes > limit) & (before > 0), limit / sizes.clamp_min(TINY), 1.0)
+        finite = torch.isfinite(sizes.sum() + G[layout.vectors :].sum())
+        if not bool(finite):
+            self.change.zero_()
+            return self.change, torch.zeros_like(self.decays)
+        if bool((clipped < 1).any()):
+            for bucket in layout.buckets:
+                bucket.of(G).mul_(clipped[bucket.rows, None, None])
+            sizes = sizes * clipped
+        self.usual = self.usual.lerp(sizes.square(), 1 - c.slow)
+        self.age += 1
+        usual = (self.usual / (1 - c.slow**self.age)).clamp_min(TINY).sqrt()
+        beta = c.momentum * momentum
+        V.lerp_(G, 1 - beta)
+        rate = self.log_rate.exp() * cooled
+        calm = (self._by_matrix(V) / usual).clamp(TINY, 1).pow(self.controls.anneal[:-1])
+        lengths = rate * calm * self.lengths[:-1]
+        X = torch.lerp(V, G, 1 - beta)
+        for bucket, kept in zip(layout.buckets, self.kept, strict=True):
+            D = bucket.of(self.change)
+            if self.age <= c.warm or self.age % kept.every == 0:
+                made = self._direction(bucket, kept, bucket.of(X))
+                size = norms(made)
+                torch.mul(made, (-lengths[bucket.rows] / size.clamp_min(TINY))[:, None, None], out=D)
+            else:
+                size = norms(D)
+                D.mul_((lengths[bucket.rows] / size.clamp_min(TINY))[:, None, None])
+        if layout.sizes:
+            g = G[layout.vectors :]
+            self.seconds.lerp_(g.square(), 1 - _SECOND)
+            root = (self.seconds / (1 - _SECOND**self.age)).sqrt_().add_(TINY)
+            moved = V[layout.vectors :] / root / (1 - c.momentum**self.age)
+            torch.mul(moved, self.spread * (-rate * self.lengths[-1]), out=self.change[layout.vectors :])
+        shares = rate * torch.cat([calm, calm.new_ones(1)]) * self.decays
+        return self.change, shares
+
+    def _direction(self, bucket: Bucket, kept: _Kept, X: Tensor) -> Tensor:
+        c = self.config
+        assert self.controls is not None
+        spectral = self.controls.spectral[:-1][bucket.rows]
+        turned = X if kept.root is None else kept.root.right(X)
+        if kept.exact:
+            made = mixed(msign(turned, c.orthogonal), turned, spectral)
+        else:
+            wide = bucket.shape[1] <= bucket.shape[2]
+            if kept.factor is None or self.age >= kept.due:
+                kept.due = self.age + min(kept.renew, max(self.age, 1))
+                gram = torch.bmm(turned, turned.mT) if wide else torch.bmm(turned.mT, turned)
+                P = polar_factor(gram, c.orthogonal)
+                size = (gram.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp_min(TINY).sqrt()
+                eye = torch.eye(gram.shape[-1], dtype=P.dtype, device=P.device)
+                a, b = spectral / min(bucket.shape[1:]) ** 0.5, (1 - spectral) / size
+                kept.factor = a[:, None, None] * P + b[:, None, None] * eye
+            made = torch.bmm(kept.factor, turned) if wide else torch.bmm(turned, kept.factor)
+        return made if kept.root is None else kept.root.back(made)
+
+    def _feel(self, q: Tensor) -> None:
+        """The length of steps follows the slope ``q = ⟨G, last change⟩``."""
+        c, controls = self.config, self.controls
+        assert controls is not None
+        both = torch.stack([q, q * q])
+        both = torch.where(torch.isfinite(both), both, 0.0)
+        self.slopes = self.slopes.lerp(both, 1 - c.feedback)
+        self.slopes_long = self.slopes_long.lerp(both, (1 - c.feedback) / 10)
+        if self.age >= 2:
+            grown = self.log_rate + controls.gain * (controls.target - slope(self.slopes))
+            self.log_rate = torch.minimum(grown, controls.longest.log()).clamp_min(math.log(c.least * c.start))
+
+
+def slope(sums: Tensor) -> Tensor:
+    """``z = avg(q)/√avg(q²)``, from both averages ``[2]``; 0 where there are none."""
+    mean, square = sums.unbind()
+    return torch.where(square > 0, mean / square.clamp_min(1e-38).sqrt(), 0.0)
+
+
+def _root(bucket: Bucket, found: Sequence[Moment | Tensor | None], damping: Tensor) -> Root:
+    """Of all matrices of a bucket."""
+    if bucket.way == "diagonal":
+        return Root.of_diagonal(torch.cat([m for m in found if isinstance(m, Tensor)]), damping)
+    moments = [m for m in found if isinstance(m, Moment)]
+    if bucket.way == "dense":
+        return Root.of_dense(torch.cat([m.dense for m in moments]), damping)
+    columns = max(m.tensor.shape[-1] for m in moments)
+    F = torch.cat([torch.nn.functional.pad(m.tensor, (0, columns - m.tensor.shape[-1])) for m in moments])
+    rest = torch.cat([m.rest.flatten() for m in moments if m.rest is not None])
+    return Root.of_factor(F, rest, damping)

@@ -1,0 +1,50 @@
+r"""A learned optimizer for any module.
+
+Every matrix W of a network, its bias as last column, is stepped along a direction D (:mod:`.direction`) by
+
+.. math::
+    W ← W - η\, s\, ρ^p\, (‖W‖ D/‖D‖ + w W)
+
+One η for the whole network follows the slope along the last step: with ``q = ⟨G_t, W_t - W_{t-1}⟩`` and
+``z = avg(q)/√avg(q²)``, ``log η ← log η + k (τ - z)`` up to a longest step. ρ is the running gradient's norm over the
+usual norm of gradients, so steps shrink where gradients do. Vectors are stepped as Adam does, by the same η.
+
+What stands in these formulas beside the gradient (s, p, w, λ, r, τ, k, the longest step) is set by a small network, the
+same for every matrix, from what it sees at looks (:mod:`.controller`): the agreement of the gradients of half batches,
+the feedback, samples that come again, sizes, places. Its few hundred numbers are what meta-training changes.
+
+Where the batch is the same again and again there is no noise, and the matrices are stepped as the equivariant family
+does (:mod:`metatele.learned.equivariant`), whose controller is part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from metatele.config import EquivariantConfig, GeneralConfig
+from metatele.learned.equivariant import EquivariantOptimizer
+from metatele.learned.general.controller import Controller
+
+
+class GeneralOptimizer(nn.Module):
+    """See the module; works on every ``nn.Module``.
+
+    Args:
+        config: Sizes, constants of the algorithm, and what the controller does not see.
+        seed: For the initial meta-parameters.
+
+    Attributes:
+        controller: What meta-training changes.
+        repeated: What steps on a batch that comes again and again; its weights are those of the equivariant family.
+
+    Example:
+        >>> optimizer = GeneralOptimizer(GeneralConfig(hidden=8))
+        >>> optimizer.config.title
+        'General'
+    """
+
+    def __init__(self, config: GeneralConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.controller = Controller(config.hidden, config.blind, seed)
+        self.repeated = EquivariantOptimizer(EquivariantConfig(), seed)
