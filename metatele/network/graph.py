@@ -8,7 +8,7 @@ other way is *unseen*, with a reason: its gradient is more than what its product
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -16,59 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from metatele.network.parts import Part
+from metatele.network.views import Chain, Node, below, is_open, replayed, shape_out
 
-Node = Any  # torch.autograd.graph.Node
-_Chain = list[tuple[Any, int]]  # views between a node and its user, the nearest to the user first; with output numbers
-_LARGEST = 2**63  # negative numbers come back from a graph without their sign
-
-
-def _signed(number: int) -> int:
-    return number - 2 * _LARGEST if number >= _LARGEST else number
-
-
-def _out(node: Node, number: int) -> tuple[int, ...]:
-    """Shape of a node's output."""
-    return tuple(node._input_metadata[number].shape)
-
-
-def _slice(node: Node, t: Tensor) -> Tensor:
-    dim, end = _signed(node._saved_dim), _signed(node._saved_end)
-    index = [slice(None)] * t.dim()
-    index[dim] = slice(_signed(node._saved_start), end, node._saved_step)
-    return t[tuple(index)]
-
-
-# What each view did, replayed on a tensor; the third argument says which of several outputs.
-_VIEWS: dict[str, Callable[[Any, Tensor, int], Tensor]] = {
-    "TBackward0": lambda node, t, _: t.t(),
-    "TransposeBackward0": lambda node, t, _: t.transpose(_signed(node._saved_dim0), _signed(node._saved_dim1)),
-    "PermuteBackward0": lambda node, t, _: t.permute([_signed(d) for d in node._saved_dims]),
-    "SliceBackward0": lambda node, t, _: _slice(node, t),
-    "SelectBackward0": lambda node, t, _: t.select(_signed(node._saved_dim), _signed(node._saved_index)),
-    "UnbindBackward0": lambda node, t, number: t.unbind(_signed(node._saved_dim))[number],
-    "ExpandBackward0": lambda node, t, number: t.expand(_out(node, number)),
-    **{
-        name: lambda node, t, number: t.split(node._saved_split_size, _signed(node._saved_dim))[number]
-        for name in ("SplitBackward0", "UnsafeSplitBackward0")
-    },
-    **{
-        name: lambda node, t, number: t.split(list(node._saved_split_sizes), _signed(node._saved_dim))[number]
-        for name in ("SplitWithSizesBackward0", "UnsafeSplitWithSizesBackward0")
-    },
-    **{
-        name: lambda node, t, number: t.view(_out(node, number))
-        for name in (
-            "ViewBackward0",
-            "UnsafeViewBackward0",
-            "ReshapeAliasBackward0",
-            "UnsqueezeBackward0",
-            "SqueezeBackward0",
-            "SqueezeBackward1",
-            "SqueezeBackward2",
-        )
-    },
-    **{name: lambda node, t, _: t for name in ("CloneBackward0", "ToCopyBackward0", "AliasBackward0")},
-}
 _ADDS = ("AddBackward0", "SubBackward0")
 _SPREAD = (*_ADDS, "MulBackward0", "DivBackward0", "WhereBackward0")  # an operand may be the same for all samples
 
@@ -189,19 +138,7 @@ class _User(NamedTuple):
     node: Node
     name: str
     slot: int
-    chain: _Chain
-
-
-def _below(node: Node, number: int) -> tuple[Node, int, _Chain]:
-    """What a node is a view of, through any number of views."""
-    chain: _Chain = []
-    while node.name() in _VIEWS:
-        below, other = node.next_functions[0]
-        if below is None:
-            break
-        chain.append((node, number))
-        node, number = below, other
-    return node, number, chain
+    chain: Chain
 
 
 class _Walk:
@@ -218,12 +155,12 @@ class _Walk:
         while stack:
             node = stack.pop()
             name = node.name()
-            for slot, (below, number) in enumerate(node.next_functions):
-                if below is not None:
-                    self._edge(node, name, slot, below, number, stack)
+            for slot, (under, number) in enumerate(node.next_functions):
+                if under is not None:
+                    self._edge(node, name, slot, under, number, stack)
 
     def _edge(self, user: Node, name: str, slot: int, node: Node, number: int, stack: list[Any]) -> None:
-        node, _, chain = _below(node, number)
+        node, _, chain = below(node, number)
         variable = getattr(node, "variable", None)
         if variable is not None:  # a leaf
             if id(variable) in self.wanted:
@@ -234,19 +171,19 @@ class _Walk:
 
     def lead(self, node: Node, features: int) -> tuple[tuple[int, ...], bool]:
         """Leading dimensions of a node's outputs ``[..., features]``, and whether its user spreads them."""
-        user, shape = self.above[node], _out(node, 0)
+        user, shape = self.above[node], shape_out(node, 0)
         lead = shape[:-1]
         for view, number in reversed(user.chain):
-            shape = _out(view, number)
+            shape = shape_out(view, number)
             if view.name() not in ("ViewBackward0", "UnsafeViewBackward0"):
                 break
             if shape[-1] == features:
                 lead = shape[:-1]
-        size = torch.Size(_out(node, 0)).numel()
-        last = torch.Size(_out(*user.chain[0])).numel() if user.chain else size
+        size = torch.Size(shape_out(node, 0)).numel()
+        last = torch.Size(shape_out(*user.chain[0])).numel() if user.chain else size
         wider = any(view.name() == "ExpandBackward0" for view, _ in user.chain) and last > size
         if user.name in _SPREAD:
-            wider = wider or torch.Size(_out(user.node, 0)).numel() > last
+            wider = wider or torch.Size(shape_out(user.node, 0)).numel() > last
         return lead, wider
 
 
@@ -266,7 +203,8 @@ def walk(outputs: Iterable[Tensor], parts: Sequence[Part], loose: Iterable[nn.Pa
         [('right', (5,), True, 0), ('right', (5,), True, 1)]
     """
     by_weight: dict[int, list[int]] = {}
-    wanted: dict[int, Tensor] = {id(p): p for p in loose}
+    vectors = {id(p): p for p in loose}
+    wanted: dict[int, Tensor] = dict(vectors)
     for number, part in enumerate(parts):
         by_weight.setdefault(id(part.weight), []).append(number)
         wanted[id(part.weight)] = part.weight
@@ -300,25 +238,14 @@ def walk(outputs: Iterable[Tensor], parts: Sequence[Part], loose: Iterable[nn.Pa
     _mark_biases(found, nodes, parts, reasons)
     for use in nodes.values():
         use.targets = [t for t in use.targets if t.part not in reasons]
-    biases = _loose_biases(found, layouts, {id(p): p for p in loose})
+    biases = _loose_biases(found, layouts, vectors)
     return Graph([use for use in nodes.values() if use.targets], reasons, layouts, biases)
-
-
-def _replayed(parameter: Tensor, chain: _Chain) -> Tensor | None:
-    """A stand-in of a parameter without elements, seen through views; ``None`` if it would take a copy."""
-    stand_in = torch.empty(parameter.shape, device="meta")
-    try:
-        for node, number in reversed(chain):
-            stand_in = _VIEWS[node.name()](node, stand_in, number)
-    except (RuntimeError, AttributeError, IndexError):
-        return None
-    return stand_in
 
 
 def _read(user: _User, parameter: Tensor, found: _Walk) -> tuple[Use, Layout] | str:
     """A use and where its matrix lies; or why it is none."""
     node, name, slot, chain = user
-    seen = _replayed(parameter, chain)
+    seen = replayed(parameter, chain)
     if seen is None:
         return "it is used through a copy in another order"
     if name in _PRODUCTS:
@@ -330,7 +257,7 @@ def _read(user: _User, parameter: Tensor, found: _Walk) -> tuple[Use, Layout] | 
         groups, (o, *_) = node._saved_groups, parameter.shape
         i = parameter[0].numel()
         layout = Layout((groups, o // groups, i), (o // groups * i, i, 1), 0)
-        return Use(node, "conv", "input", groups, _out(node, 0), found.lead(node, -1)[1]), layout
+        return Use(node, "conv", "input", groups, shape_out(node, 0), found.lead(node, -1)[1]), layout
     if name == "EmbeddingBackward0" and slot == 0:
         if not whole or node._saved_scale_grad_by_freq or not is_open(node, "indices"):
             return "its look-ups are weighted, or made in a piece of it"
@@ -352,8 +279,8 @@ def _read_product(node: Node, name: str, slot: int, seen: Tensor, found: _Walk) 
         return _GUARDED
     other = node.next_functions[product.right if kind == "left" else product.left][0]
     if other is not None:
-        below, _, _ = _below(other, 0)
-        if id(getattr(below, "variable", None)) in found.wanted:
+        under, _, _ = below(other, 0)
+        if id(getattr(under, "variable", None)) in found.wanted:
             return "it is multiplied by another parameter"
     if seen.dim() < 2:
         return "it is used as a vector"
@@ -366,34 +293,16 @@ def _read_product(node: Node, name: str, slot: int, seen: Tensor, found: _Walk) 
         M = M[:1]
     g, o, i = M.shape
     if kind == "left":  # its outputs are columns
-        shape = _out(node, 0)
+        shape = shape_out(node, 0)
         lead, spread = (shape[:1] if g == 1 and len(shape) == 3 else ()) + shape[len(shape) - 1 :], False
         lead = () if name == "MvBackward0" else lead
     else:
         lead, spread = found.lead(node, o)
     a, b, c = M.stride()
-    return Use(node, kind, saved, g, lead, spread), Layout((g, o, i), (a, b, c), M.storage_offset())
+    return Use(node, kind, saved, g, lead, spread), Layout((g, o, i), (a, b, c), int(M.storage_offset()))
 
 
 _GUARDED = "what it was multiplied by is not kept, but computed again by checkpointing or fetched by a hook"
-
-
-def is_open(node: Node, saved: str) -> bool:
-    """Whether a saved tensor can be read without running somebody's hook."""
-    raw = getattr(node, f"_raw_saved_{saved}", None)
-    if raw is None:
-        return False
-    if hasattr(raw, "unpack_hook"):
-        return raw.unpack_hook is None
-    try:  # earlier versions say so only by refusing another hook
-        raw.register_hooks(_same, _same)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _same(tensor: Any) -> Any:
-    return tensor
 
 
 def _targets(layout: Layout, parts: Iterable[tuple[int, Part]]) -> Iterator[Target]:
@@ -413,9 +322,7 @@ def _targets(layout: Layout, parts: Iterable[tuple[int, Part]]) -> Iterator[Targ
             yield Target(number, (0, o), (0, O), flipped=True)
 
 
-def _mark_biases(
-    found: _Walk, nodes: Mapping[Any, Use], parts: Sequence[Part], reasons: dict[int, str]
-) -> None:
+def _mark_biases(found: _Walk, nodes: Mapping[Any, Use], parts: Sequence[Part], reasons: dict[int, str]) -> None:
     """Mark the uses in which a part's bias is added; a part whose bias is used elsewhere is not seen."""
     owners: dict[int, set[int]] = {}
     for number, part in enumerate(parts):
@@ -442,8 +349,8 @@ def _loose_biases(
             product = _PRODUCTS.get(user.name)
             if product is None or product.bias is None or user.node.next_functions[product.bias][0] is None:
                 continue
-            below, _, chain = _below(*user.node.next_functions[product.bias])
-            bias = loose.get(id(getattr(below, "variable", None)))
+            under, _, chain = below(*user.node.next_functions[product.bias])
+            bias = loose.get(id(getattr(under, "variable", None)))
             if bias is not None and bias.dim() == 1 and not chain and len(found.users[id(bias)]) == 1:
                 biases[key] = bias
     return biases
@@ -452,11 +359,9 @@ def _loose_biases(
 def _added_to(user: _User, nodes: Mapping[Any, Use]) -> Use | None:
     """The use to whose outputs a bias is added."""
     product = _PRODUCTS.get(user.name)
-    if (product is not None and user.slot == product.bias) or (
-        user.name == "ConvolutionBackward0" and user.slot == 2
-    ):
+    if (product is not None and user.slot == product.bias) or (user.name == "ConvolutionBackward0" and user.slot == 2):
         return nodes.get(user.node)
     if user.name == "AddBackward0" and user.node._saved_alpha == 1:
         other = user.node.next_functions[1 - user.slot][0]
-        return None if other is None else nodes.get(_below(other, 0)[0])
+        return None if other is None else nodes.get(below(other, 0)[0])
     return None

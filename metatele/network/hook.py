@@ -67,9 +67,7 @@ def is_ordinary(tensor: Any) -> bool:
     )
 
 
-def _look(
-    see: See, layer: int, whole: bool, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
-) -> None:
+def _look(see: See, layer: int, whole: bool, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
     if torch.is_inference_mode_enabled():
         return
     if whole:

@@ -8,11 +8,12 @@ Types of layers say which is which at first; what passes show of a parameter say
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from metatele.errors import UnsupportedModelError
 from metatele.network import bias as biases
@@ -187,7 +188,7 @@ def parts_of(model: nn.Module) -> tuple[list[Part], list[Vector]]:
     parts: list[Part] = []
     rest: list[Vector] = []
     for name, p in model.named_parameters():
-        if isinstance(p, nn.parameter.UninitializedTensorMixin):
+        if isinstance(p, UninitializedParameter):
             raise UnsupportedModelError(
                 f"parameter {name!r} has no size yet, as those of lazy modules before their first batch: call the "
                 "model on a batch, and then make the optimizer"
@@ -210,7 +211,8 @@ def _pieces(name: str, p: nn.Parameter, homes: dict[int, list[tuple[nn.Module, s
     convolutions = [m for m in layers if isinstance(m, _CONVOLUTIONS)]
     module, own = mine[0]
     if linears:  # also one that is tied to an embedding: what its inputs are says more than how often a token came
-        yield from _one(name, p, _bias(p, linears, homes), "linear")
+        inside = any(type(m).__name__ == "NonDynamicallyQuantizableLinear" for m in linears)  # the last of attention
+        yield from _one(name, p, _bias(p, linears, homes), "attention" if inside else "linear")
     elif convolutions:
         groups = {m.groups for m in convolutions}
         if len(groups) == 1:
@@ -235,7 +237,7 @@ def _one(name: str, p: nn.Parameter, bias: nn.Parameter | None, kind: str, group
 
 
 def _bias(
-    weight: nn.Parameter, layers: list[nn.Module], homes: dict[int, list[tuple[nn.Module, str]]]
+    weight: nn.Parameter, layers: Sequence[nn.Module], homes: dict[int, list[tuple[nn.Module, str]]]
 ) -> nn.Parameter | None:
     """That of the one layer of a weight, unless others have it too or it is trained where the weight is not."""
     found = [m._parameters.get("bias") for m in layers]
@@ -325,9 +327,7 @@ def refined(
                 turned = (b == 1 or o == 1) and (c == o or i == 1)
                 if straight or turned:
                     rows, width = (g * o, i) if straight else (g * i, o)
-                    new = replace(
-                        part, rows=(0, rows), width=width, groups=g, kind="linear", transposed=not straight
-                    )
+                    new = replace(part, rows=(0, rows), width=width, groups=g, kind="linear", transposed=not straight)
                 bias = loose.get(id(part.weight))
                 if new.kind == "linear" and bias is not None and bias.numel() == g * o:
                     new = replace(new, bias=bias, bias_rows=(0, bias.numel()))

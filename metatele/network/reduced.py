@@ -1,4 +1,4 @@
-r"""A use of a part in a pass, reduced in the backward pass to sums: of ``hhᵀ``, of ``δδᵀ``, of ``δhᵀ`` over half a batch.
+r"""A use of a part, reduced in the backward pass to sums: of ``hhᵀ``, of ``δδᵀ``, of ``δhᵀ`` over half a batch.
 
 Rows are columns here: inputs ``h [groups, n, i]`` and errors ``δ [groups, n, o]``, as graphs save them. Second moments
 of more columns than are asked for are of evenly spaced ones; what is half a gradient is exact.
@@ -256,7 +256,7 @@ def _looked_up(
     found = []
     for t in targets:
         part = parts[t.part]
-        V, d = part.weight.shape
+        V = part.weight.shape[0]
 
         def summed(where: Tensor, rows: Tensor, t: Target = t, part: Part = part) -> Tensor:
             table = rows.new_zeros(part.weight.shape).index_add_(0, where, rows)[None]

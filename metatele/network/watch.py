@@ -14,8 +14,8 @@ import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from metatele.network.graph import Use, tensors_in, walk
 from metatele.network.hook import is_ordinary, listen
 from metatele.network.parts import Part, Vector, refined
 from metatele.network.reduced import Look, Sums, reduced
-from metatele.network.use import Fingerprint, Moment
+from metatele.network.samples import fingerprint_of, sample_hashes
+from metatele.network.totals import PartSeen, Total, over_ranks
+from metatele.network.use import Fingerprint
 
 NOTHING = Look()
 _LIVE = 8  # passes without a gradient yet, that may still get one; and backward passes that may reach a parameter
@@ -35,26 +37,6 @@ _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "_FabricModule": "_forward_module",
 }
-
-
-class PartSeen(NamedTuple):
-    """What a part received and got back in the passes of one step, on all ranks.
-
-    Attributes:
-        inputs: ``Σ hhᵀ / n``, ``[groups, i, i]``, with row and column for a bias; of an embedding its diagonal
-            ``[1, i]``; ``None`` if it was not asked for, or all uses are flipped.
-        errors: ``Σ δδᵀ``, ``[groups, o, o]``; ``None`` if it was not asked for.
-        half: Gradient of the first half of the samples, ``[groups, o, i(+1)]``, in the scale of ``p.grad``; ``None``
-            if it was not asked for, or which columns are in it is not known.
-        columns: n, samples times positions.
-        positions: Columns for each sample.
-    """
-
-    inputs: Moment | Tensor | None
-    errors: Moment | None
-    half: Tensor | None
-    columns: int
-    positions: float
 
 
 @dataclass(eq=False)
@@ -89,19 +71,6 @@ class _Pass:
 class _Live:
     use: Use | None
     counted: bool = False  # its inputs
-
-
-@dataclass(eq=False)
-class _Total:
-    """Sums of a part."""
-
-    inputs: Moment | Tensor | None = None
-    errors: Moment | None = None
-    half: Tensor | None = None
-    whole: Tensor | None = None
-    columns: int = 0
-    missing: bool = False
-    samples: dict[int, int] = field(default_factory=dict)  # by pass
 
 
 _Came = tuple[_Pass, "_Live | None", list[Sums], "Tensor | None"]
@@ -164,7 +133,7 @@ class Watch:
     def _forget(self) -> None:
         self._pending: dict[int, list[_Came]] = {}  # by backward pass
         self._counted: list[_Pass] = []
-        self._totals: dict[int, _Total] = {}
+        self._totals: dict[int, Total] = {}
         self._live: list[_Pass] = []
         self._number, self._called = 0, False
         self._reasons: dict[int, str] = {}
@@ -223,8 +192,10 @@ class Watch:
         if not outputs:
             return
         self._listen()
-        if self._counted and not inside and not any(
-            p.grad is not None and bool(p.grad.any()) for p in self._parameters
+        if (
+            self._counted
+            and not inside
+            and not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
         ):
             self._uncount()  # gradients were cleared since: by the model's zero_grad, say
         self._number += 1
@@ -233,7 +204,7 @@ class Watch:
         passed.samples = len(data[0]) if data else 0
         with torch.no_grad(), torch.autocast(outputs[0].device.type, enabled=False):
             if wanted.fingerprint:
-                passed.fingerprint = _fingerprint(data, wanted.dtype)
+                passed.fingerprint = fingerprint_of(data, wanted.dtype)
             if wanted.samples and data:
                 passed.hashes = sample_hashes(data[0])
         self._mark(passed, outputs)
@@ -304,25 +275,10 @@ class Watch:
             if gradient is not None:
                 passed.gradient = gradient if passed.gradient is None else passed.gradient + gradient
             for one in sums:
-                self._add(self._totals.setdefault(one.part, _Total()), one, passed, live is None or live.counted)
+                total = self._totals.setdefault(one.part, Total())
+                total.add(one, passed.number, passed.samples, live is None or live.counted, passed.wanted.rank)
             if live is not None:
                 live.counted = True
-
-    @staticmethod
-    def _add(total: _Total, one: Sums, passed: _Pass, again: bool) -> None:
-        rank = passed.wanted.rank
-        if one.inputs is not None and not again:
-            total.inputs = _plus(total.inputs, one.inputs, rank)
-        if one.errors is not None:
-            total.errors = one.errors if total.errors is None else total.errors.plus(one.errors, rank)
-        if one.half is not None:
-            total.half = one.half if total.half is None else total.half + one.half
-        if one.whole is not None:
-            total.whole = one.whole if total.whole is None else total.whole + one.whole
-        if not again:
-            total.columns += one.columns
-            total.samples[passed.number] = passed.samples
-        total.missing = total.missing or one.missing
 
     def _uncount(self) -> None:
         self._counted, self._totals = [], {}
@@ -358,90 +314,37 @@ class Watch:
             return self._reasons[number]
         return "no gradient was taken through it"
 
+    def _reduced(self) -> dict[int, Total]:
+        """Sums over all ranks."""
+        if not self.ended or self.group is None:
+            return self._totals
+        return over_ranks(self._totals, self.parts, self._counted[0].wanted, self.group)
+
+    def _scale(self, totals: dict[int, Total]) -> float:
+        """Factor from gradients as recorded to those of ``p.grad``, which may have been unscaled and clipped."""
+        one = next((n for n, total in sorted(totals.items()) if total.whole is not None), None)
+        if one is None:
+            return 1.0
+        part, recorded = self.parts[one], totals[one].whole
+        if part.weight.grad is None or recorded is None:
+            return 1.0
+        grad = part.matrix(part.weight.grad, None if part.bias is None else part.bias.grad)
+        grad, recorded = grad.to(recorded.dtype), recorded[..., : grad.shape[-1]] / ranks.size(self.group)
+        inner = float((recorded * grad).sum())
+        # Only where the recorded passes explain the gradient: a penalty may have added its own.
+        if inner > 0.99 * float(recorded.norm() * grad.norm()) > 0:
+            return inner / float(recorded.square().sum())
+        return 1.0
+
     def scale(self) -> float:
         """Factor from gradients as recorded to those of ``p.grad``, which may have been unscaled and clipped."""
-        of = next((passed.scale for passed in self.ended if passed.scale is not None), None)
-        total = None if of is None else self._totals.get(of)
-        if of is None or total is None or total.whole is None:
-            return 1.0
-        part = self.parts[of]
-        if part.weight.grad is None:
-            return 1.0
-        biased = part.bias is not None and part.bias.grad is not None
-        grad = part.matrix(part.weight.grad, part.bias.grad if biased and part.bias is not None else None)
-        grad, recorded = grad.to(total.whole.dtype), total.whole.clone()
-        recorded = recorded[..., : grad.shape[-1]] / ranks.size(self.group)
-        ranks.sum_([recorded], self.group)
-        inner = (recorded * grad).sum()
-        # Only where the recorded passes explain the gradient: a penalty may have added its own.
-        if float(inner) > 0.99 * float(recorded.norm() * grad.norm()) > 0:
-            return float(inner / recorded.square().sum())
-        return 1.0
+        return self._scale(self._reduced())
 
     def seen(self) -> dict[int, PartSeen]:
         """What each part received and got back, over all uses, passes and ranks that count, by its number."""
-        if not self.ended:
-            return {}
-        wanted = self._counted[0].wanted
-        scale = self.scale()
-        totals = self._totals if self.group is None else self._over_ranks(wanted)
-        share = scale / ranks.size(self.group)
-        found = {}
-        for number, total in sorted(totals.items()):
-            columns, samples = total.columns, sum(total.samples.values())
-            n, inputs = max(1, columns), total.inputs
-            half = None if total.missing or total.half is None else total.half * share
-            found[number] = PartSeen(
-                None if inputs is None else inputs.over(n) if isinstance(inputs, Moment) else inputs / n,
-                None if total.errors is None else total.errors.scaled(share**2),
-                half if number in wanted.halves else None,
-                columns,
-                columns / samples if samples else float(columns),
-            )
-        return found
-
-    def _over_ranks(self, wanted: Look) -> dict[int, _Total]:
-        """The same sums over all ranks, of which some may not have used a part."""
-        device = self.parts[0].weight.device
-        table = torch.zeros(len(self.parts), 6, dtype=torch.float64, device=device)
-        for number, one in self._totals.items():
-            flags = (one.inputs is not None, one.errors is not None, one.half is not None, one.missing)
-            table[number] = torch.tensor([one.columns, sum(one.samples.values()), *map(float, flags)])
-        ranks.sum_([table], self.group)
-        found: dict[int, _Total] = {}
-        sums: list[Tensor] = []
-        for number, (columns, samples, *flags) in enumerate(table.tolist()):
-            if not columns and not any(flags):
-                continue
-            part, mine = self.parts[number], self._totals.get(number, _Total())
-            like = part.weight.new_zeros(0, dtype=wanted.dtype)
-            groups, o, i = part.shape
-            total = _Total(columns=int(columns), missing=bool(flags[3]), samples={0: int(samples)})
-            if flags[0] and part.kind == "embedding":
-                total.inputs = like.new_zeros(1, i) if mine.inputs is None else mine.inputs.clone()  # type: ignore[union-attr]
-                sums.append(total.inputs)  # type: ignore[arg-type]
-            elif flags[0]:
-                total.inputs = self._moment(mine.inputs, groups, i, like, wanted)
-            if flags[1]:
-                total.errors = self._moment(mine.errors, groups, o, like, wanted)
-            if flags[2]:
-                total.half = like.new_zeros(groups, o, i) if mine.half is None else mine.half.clone()
-                sums.append(total.half)
-            found[number] = total
-        ranks.sum_(sums, self.group)
-        return found
-
-    def _moment(self, mine: Any, groups: int, rows: int, like: Tensor, wanted: Look) -> Moment:
-        """The sum of a second moment over the ranks, group by group."""
-        whole: list[Moment] = []
-        for g in range(groups):
-            empty = Moment.zero(rows, like, wanted.widest)
-            one = empty if mine is None else mine.map(lambda t, g=g: t[g])
-            added = ranks.moments([one], wanted.rank, self.group)[0]
-            assert added is not None
-            whole.append(added)
-        rest = [m.rest for m in whole if m.rest is not None]
-        return Moment(torch.stack([m.tensor for m in whole]), torch.stack(rest) if rest else None)
+        totals = self._reduced()
+        share = self._scale(totals) / ranks.size(self.group)
+        return {number: total.seen(share) for number, total in sorted(totals.items())}
 
     def outputs(self) -> tuple[Tensor, Tensor] | None:
         """The first output of all passes and the gradient there, ``[n, ...]`` in the order of the passes.
@@ -479,52 +382,3 @@ def _remove(handles: dict[int, Any]) -> None:
     for handle in handles.values():
         handle.remove()
     handles.clear()
-
-
-def _plus(old: Moment | Tensor | None, new: Moment | Tensor, rank: int) -> Moment | Tensor:
-    if old is None:
-        return new
-    if isinstance(old, Moment) and isinstance(new, Moment):
-        return old.plus(new, rank)
-    assert isinstance(old, Tensor)
-    assert isinstance(new, Tensor)
-    return old + new
-
-
-def _fingerprint(data: Sequence[Tensor], dtype: torch.dtype) -> Fingerprint | None:
-    total = None
-    for t in data:
-        if not t.numel() or t.dtype is torch.bool:
-            continue
-        # Numbers of tokens say nothing by their size: spread evenly, one batch differs more from another.
-        x = t.to(dtype) if t.is_floating_point() else (t.to(torch.float64) * 2.399963).sin().to(dtype)
-        one = Fingerprint.of(x.reshape(1, len(t), -1).mT)
-        total = one if total is None else total.plus(one)
-    return total
-
-
-@torch.no_grad()
-def sample_hashes(batch: Tensor) -> Tensor:
-    """A whole number below 2⁵³ for each sample of ``[B, ...]``, as float64: the same for the same bits, wherever.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]])
-        >>> one, other, again = sample_hashes(x).tolist()
-        >>> one == again, one == other
-        (True, False)
-    """
-    x = batch.detach().reshape(len(batch), -1)
-    if x.is_floating_point():
-        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-        x = (x + 0.0).contiguous().view(bits)
-    mixed = (x.to(torch.int64) * _odd_numbers(x.shape[1], x.device)).sum(1)  # wraps around
-    mixed = (mixed ^ (mixed >> 29)) * 0x1F85EBCA6B2A4D  # low bits alone see low bits alone
-    return ((mixed >> 11) & (2**53 - 1)).to(torch.float64)
-
-
-@lru_cache(maxsize=8)
-def _odd_numbers(count: int, device: torch.device) -> Tensor:
-    random = torch.Generator().manual_seed(count)
-    return (torch.randint(2**62, (count,), generator=random) * 2 + 1).to(device)
-
-
