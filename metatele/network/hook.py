@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-See = Callable[[int, Any, Tensor], None]
+See = Callable[[int, Any, Any], None]
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
 
 
-def listen(layers: Iterable[nn.Module], see: See, owner: Any) -> None:
+def listen(layers: Iterable[nn.Module], see: See, owner: Any, whole: bool = False) -> None:
     """Call ``see(number, input, output)`` after each forward call of a layer, for as long as an owner lives.
 
     Args:
         layers: They are numbered in this order.
         see: What is called; not with outputs that are symbols, in a tracer or a transform.
         owner: When it is gone, the hooks are.
+        whole: The input is all arguments, ``(positional, named)``, and the output may be anything.
 
     Example:
         >>> class Owner: ...
@@ -39,7 +40,7 @@ def listen(layers: Iterable[nn.Module], see: See, owner: Any) -> None:
     handles = []
     for number, layer in enumerate(layers):
         _tidy(layer)
-        handles.append(layer.register_forward_hook(_Hook(see, number), with_kwargs=True))
+        handles.append(layer.register_forward_hook(_Hook(see, number, whole), with_kwargs=True))
     weakref.finalize(owner, _remove, handles)
 
 
@@ -56,7 +57,7 @@ def _tidy(layer: nn.Module) -> None:
                 kept.pop(number, None)
 
 
-def _is_ordinary(tensor: Any) -> bool:
+def is_ordinary(tensor: Any) -> bool:
     """Whether a tensor holds numbers: not inside a transform, a tracer or a compiler."""
     return (
         type(tensor) is Tensor
@@ -66,8 +67,12 @@ def _is_ordinary(tensor: Any) -> bool:
     )
 
 
-def _look(see: See, layer: int, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-    if _is_ordinary(output) and not torch.is_inference_mode_enabled():
+def _look(see: See, layer: int, whole: bool, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    if torch.is_inference_mode_enabled():
+        return
+    if whole:
+        see(layer, (arguments, named), output)
+    elif is_ordinary(output):
         see(layer, arguments[0] if arguments else next(iter(named.values())), output)
 
 
@@ -99,12 +104,12 @@ class _Hook:
 
     __name__ = "metatele_capture"  # TorchScript asks every hook for its name
 
-    def __init__(self, see: See, layer: int) -> None:
-        self.see, self.layer = see, layer
+    def __init__(self, see: See, layer: int, whole: bool = False) -> None:
+        self.see, self.layer, self.whole = see, layer, whole
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         if not _is_exporting():
-            _see(self.see, self.layer, arguments, named, output)
+            _see(self.see, self.layer, self.whole, arguments, named, output)
 
     def __reduce__(self) -> Any:
         return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything, does nothing, needs no metatele

@@ -1,0 +1,384 @@
+r"""What the passes of any module show of its parameters, taken by one hook on the module itself.
+
+After a forward pass in which something is wanted, the graph of its outputs is walked (:mod:`.graph`) and each use of a
+part reduces itself to sums in the backward pass (:mod:`.reduced`); nothing else of the activations is kept. A backward
+pass counts if a gradient reached a parameter's ``grad`` in it, so evaluations, metrics, penalties on inputs and
+abandoned passes are never mixed in; where none did, as with ``p.grad = torch.autograd.grad(...)``, the one that came
+through the outputs does, if it is the only one. Penalties on weights that are made outside of the module are in their
+gradients and not in what is seen here.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metatele.network import ranks
+from metatele.network.graph import Use, tensors_in, walk
+from metatele.network.hook import is_ordinary, listen
+from metatele.network.parts import Part, Vector, refined
+from metatele.network.reduced import Look, Sums, reduced
+from metatele.network.samples import fingerprint_of, sample_hashes
+from metatele.network.totals import PartSeen, Total, over_ranks
+from metatele.network.use import Fingerprint
+
+NOTHING = Look()
+_LIVE = 8  # passes without a gradient yet, that may still get one; and backward passes that may reach a parameter
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+    "_FabricModule": "_forward_module",
+}
+
+
+@dataclass(eq=False)
+class _Pass:
+    """A forward pass, until its gradients have come.
+
+    Attributes:
+        samples: In its batch; 0 if it has no tensor among its arguments.
+        scale: Number of the part whose whole gradient is kept, to compare it with ``p.grad``.
+    """
+
+    number: int
+    wanted: Look
+    samples: int = 0
+    group: ranks.Group | None = None
+    fingerprint: Fingerprint | None = None
+    hashes: Tensor | None = None
+    outputs: Tensor | None = None
+    gradient: Tensor | None = None
+    uses: list[_Live] = field(default_factory=list)
+    scale: int | None = None
+    within: list[_Pass] | None = None  # those it is counted with
+
+    def release(self) -> None:
+        """Let go of the graph, whose nodes hold on to their hooks and these to the nodes."""
+        for live in self.uses:
+            live.use = None
+        self.uses = []
+
+
+@dataclass(eq=False)
+class _Live:
+    use: Use | None
+    counted: bool = False  # its inputs
+
+
+_Came = tuple[_Pass, "_Live | None", list[Sums], "Tensor | None"]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside of wrappers for several processes, devices, compilation or precision.
+
+    Example:
+        >>> inside = nn.Linear(3, 2)
+        >>> unwrapped(nn.DataParallel(inside)) is inside
+        True
+    """
+    while (inside := _WRAPPERS.get(type(model).__name__)) is not None and isinstance(
+        getattr(model, inside, None), nn.Module
+    ):
+        model = getattr(model, inside)
+    return model
+
+
+def _backward_number() -> int:
+    """Number of the backward pass that is running, negative outside of one."""
+    return int(torch._C._current_graph_task_id())
+
+
+class Watch:
+    """What the passes whose gradients were taken showed of a module's parameters.
+
+    Args:
+        model: Any; wrappers are looked through.
+        parts: Its matrices. Where :func:`~metatele.network.parts.parts_of` knew no layer, the first pass that is walked
+            may show the layout of a part, and its bias: :attr:`parts` and :attr:`vectors` change then, once.
+        vectors: The rest of its parameters.
+        settled: The layouts of the parts stay as they are.
+
+    Attributes:
+        wanted: What the next passes are to be asked for; :data:`NOTHING` costs one call of a hook.
+        group: Of the ``DistributedDataParallel`` that made the last pass that counts.
+
+    Example:
+        >>> from metatele.network.parts import parts_of
+        >>> model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(12, 2))
+        >>> watch = Watch(model, *parts_of(model))
+        >>> watch.attach(model)
+        >>> watch.wanted = Look(moments=frozenset({0, 1}), halves=frozenset({0, 1}))
+        >>> model(torch.ones(6, 2, 5)).sum().backward()
+        >>> [(number, one.inputs.rows, one.half.shape, one.positions) for number, one in watch.seen().items()]
+        [(0, 7, torch.Size([1, 4, 7]), 3.0), (1, 13, torch.Size([1, 2, 13]), 1.0)]
+    """
+
+    def __init__(
+        self, model: nn.Module, parts: Sequence[Part], vectors: Sequence[Vector] = (), settled: bool = False
+    ) -> None:
+        self.root = unwrapped(model)
+        self.parts, self.vectors, self.settled = list(parts), list(vectors), settled
+        self.wanted = NOTHING
+        self.group: ranks.Group | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pending: dict[int, list[_Came]] = {}  # by backward pass
+        self._counted: list[_Pass] = []
+        self._totals: dict[int, Total] = {}
+        self._live: list[_Pass] = []
+        self._number, self._called = 0, False
+        self._reasons: dict[int, str] = {}
+        self._handles: dict[int, Any] = {}
+        self._group: ranks.Group | None = None
+
+    # --- life
+
+    def attach(self, owner: Any) -> None:
+        """Listen to the module for as long as ``owner`` lives."""
+        listen([self.root], self.see, owner, whole=True)
+        weakref.finalize(owner, _remove, self._handles)
+        if "torch._dynamo" in sys.modules:  # what was compiled before does not know of the hook
+            torch.compiler.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The parts travel with a copy; data and owner do not."""
+        kept = ("root", "parts", "vectors", "settled", "wanted")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.group = None
+        self._forget()
+
+    @property
+    def _parameters(self) -> Iterable[nn.Parameter]:
+        for part in self.parts:
+            yield part.weight
+            if part.bias is not None:
+                yield part.bias
+        for _, p in self.vectors:
+            yield p
+
+    def _listen(self) -> None:
+        """Hear when a gradient has come into a parameter, also of one that was frozen until now."""
+        for p in self._parameters:
+            if id(p) not in self._handles and p.requires_grad and p.is_leaf:
+                self._handles[id(p)] = p.register_post_accumulate_grad_hook(self._count)
+
+    # --- passes
+
+    def see(self, _: int, given: Any, output: Any) -> None:
+        """The module was called."""
+        self._called = True
+        wanted = self.wanted
+        if not wanted.anything:
+            if self._handles:
+                _remove(self._handles)
+            return
+        inside = _backward_number() >= 0  # recomputes what checkpointing had dropped
+        self._group = self._group if inside else ranks.active_group()
+        if not torch.is_grad_enabled():
+            return
+        outputs = [t for t in tensors_in(output) if is_ordinary(t) and t.grad_fn is not None]
+        if not outputs:
+            return
+        self._listen()
+        if (
+            self._counted
+            and not inside
+            and not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
+        ):
+            self._uncount()  # gradients were cleared since: by the model's zero_grad, say
+        self._number += 1
+        passed = _Pass(self._number, wanted, group=self._group)
+        data = [t.detach() for t in tensors_in(given) if is_ordinary(t) and t.dim() and not t.is_complex()]
+        passed.samples = len(data[0]) if data else 0
+        with torch.no_grad(), torch.autocast(outputs[0].device.type, enabled=False):
+            if wanted.fingerprint:
+                passed.fingerprint = fingerprint_of(data, wanted.dtype)
+            if wanted.samples and data:
+                passed.hashes = sample_hashes(data[0])
+        self._mark(passed, outputs)
+        if wanted.walks:
+            self._walk(passed, outputs)
+            self._live.append(passed)
+            if len(self._live) > _LIVE:
+                self._live.pop(0).release()
+
+    def _mark(self, passed: _Pass, outputs: list[Tensor]) -> None:
+        """Know when a gradient comes back to the outputs, and the one at the first of them."""
+        first = next((t for t in outputs if t.dim()), outputs[0])
+        if passed.wanted.ends:
+            passed.outputs = first.detach().clone()  # a loss may scale it in place
+        heard = set()
+        for t in (first, *outputs):
+            if t.grad_fn is not None and t.grad_fn not in heard:
+                heard.add(t.grad_fn)
+                number = t.output_nr if t is first and passed.wanted.ends else None
+                t.grad_fn.register_prehook(partial(self._came_back, passed, number))
+
+    def _walk(self, passed: _Pass, outputs: list[Tensor]) -> None:
+        found = walk(outputs, self.parts, (p for _, p in self.vectors))
+        if not self.settled:
+            self.settled = True
+            if any(part.kind == "unseen" and id(part.weight) in found.layouts for part in self.parts):
+                layouts: dict[int, list[Any]] = {key: list(value) for key, value in found.layouts.items()}
+                self.parts, self.vectors = refined(self.parts, self.vectors, layouts, found.biases)
+                found = walk(outputs, self.parts, (p for _, p in self.vectors))
+        self._reasons = found.reasons
+        smallest = min(
+            (t.part for use in found.uses for t in use.targets),
+            key=lambda n: self.parts[n].weight.numel(),
+            default=None,
+        )
+        passed.scale = smallest if passed.wanted.halves or passed.wanted.errors else None
+        for use in found.uses:
+            live = _Live(use)
+            passed.uses.append(live)
+            use.node.register_prehook(partial(self._used, passed, live))
+
+    def _came_back(self, passed: _Pass, number: int | None, gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = None if number is None else gradients[number]
+        self._note((passed, None, [], None if gradient is None else gradient.detach()))
+
+    def _used(self, passed: _Pass, live: _Live, gradients: tuple[Tensor | None, ...]) -> None:
+        """A gradient came back to a use."""
+        if live.use is not None and gradients[0] is not None:
+            sums = reduced(live.use, gradients[0], self.parts, passed.samples, passed.wanted, passed.scale)
+            self._note((passed, live, sums, None))
+
+    def _note(self, came: _Came) -> None:
+        self._pending.setdefault(_backward_number(), []).append(came)
+        if len(self._pending) > _LIVE:  # of attacks or penalties, say, that reach no parameter
+            self._pending.pop(next(iter(self._pending)))
+
+    def _count(self, _: Tensor | None = None) -> None:
+        """The running backward pass reaches the parameters: what came in it counts."""
+        if self._pending:
+            self._take(self._pending.pop(_backward_number(), ()))
+
+    def _take(self, came: Iterable[_Came]) -> None:
+        for passed, live, sums, gradient in came:
+            if passed.within is not self._counted:  # the first of perhaps several backward passes through it
+                passed.within, passed.gradient = self._counted, None
+                self._counted.append(passed)
+                self.group = passed.group
+            if gradient is not None:
+                passed.gradient = gradient if passed.gradient is None else passed.gradient + gradient
+            for one in sums:
+                total = self._totals.setdefault(one.part, Total())
+                total.add(one, passed.number, passed.samples, live is None or live.counted, passed.wanted.rank)
+            if live is not None:
+                live.counted = True
+
+    def _uncount(self) -> None:
+        self._counted, self._totals = [], {}
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        for passed in self._live:
+            passed.release()
+        self._uncount()
+        self._pending, self._live, self._called = {}, [], False
+
+    # --- what was seen
+
+    @property
+    def ended(self) -> list[_Pass]:
+        """Passes that count, in the order they were made."""
+        if not self._counted and len(self._pending) == 1:  # gradients taken by autograd.grad
+            self._take(self._pending.popitem()[1])
+        return sorted(self._counted, key=lambda one: one.number)
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples in the passes that count, on this rank."""
+        return sum(passed.samples for passed in self.ended)
+
+    def why(self, number: int) -> str:
+        """Why a part was not seen; empty if it was."""
+        if self.ended and number in self._totals:
+            return ""
+        if not self._called and not self._reasons:
+            return "the model itself has not been called: its layers are called on their own"
+        if number in self._reasons:
+            return self._reasons[number]
+        return "no gradient was taken through it"
+
+    def _reduced(self) -> dict[int, Total]:
+        """Sums over all ranks."""
+        if not self.ended or self.group is None:
+            return self._totals
+        return over_ranks(self._totals, self.parts, self._counted[0].wanted, self.group)
+
+    def _scale(self, totals: dict[int, Total]) -> float:
+        """Factor from gradients as recorded to those of ``p.grad``, which may have been unscaled and clipped."""
+        one = next((n for n, total in sorted(totals.items()) if total.whole is not None), None)
+        if one is None:
+            return 1.0
+        part, recorded = self.parts[one], totals[one].whole
+        if part.weight.grad is None or recorded is None:
+            return 1.0
+        grad = part.matrix(part.weight.grad, None if part.bias is None else part.bias.grad)
+        grad, recorded = grad.to(recorded.dtype), recorded[..., : grad.shape[-1]] / ranks.size(self.group)
+        inner = float((recorded * grad).sum())
+        # Only where the recorded passes explain the gradient: a penalty may have added its own.
+        if inner > 0.99 * float(recorded.norm() * grad.norm()) > 0:
+            return inner / float(recorded.square().sum())
+        return 1.0
+
+    def scale(self) -> float:
+        """Factor from gradients as recorded to those of ``p.grad``, which may have been unscaled and clipped."""
+        return self._scale(self._reduced())
+
+    def seen(self) -> dict[int, PartSeen]:
+        """What each part received and got back, over all uses, passes and ranks that count, by its number."""
+        totals = self._reduced()
+        share = self._scale(totals) / ranks.size(self.group)
+        return {number: total.seen(share) for number, total in sorted(totals.items())}
+
+    def outputs(self) -> tuple[Tensor, Tensor] | None:
+        """The first output of all passes and the gradient there, ``[n, ...]`` in the order of the passes.
+
+        The gradient is as recorded; outputs of another size in other passes leave it at the first pass.
+        """
+        kept = [one for one in self.ended if one.outputs is not None and one.gradient is not None]
+        pairs = [(one.outputs, one.gradient) for one in kept if one.outputs is not None and one.gradient is not None]
+        if not pairs:
+            return None
+        if len({o.shape[1:] for o, _ in pairs}) > 1 or not pairs[0][0].dim():
+            return pairs[0]
+        return torch.cat([o for o, _ in pairs]), torch.cat([g for _, g in pairs])
+
+    def fingerprint(self) -> Fingerprint | None:
+        """Of the model's arguments in all passes and ranks; ``None`` if it was not asked for, or not seen."""
+        found = [one.fingerprint for one in self.ended]
+        total = found[0] if found else None
+        for other in found[1:]:
+            total = None if total is None or other is None else total.plus(other)
+        if total is None or self.group is None:
+            return total
+        count = torch.tensor([float(total.columns)], dtype=torch.float64, device=total.sums.device)
+        sums, squares = total.sums.clone(), total.squares.clone()
+        ranks.sum_([sums, squares, count], self.group)
+        return Fingerprint(sums, squares, int(count))
+
+    def samples(self) -> Tensor | None:
+        """A number for each sample of all passes on this rank, ``[n]`` in float64; ``None`` if not asked for."""
+        found = [one.hashes for one in self.ended if one.hashes is not None]
+        return torch.cat(found) if found else None
+
+
+def _remove(handles: dict[int, Any]) -> None:
+    for handle in handles.values():
+        handle.remove()
+    handles.clear()
