@@ -17,6 +17,7 @@ from metatele.learned.equivariant.optimizer import EquivariantOptimizer
 from metatele.learned.equivariant.rollout import Rollout
 from metatele.learned.flat.optimizer import MetaOptimizer
 from metatele.learned.flat.trajectories import Trajectories
+from metatele.learned.general.optimizer import GeneralOptimizer
 from metatele.learned.unrolled import Unrolled
 
 
@@ -121,6 +122,14 @@ register_learned(
         "equivariant",
         EquivariantOptimizer,
         lambda method, task, seed: EquivariantOptimizer(method, seed),
+        lambda optimizer, problems: Rollout.begin(problems.fitting()),
+    )
+)
+register_learned(
+    LearnedFamily(
+        "general",
+        GeneralOptimizer,
+        lambda method, task, seed: GeneralOptimizer(method, seed),
         lambda optimizer, problems: Rollout.begin(problems.fitting()),
     )
 )

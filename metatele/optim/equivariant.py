@@ -16,8 +16,7 @@ from metatele.learned.equivariant.old_states import read_old
 from metatele.network import bias
 from metatele.network.use import Fingerprint, Moment, Use
 from metatele.network.wanted import Wanted
-from metatele.optim.steppers import Memory, Situation, Stepper
-from metatele.perceptron.mlp import MLP
+from metatele.optim.steppers import Memory, SequentialStepper, Situation
 
 _JUDGED = 4  # mini-batches, before it is said that most are small
 _LARGE = 2**30  # bytes of state that are worth a warning
@@ -26,7 +25,7 @@ _SPLIT = ("velocity", "direction")  # have a column for a bias, which lies with 
 NETWORK = "network"  # key of the first parameter group: what belongs to no single parameter
 
 
-class EquivariantStepper(Stepper):
+class EquivariantStepper(SequentialStepper):
     """Teleports, steps and pulls back; nothing drifts but at the teleport before the first step.
 
     What a layer remembers lies with its weight, its columns for a bias with that bias; plain numbers about the whole
@@ -36,18 +35,18 @@ class EquivariantStepper(Stepper):
     meta: EquivariantOptimizer
     defaults: Mapping[str, Any] = {"momentum": 1.0}
 
-    def __init__(self, meta: EquivariantOptimizer, linears: list[nn.Linear], mlp: MLP) -> None:
-        super().__init__(meta, linears, mlp)
+    def __init__(self, meta: EquivariantOptimizer, model: nn.Module) -> None:
+        super().__init__(meta, model)
         self._states: EquivariantStates | None = None
         self._stored = True  # whether the optimizer's memory has them
         self._read = False  # whether they were looked for there
         self._warned, self._batches, self._small = False, 0, 0
         self._watch()
-        needed = meta.state_bytes(mlp)
+        needed = meta.state_bytes(self.mlp)
         if needed > _LARGE:
             warnings.warn(
                 f"the optimizer's state will take {needed / 2**30:.1f} GiB, for second moments of the layers' "
-                f"{max(mlp.widths)} inputs or outputs",
+                f"{max(self.mlp.widths)} inputs or outputs",
                 stacklevel=4,
             )
 

@@ -12,12 +12,11 @@ from metatele.errors import ShapeMismatchError
 from metatele.learned import LSTMState, MetaOptimizer, MoveStates
 from metatele.network.sequential import describe
 from metatele.network.wanted import Wanted
-from metatele.optim.steppers import Memory, Situation, Stepper
-from metatele.perceptron.mlp import MLP
+from metatele.optim.steppers import Memory, SequentialStepper, Situation
 from metatele.symmetry import drift
 
 
-class FlatStepper(Stepper):
+class FlatStepper(SequentialStepper):
     """``w ← g·(w + f)`` for a model of the shape that a checkpoint was trained on (Zhao et al. 2024, Algorithm 1).
 
     Its memories are the network's, one vector for all parameters; they lie with the first one.
@@ -26,10 +25,10 @@ class FlatStepper(Stepper):
     meta: MetaOptimizer
     framed = False
 
-    def __init__(self, meta: MetaOptimizer, linears: list[nn.Linear], mlp: MLP) -> None:
-        if mlp != meta.mlp:
-            raise ShapeMismatchError(f"the model is {describe(mlp)}, the checkpoint is for {describe(meta.mlp)}")
-        super().__init__(meta, linears, mlp)
+    def __init__(self, meta: MetaOptimizer, model: nn.Module) -> None:
+        super().__init__(meta, model)
+        if self.mlp != meta.mlp:
+            raise ShapeMismatchError(f"the model is {describe(self.mlp)}, the checkpoint is for {describe(meta.mlp)}")
         self.capture.wanted = Wanted(data=meta.teleport is not None)
 
     def advance(self, at: Situation) -> bool:

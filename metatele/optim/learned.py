@@ -15,11 +15,11 @@ from metatele import checkpoint as checkpoints
 from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
 from metatele.learned import EquivariantOptimizer, MetaOptimizer, family_of
 from metatele.named import named_checkpoint
-from metatele.network.capture import Capture
 from metatele.network.ranks import refuse_sharded
-from metatele.network.sequential import parameters_of, read_sequential, unwrapped
+from metatele.network.watch import unwrapped
 from metatele.optim.equivariant import EquivariantStepper
 from metatele.optim.flat import FlatStepper
+from metatele.optim.general import GeneralStepper
 from metatele.optim.steppers import Situation, Stepper
 
 _STEPPERS: dict[str, type[Stepper]] = {}
@@ -32,7 +32,7 @@ def register_stepper(family: str, stepper: type[Stepper]) -> None:
 
     Args:
         family: Its name in :mod:`metatele.config.families`.
-        stepper: Made as ``stepper(meta, linears, mlp)``.
+        stepper: Made as ``stepper(meta, model)``.
 
     Raises:
         ConfigError: The family has one already.
@@ -49,6 +49,7 @@ def register_stepper(family: str, stepper: type[Stepper]) -> None:
 
 register_stepper("flat", FlatStepper)
 register_stepper("equivariant", EquivariantStepper)
+register_stepper("general", GeneralStepper)
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -119,6 +120,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         *,
         weight_decay: float = 0.0,
         maximize: bool = False,
+        total_steps: int | None = None,
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must be a number or a 0-d tensor, got shape {tuple(lr.shape)}")
@@ -137,11 +139,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if family not in _STEPPERS:
             raise ConfigError(f"the family {family!r} cannot step a model: it has no stepper (register_stepper)")
         kind = _STEPPERS[family]
-        self.stepper = kind(given, *read_sequential(model, framed=kind.framed))
+        self.stepper = kind(given, model)
+        if total_steps is not None:
+            if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+                raise ValueError(f"total_steps must be a whole number above zero, got {total_steps!r}")
+            if "total_steps" not in self.stepper.defaults:
+                raise ConfigError(f"total_steps is of the general family, and the checkpoint is of the {family} one")
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, **self.stepper.defaults}
+        if total_steps is not None:
+            defaults["total_steps"] = total_steps
         defaults |= {"max_drift": max_drift, "drift": 0.0, "rolled_back": 0}
         super().__init__(model.parameters() if params is None else params, defaults)
-        self.stepper.capture.attach(self)
+        self.stepper.attach(self)
 
     @property
     def meta(self) -> nn.Module:
@@ -149,7 +158,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return self.stepper.meta
 
     @property
-    def capture(self) -> Capture:
+    def capture(self) -> Any:
         """What the passes since the last step showed."""
         return self.stepper.capture
 
@@ -196,7 +205,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and forget the layer inputs they came from."""
-        self.capture.clear()
+        self.stepper.clear()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -207,15 +216,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            with torch.autocast(self.capture.linears[0].weight.device.type, enabled=False):
-                self._advance()
+            with torch.autocast(self.stepper.parameters[0].device.type, enabled=False):
+                self._advance(loss)
         finally:
-            self.capture.clear()
+            self.stepper.clear()
         return loss
 
-    def _advance(self) -> None:
+    def _advance(self, loss: Any = None) -> None:
         found = {id(p): group for group in self.param_groups for p in group["params"]}
-        parameters = parameters_of(self.capture.linears)
+        parameters = self.stepper.parameters
         gradients = [p.grad for p in parameters]
         if any(g is not None and g.is_sparse for g in gradients):
             raise RuntimeError("LearnedOptimizer does not support sparse gradients")
@@ -235,7 +244,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         sign = -1.0 if first["maximize"] else 1.0
         decays = [0.0 if group is None else float(group["weight_decay"]) for group in groups]
         momentum = first.get("momentum", 1.0)
-        at = Situation(parameters, rates, decays, sign, momentum, self._memory, first, weight.dtype)
+        value = sign * float(loss) if isinstance(loss, Tensor | float) and torch.as_tensor(loss).numel() == 1 else None
+        at = Situation(parameters, rates, decays, sign, momentum, self._memory, first, weight.dtype, value)
         if not any(rates):
             self._count(advance=0)
             self.stepper.idle(at)
@@ -298,4 +308,4 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for name in ("weight_decay", "maximize"):  # not in what version 0.1 has saved
                 group.setdefault(name, self.defaults[name])
         if "stepper" in state:
-            self.capture.attach(self)
+            self.stepper.attach(self)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metatele.errors import MetateleError
 from metatele.network.capture import Capture
-from metatele.perceptron.mlp import MLP
+from metatele.network.sequential import parameters_of, read_sequential
 
 _T = TypeVar("_T")
 Memory = MutableMapping[Any, dict[str, Any]]  # a torch optimizer's state
@@ -33,6 +33,7 @@ class Situation:
         memory: What the optimizer keeps for each parameter.
         group: The first parameter group, for what belongs to the whole network.
         dtype: What steps are computed in.
+        loss: That of the closure, if there was one that gave it.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -43,6 +44,7 @@ class Situation:
     memory: Memory
     group: dict[str, Any]
     dtype: torch.dtype
+    loss: float | None = None
 
     @cached_property
     def gradients(self) -> list[Tensor]:
@@ -96,24 +98,33 @@ class Stepper(ABC):
 
     Attributes:
         meta: The meta-optimizer.
-        mlp: The model's shape.
-        capture: What its passes show. A stepper sets beforehand what the next ones are to be asked for.
+        capture: What the model's passes show. A stepper sets beforehand what the next ones are to be asked for.
         defaults: Settings of parameter groups that this family has beside those of all.
-        framed: Whether modules before the first and behind the last layer may be no part of its network.
 
     Args:
         meta: The meta-optimizer.
-        linears: The model's layers.
-        mlp: Their shape.
+        model: The model.
     """
 
     meta: nn.Module
+    capture: Any
     defaults: Mapping[str, Any] = {}
-    framed = True
 
-    def __init__(self, meta: Any, linears: list[nn.Linear], mlp: MLP) -> None:
-        self.meta, self.mlp = meta, mlp
-        self.capture = Capture(linears)
+    @abstractmethod
+    def __init__(self, meta: Any, model: nn.Module) -> None: ...
+
+    def attach(self, owner: Any) -> None:
+        """Listen to the model for as long as ``owner`` lives."""
+        self.capture.attach(owner)
+
+    def clear(self) -> None:
+        """Forget what the passes showed."""
+        self.capture.clear()
+
+    @property
+    @abstractmethod
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that it steps."""
 
     @abstractmethod
     def advance(self, at: Situation) -> bool:
@@ -139,6 +150,30 @@ class Stepper(ABC):
         Raises:
             ShapeMismatchError: It is of another optimizer or model.
         """
+
+
+class SequentialStepper(Stepper):
+    """One that steps an ``nn.Sequential`` of Linear and activations.
+
+    Attributes:
+        mlp: The model's shape.
+        framed: Whether modules before the first and behind the last layer may be no part of its network.
+
+    Raises:
+        UnsupportedModelError: The model is something else.
+    """
+
+    capture: Capture
+    framed = True
+
+    def __init__(self, meta: Any, model: nn.Module) -> None:
+        linears, self.mlp = read_sequential(model, framed=self.framed)
+        self.meta, self.capture = meta, Capture(linears)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """See the base class."""
+        return parameters_of(self.capture.linears)
 
     def missing(self, what: str) -> MetateleError:
         """The error of a step without what the passes would have shown."""

@@ -155,6 +155,7 @@ class Setting(NamedTuple):
         least: Of what is asked for, about the beginning.
         most: The same.
         bend: From what is asked for to the control.
+        follow: What it takes at first from the agreement of half batches; without noise, less damping and msign.
     """
 
     name: str
@@ -163,13 +164,14 @@ class Setting(NamedTuple):
     least: float
     most: float
     bend: Callable[[Tensor], Tensor]
+    follow: float = 0.0
 
 
 SET: tuple[Setting, ...] = (
     Setting("stretch", False, 0.0, -2.0, 2.0, torch.exp),
-    Setting("decay", False, math.log(0.02), -3.0, 3.5, torch.exp),
-    Setting("damping", False, math.log(0.3), -6.0, 2.0, torch.exp),
-    Setting("spectral", False, 3.0, -6.0, 3.0, torch.sigmoid),
+    Setting("decay", False, math.log(0.01), -3.0, 3.5, torch.exp),
+    Setting("damping", False, math.log(0.5), -8.0, 2.0, torch.exp, -6.0),
+    Setting("spectral", False, 3.0, -9.0, 3.0, torch.sigmoid, -6.0),
     Setting("anneal", False, 1.0, -1.0, 1.0, lambda x: x),
     Setting("longest", True, math.log(0.06), -3.0, 2.0, torch.exp),
     Setting("target", True, 0.1, -0.5, 0.5, lambda x: x),
@@ -203,7 +205,11 @@ class Controller(nn.Module):
         self.inner = nn.Parameter(torch.randn(hidden, n, generator=random) / n**0.5)
         self.inner_bias = nn.Parameter(torch.zeros(hidden))
         self.outer = nn.Parameter(torch.zeros(k, hidden))
-        self.direct = nn.Parameter(torch.zeros(k, n))
+        direct = torch.zeros(k, n)
+        agreement = [m.name for m in SEEN].index("the same of the whole network")
+        for setting, slope in zip(SET, [s.follow for s in SET], strict=True):
+            direct[SET.index(setting), agreement] = slope
+        self.direct = nn.Parameter(direct)
         self.offset = nn.Parameter(torch.zeros(k))
         self.register_buffer("visible", torch.tensor([float(m.sense not in blind) for m in SEEN]), persistent=False)
         self.register_buffer("least", torch.tensor([s.least for s in SET]), persistent=False)

@@ -22,7 +22,7 @@ from __future__ import annotations
 from torch import nn
 
 from metatele.config import EquivariantConfig, GeneralConfig
-from metatele.learned.equivariant import EquivariantOptimizer
+from metatele.learned.equivariant.optimizer import EquivariantOptimizer
 from metatele.learned.general.controller import Controller
 
 
