@@ -633,20 +633,23 @@ def test_compiled_models_say_so_and_go_on():
 
 def test_all_ranks_see_what_one_process_sees_of_the_whole_batch(tmp_path):
     multiprocessing.spawn(work, (RANKS, str(tmp_path)), nprocs=RANKS)
-    one, other = (pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(RANKS))
-    alone, numbers, _ = seen()
-    assert sorted(one[0]) == sorted(other[0]) == sorted(alone)
-    assert is_same_batch(one[1].numbers(), numbers.numbers())
-    for number, mine in one[0].items():
-        theirs = other[0][number]
-        for a, b in zip(flat(mine), flat(theirs), strict=True):
-            assert torch.equal(a, b)
-        if number < len(one[0]) - 1:  # the last one is used on the first rank alone, and the others' errors follow
-            assert mine.columns == alone[number].columns
-            assert mine.positions == alone[number].positions
-        assert mine.half.shape == one[2][number].shape
-    torch.testing.assert_close(one[0][0].inputs, alone[0].inputs)
-    assert one[0][len(one[0]) - 1].columns == len(data()) // RANKS
+    both = [pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(RANKS)]
+    for case, last in ((0, 8), (1, 7)):  # the last part is used on the first rank alone, or on none
+        (one, fingerprint, shapes), (other, *_) = (rank[case] for rank in both)
+        assert sorted(one) == sorted(other) == list(range(last))
+        for number in one:
+            for mine, theirs in zip(flat(one[number]), flat(other[number]), strict=True):
+                assert torch.equal(mine, theirs)
+            assert one[number].half.shape == shapes[number]
+    alone, numbers, _ = seen(extra=False)
+    assert is_same_batch(fingerprint.numbers(), numbers.numbers())
+    for number, mine in one.items():
+        assert mine[3:] == alone[number][3:]
+        torch.testing.assert_close(mine.half, alone[number].half / RANKS)  # of means over ranks, and theirs are sums
+        if number < 6:  # the last one's are factors of one process's columns
+            for a, b in zip(flat(mine[:1]), flat(alone[number][:1]), strict=True):
+                torch.testing.assert_close(a, b)
+    assert both[0][0][0][7].columns == len(data()) // RANKS
 
 
 def flat(seen):
@@ -656,3 +659,66 @@ def flat(seen):
             yield from (t for t in thing if t is not None)
         elif isinstance(thing, torch.Tensor):
             yield thing
+
+
+class Around(nn.Module):
+    """A module around a plain one, of the kind that a training framework wants."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x):
+        return self.net(x).tanh()
+
+
+@pytest.mark.parametrize("call", [lambda m, x: m(x), lambda m, x: m.net(x)])
+def test_a_module_or_the_one_that_holds_all_of_it_may_be_called(call):
+    model, x = Around(), randn(B, 5)
+    watch = watching(model)
+    for _ in range(2):
+        call(model, x).sum().backward()
+    assert [one.columns for one in watch.seen().values()] == [2 * B, 2 * B]
+    assert watch.samples().shape == (2 * B,)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_model_that_is_called_by_checkpointing(reentrant):
+    model, x = network(), randn(B, 5).requires_grad_()
+    watch = watching(model)
+    checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    assert sorted(watch.seen()) == ([0, 1] if reentrant else [])
+    assert watch.fingerprint().columns == B
+
+
+def test_of_more_passes_than_are_followed_no_half_is_claimed():
+    model, x = network(), randn(B, 5)
+    watch = watching(model)
+    sum(model(x).sum() for _ in range(12)).backward()
+    assert all(one.half is None for one in watch.seen().values())
+
+
+def test_frozen_parameters_say_so_and_are_seen_when_they_are_freed():
+    model, x = network(), randn(B, 5)
+    model[0].requires_grad_(False)
+    watch = watching(model)
+    model(x).sum().backward()
+    assert sorted(watch.seen()) == [1]
+    assert watch.why(0) == "it is frozen"
+    watch.clear()
+    model.requires_grad_(True).zero_grad()
+    model(x).sum().backward()
+    assert sorted(watch.seen()) == [0, 1]
+
+
+def test_parts_add_what_was_split_from_a_matrix():
+    torch.manual_seed(0)
+    for name in ("attention", "lstm cell", "channels last", "embedding", "depthwise"):
+        model = CASES[name][0]()
+        before = {id(p): p.detach().clone() for p in model.parameters()}
+        parts, _ = parts_of(model)
+        for part in parts:
+            part.add_(torch.ones(part.shape), 0.5)
+        touched = {id(p) for part in parts for p in (part.weight, part.bias)}
+        for p in model.parameters():
+            torch.testing.assert_close(p.detach(), before[id(p)] + 0.5 * (id(p) in touched))
