@@ -113,6 +113,29 @@ class Conv(nn.Module):
         return self.layer(x).flatten(1).tanh()
 
 
+class Mixer(nn.Module):
+    """A layer over positions, then one over features."""
+
+    def __init__(self):
+        super().__init__()
+        self.over_positions, self.over_features = nn.Linear(5, 5), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.over_features(x + self.over_positions(x.mT).tanh().mT)
+
+
+class Windows(nn.Module):
+    """Windows of an image, folded into its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        windows = self.inner(x.view(len(x), 2, 2, 2, 2).transpose(2, 3).reshape(-1, 2, 2)).tanh()
+        return self.outer(windows.reshape(-1, 3)).view(len(x), -1)
+
+
 class First(nn.Module):
     """The first output of a layer."""
 
@@ -142,6 +165,10 @@ CASES = {
     "sequence first": (lambda: Attention(False), randn(B, 5, 8)),
     "attention on as many positions as samples": (lambda: Attention(True), randn(B, B, 8)),
     "gru": (lambda: First(nn.GRU(5, 4, batch_first=True)), randn(B, 3, 5)),
+    "gru on as many positions as samples": (lambda: First(nn.GRU(5, 4, batch_first=True)), randn(B, B, 5)),
+    "mixed positions": (lambda: Mixer(), randn(B, 5, 8)),
+    "adapters": (lambda: Function(lambda m, x: (x @ m.A.T) @ m.C.T, A=(2, 5), C=(4, 2)), randn(B, 3, 5)),
+    "windows": (lambda: Windows(), randn(B, 4, 4)),
     "two layers both ways": (lambda: First(nn.RNN(5, 4, 2, batch_first=True, bidirectional=True)), randn(B, 3, 5)),
     "cross attention": (lambda: Attention(True, cross=True), randn(B, 5, 8)),
     "separate projections": (lambda: Attention(True, cross=True, kdim=8, vdim=8), randn(B, 5, 8)),

@@ -90,7 +90,7 @@ def halved(lead: Sequence[int], samples: int, sequence_first: bool = False) -> t
     Args:
         lead: Leading dimensions.
         samples: Size of the batch B.
-        sequence_first: Of two dimensions of that size the second one is the batch, as inside attention.
+        sequence_first: Of two dimensions of that size the second one is the batch.
 
     Returns:
         Sizes ``before``, ``B``, ``after`` into which the columns part, the samples in the middle; ``None`` if no
@@ -155,8 +155,9 @@ def _multiplied(
     h, delta = h.to(wanted.dtype), delta.to(wanted.dtype)
     n = h.shape[1]
     lead = use.lead[1:] if use.groups > 1 and prod(use.lead) != n else use.lead
-    attention = any(parts[t.part].kind == "attention" for t in targets)
-    split = None if use.spread or prod(lead) != n else halved(lead, samples, attention)
+    # Inside of torch's own attention and recurrent layers positions come first, whatever the model's order.
+    inside = any(parts[t.part].kind in ("attention", "recurrent") for t in targets)
+    split = None if use.spread or prod(lead) != n else halved(lead, samples, inside)
     few, times = _spaced(n, wanted.columns, h.device)
     moment = None
     if any(t.part in wanted.moments and not t.flipped for t in targets):

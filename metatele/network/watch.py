@@ -163,6 +163,7 @@ class Watch:
         self._partial = False  # whether a pass counts whose uses were let go
         self._number, self._called = 0, False
         self._reasons: dict[int, str] = {}
+        self._shown: frozenset[int] = frozenset()  # parts that were seen at last
         self._handles: dict[int, Any] = {}
         self._group: ranks.Group | None = None
 
@@ -342,8 +343,8 @@ class Watch:
         return sum(passed.samples for passed in self.ended)
 
     def why(self, number: int) -> str:
-        """Why a part was not seen; empty if it was."""
-        if self.ended and number in self._totals:
+        """Why a part was not seen in the last passes that were looked at; empty if it was."""
+        if number in self._shown or (self.ended and number in self._totals):
             return ""
         if not self._called and not self._reasons:
             return "the model itself has not been called: its layers are called on their own"
@@ -385,8 +386,25 @@ class Watch:
     def seen(self) -> dict[int, PartSeen]:
         """What each part received and got back, over all uses, passes and ranks that count, by its number."""
         totals = self._reduced()
+        if totals:
+            self._shown = frozenset(totals)
         share = self._scale(totals) / ranks.size(self.group)
         return {number: total.seen(share) for number, total in sorted(totals.items())}
+
+    def table(self) -> list[tuple[str, tuple[int, ...], str, str]]:
+        """Name, shape, kind of each part and of each vector, and why it was not seen.
+
+        Example:
+            >>> from metatele.network.parts import parts_of
+            >>> model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+            >>> for row in Watch(model, *parts_of(model)).table():
+            ...     print(*row)
+            0.weight (1, 2, 4) linear the model itself has not been called: its layers are called on their own
+            1.weight (2,) vector
+            1.bias (2,) vector
+        """
+        rows = [(part.name, part.shape, part.kind, self.why(n)) for n, part in enumerate(self.parts)]
+        return [*rows, *((name, tuple(p.shape), "vector", "") for name, p in self.vectors)]
 
     def outputs(self) -> tuple[Tensor, Tensor] | None:
         """The first output of all passes and the gradient there, ``[n, ...]`` in the order of the passes.
