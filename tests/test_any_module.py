@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from metatele.network.graph import Use
 from metatele.network.parts import parts_of
 from metatele.network.reduced import Look
 from metatele.network.use import is_same_batch
+from metatele.network.views import is_open
 from metatele.network.watch import NOTHING, Watch, sample_hashes, unwrapped
 
 B = 6
@@ -749,3 +751,48 @@ def test_parts_add_what_was_split_from_a_matrix():
         touched = {id(p) for part in parts for p in (part.weight, part.bias)}
         for p in model.parameters():
             torch.testing.assert_close(p.detach(), before[id(p)] + 0.5 * (id(p) in touched))
+
+
+@pytest.mark.parametrize("name", ["linear 3d", "linear without bias", "embedding"])
+def test_mean_squares_of_outputs_follow_from_the_inputs(name):
+    make, x = CASES[name]
+    model = make()
+    watch = watching(model)
+    out = model(x)
+    out.sum().backward()
+    (one,), (part,) = watch.seen().values(), watch.parts
+    matrix = part.matrix(part.weight.detach(), None if part.bias is None else part.bias.detach())
+    expected = (out if name != "embedding" else model[0](x)).detach().square().mean()
+    torch.testing.assert_close(one.square(matrix), expected)
+
+
+class Raw:
+    """A saved tensor of an earlier torch, which refuses a second hook."""
+
+    def __init__(self, hooked):
+        self.hooked = hooked
+
+    def register_hooks(self, pack, unpack):
+        if self.hooked:
+            raise RuntimeError("hooks have already been set")
+        self.hooked = True
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_earlier_versions_are_asked_whether_a_saved_tensor_is_guarded(hooked):
+    node = SimpleNamespace(_raw_saved_input=Raw(hooked), metadata={})
+    assert [is_open(node, "input") for _ in range(2)] == [not hooked] * 2
+    assert not is_open(node, "other")
+
+
+def test_the_table_says_of_each_parameter_how_it_is_seen():
+    model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Unflatten(1, (2, 2)), nn.ConvTranspose1d(2, 1, 2))
+    watch = watching(model)
+    model(randn(B, 5)).sum().backward()
+    watch.seen()
+    watch.clear()
+    rows = {name: (shape, kind, why) for name, shape, kind, why in watch.table()}
+    assert rows["0.weight"] == ((1, 4, 6), "linear", "")
+    assert rows["1.bias"] == ((4,), "vector", "")
+    assert rows["3.weight"] == ((1, 2, 2), "unseen", "it is used in a transposed convolution")
+    assert list(rows) == ["0.weight", "3.weight", "1.weight", "1.bias", "3.bias"]
