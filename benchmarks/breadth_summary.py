@@ -214,7 +214,8 @@ def drawn(found: dict[str, Any]) -> bytes:
         marker, colour = LOOKS[method]
         axes.scatter([], [], marker=marker, color=colour, label=METHODS[method].title, linewidths=0)
     where = {"loc": "lower center", "bbox_to_anchor": (0.35, 1.0)}
-    axes.legend(ncols=4, fontsize=8, frameon=False, handletextpad=0.2, columnspacing=1.2, **where)
+    if there:
+        axes.legend(ncols=4, fontsize=8, frameon=False, handletextpad=0.2, columnspacing=1.2, **where)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()
