@@ -17,7 +17,6 @@ from peers import METHODS, schedule
 from torch import Tensor, nn
 
 POINTS = 30
-SHOWN = (0, 1, 2)  # seeds; settings are chosen on others
 BLOCK = 10  # steps; optimizers that work more at every tenth step do so once in each
 TWIN_BLOCKS = 5  # blocks of AdamW's steps in the course of a run
 CHUNK = 50  # held-out samples in one forward pass
@@ -103,13 +102,14 @@ class Twin:
             self.seconds.append(stepped(self.task, self.model, self.optimizer, batch)[1])
 
 
-def trained(job: Job, arrays: Arrays, steps: int | None = None) -> dict[str, Any]:
+def trained(job: Job, arrays: Arrays, steps: int | None = None, beside: bool = False) -> dict[str, Any]:
     """Curves and times of one run.
 
     Args:
         job: The run.
         arrays: All data.
         steps: In place of the task's own number.
+        beside: Whether AdamW is timed in the course of the run.
 
     Returns:
         A row: ``train[0]`` is the loss of the fixed training samples at the beginning, each later entry the mean of
@@ -141,7 +141,7 @@ def trained(job: Job, arrays: Arrays, steps: int | None = None) -> dict[str, Any
     train, held_out = [judged(split.subset)], [judged(split.held_out)]
     losses: list[float] = []
     seconds: list[float] = []
-    twin = Twin(task, split, job.seed) if job.seed in SHOWN and job.method != "adamw" else None
+    twin = Twin(task, split, job.seed) if beside else None
     failed, begin = "", time.perf_counter()
     for step in range(1, steps + 1):
         try:

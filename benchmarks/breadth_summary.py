@@ -182,35 +182,40 @@ def drawn(found: dict[str, Any]) -> bytes:
     from metatele.figures import png, subplots
 
     tasks = list(found["tasks"])
-    figure, axes = subplots(1, 1, figsize=(8.0, 0.9 + 0.34 * max(len(tasks), 3)))
+    figure, axes = subplots(1, 1, figsize=(8.0, 1.3 + 0.34 * max(len(tasks), 3)))
     shares = [c["steps_share"] for cells in found["tasks"].values() for c in cells.values()]
     left = min([0.1, *(s for s in shares if s)])
-    beyond = 1.5  # where a dot stands that never got there
-    for method, (marker, colour) in LOOKS.items():
-        ours = method in OURS
-        places, values = [], []
-        for place, task in enumerate(tasks):
-            if method in found["tasks"][task]:
-                share = found["tasks"][task][method]["steps_share"]
-                places.append(place)
-                values.append(beyond if share is None else max(share, left))
-        if places:
-            style = {"s": 75 if ours else 34, "zorder": 3 if ours else 2, "alpha": 1.0 if ours else 0.75}
-            title = METHODS[method].title
-            axes.scatter(values, places, marker=marker, color=colour, label=title, linewidths=0, **style)
+    right = 2.6
+    for place, task in enumerate(tasks):
+        cells = found["tasks"][task]
+        # Dots that never got there stand side by side behind the line.
+        never = [m for m in LOOKS if m in cells and cells[m]["steps_share"] is None]
+        for method, (marker, colour) in LOOKS.items():
+            if method in cells:
+                share = cells[method]["steps_share"]
+                value = 1.25 * 1.1 ** never.index(method) if share is None else max(share, left)
+                ours = method in OURS
+                style = {"s": 75 if ours else 34, "zorder": 3 if ours else 2, "alpha": 1.0 if ours else 0.75}
+                axes.scatter([value], [place], marker=marker, color=colour, linewidths=0, **style)
     axes.axvline(1, color="black", linewidth=1)
-    axes.axvspan(1.22, beyond * 1.22, color="#eeeeee", zorder=0)
+    axes.axvspan(1.15, right, color="#eeeeee", zorder=0)
     axes.set_xscale("log")
-    axes.set_xlim(left * 0.85, beyond * 1.22)
+    axes.set_xlim(left * 0.85, right)
     ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0) if t >= left * 0.85]
-    axes.set_xticks([*ticks, beyond], [*(f"{t:g}" for t in ticks), "never"])
+    axes.set_xticks([*ticks, 1.7], [*(f"{t:g}" for t in ticks), "never"])
     axes.minorticks_off()
     axes.set_yticks(range(len(tasks)), [TASKS[t].title for t in tasks])
     axes.set_ylim(len(tasks) - 0.5, -0.5)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel("steps to tuned AdamW's final held-out loss, as a share of its steps")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    there = [m for m in reversed(LOOKS) if any(m in cells for cells in found["tasks"].values())]
+    for method in there:
+        marker, colour = LOOKS[method]
+        axes.scatter([], [], marker=marker, color=colour, label=METHODS[method].title, linewidths=0)
+    where = {"loc": "lower center", "bbox_to_anchor": (0.35, 1.0)}
+    if there:
+        axes.legend(ncols=4, fontsize=8, frameon=False, handletextpad=0.2, columnspacing=1.2, **where)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()

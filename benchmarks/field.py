@@ -80,7 +80,7 @@ def run_situation(situation: Situation, seed: int, factory: Factory) -> Result:
     """
     run = situation.make(seed)
     torch.manual_seed(seed)  # of dropout
-    optimizer = factory(run.model, **_taken(factory, run.settings))
+    optimizer = factory(run.model, **taken(factory, run.settings))
     for group, factor in zip(optimizer.param_groups, run.factors, strict=False):
         group["lr"] *= factor
     scheduler = _scheduler(run, optimizer)
@@ -117,7 +117,7 @@ def run_situation(situation: Situation, seed: int, factory: Factory) -> Result:
     }
 
 
-def _taken(factory: Factory, settings: dict[str, Any]) -> dict[str, Any]:
+def taken(factory: Factory, settings: dict[str, Any]) -> dict[str, Any]:
     """Those settings that a factory has parameters for."""
     has = inspect.signature(factory).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in has.values())

@@ -131,7 +131,8 @@ def reconstructed(maker: Maker) -> Maker:
 
 
 @lru_cache(maxsize=4)
-def _subset(name: str, train: int, held_out: int) -> Data:
+def subset(name: str, train: int, held_out: int) -> Data:
+    """Read once."""
     images = load_images(name)
     kept = images.train_images[:train].clone(), images.train_labels[:train].clone()
     return Data(kept, (images.test_images[:held_out].clone(), images.test_labels[:held_out].clone()))
@@ -141,7 +142,7 @@ def images(name: str, train: int, held_out: int, shape: tuple[int, ...] = ()) ->
     """The first images of a set on disk, whatever the seed, as rows or of a shape, in [-1, 1]."""
 
     def make(seed: int) -> Data:
-        parts = _subset(name, train, held_out)
+        parts = subset(name, train, held_out)
         return Data(*(((x.view(-1, *shape) if shape else x) * 2 - 1, y) for x, y in parts))
 
     return make

@@ -127,6 +127,7 @@ def _prodigy(model: nn.Module, steps: int, s: Settings) -> Optimizer:
 
 def _ours(model: nn.Module, steps: int, s: Settings) -> Optimizer:
     import metatele
+    from metatele.errors import MetateleError
 
     try:
         return metatele.LearnedOptimizer(model, total_steps=steps)
@@ -134,16 +135,17 @@ def _ours(model: nn.Module, steps: int, s: Settings) -> Optimizer:
         if "total_steps" not in str(error):
             raise
         raise UnavailableError("this LearnedOptimizer does not take total_steps", True) from error
-    except metatele.errors.MetateleError as error:
+    except MetateleError as error:
         raise UnavailableError(f"LearnedOptimizer refuses the model: {error}") from error
 
 
 def _ours_endless(model: nn.Module, steps: int, s: Settings) -> Optimizer:
     import metatele
+    from metatele.errors import MetateleError
 
     try:
         return metatele.LearnedOptimizer(model)
-    except metatele.errors.MetateleError as error:
+    except MetateleError as error:
         raise UnavailableError(f"LearnedOptimizer refuses the model: {error}") from error
 
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from metatele.network.graph import Use
 from metatele.network.parts import parts_of
 from metatele.network.reduced import Look
 from metatele.network.use import is_same_batch
+from metatele.network.views import is_open
 from metatele.network.watch import NOTHING, Watch, sample_hashes, unwrapped
 
 B = 6
@@ -113,6 +115,29 @@ class Conv(nn.Module):
         return self.layer(x).flatten(1).tanh()
 
 
+class Mixer(nn.Module):
+    """A layer over positions, then one over features."""
+
+    def __init__(self):
+        super().__init__()
+        self.over_positions, self.over_features = nn.Linear(5, 5), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.over_features(x + self.over_positions(x.mT).tanh().mT)
+
+
+class Windows(nn.Module):
+    """Windows of an image, folded into its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        windows = self.inner(x.view(len(x), 2, 2, 2, 2).transpose(2, 3).reshape(-1, 2, 2)).tanh()
+        return self.outer(windows.reshape(-1, 3)).view(len(x), -1)
+
+
 class First(nn.Module):
     """The first output of a layer."""
 
@@ -142,6 +167,10 @@ CASES = {
     "sequence first": (lambda: Attention(False), randn(B, 5, 8)),
     "attention on as many positions as samples": (lambda: Attention(True), randn(B, B, 8)),
     "gru": (lambda: First(nn.GRU(5, 4, batch_first=True)), randn(B, 3, 5)),
+    "gru on as many positions as samples": (lambda: First(nn.GRU(5, 4, batch_first=True)), randn(B, B, 5)),
+    "mixed positions": (lambda: Mixer(), randn(B, 5, 8)),
+    "adapters": (lambda: Function(lambda m, x: (x @ m.A.T) @ m.C.T, A=(2, 5), C=(4, 2)), randn(B, 3, 5)),
+    "windows": (lambda: Windows(), randn(B, 4, 4)),
     "two layers both ways": (lambda: First(nn.RNN(5, 4, 2, batch_first=True, bidirectional=True)), randn(B, 3, 5)),
     "cross attention": (lambda: Attention(True, cross=True), randn(B, 5, 8)),
     "separate projections": (lambda: Attention(True, cross=True, kdim=8, vdim=8), randn(B, 5, 8)),
@@ -633,20 +662,23 @@ def test_compiled_models_say_so_and_go_on():
 
 def test_all_ranks_see_what_one_process_sees_of_the_whole_batch(tmp_path):
     multiprocessing.spawn(work, (RANKS, str(tmp_path)), nprocs=RANKS)
-    one, other = (pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(RANKS))
-    alone, numbers, _ = seen()
-    assert sorted(one[0]) == sorted(other[0]) == sorted(alone)
-    assert is_same_batch(one[1].numbers(), numbers.numbers())
-    for number, mine in one[0].items():
-        theirs = other[0][number]
-        for a, b in zip(flat(mine), flat(theirs), strict=True):
-            assert torch.equal(a, b)
-        if number < len(one[0]) - 1:  # the last one is used on the first rank alone, and the others' errors follow
-            assert mine.columns == alone[number].columns
-            assert mine.positions == alone[number].positions
-        assert mine.half.shape == one[2][number].shape
-    torch.testing.assert_close(one[0][0].inputs, alone[0].inputs)
-    assert one[0][len(one[0]) - 1].columns == len(data()) // RANKS
+    both = [pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(RANKS)]
+    for case, last in ((0, 8), (1, 7)):  # the last part is used on the first rank alone, or on none
+        (one, fingerprint, shapes), (other, *_) = (rank[case] for rank in both)
+        assert sorted(one) == sorted(other) == list(range(last))
+        for number in one:
+            for mine, theirs in zip(flat(one[number]), flat(other[number]), strict=True):
+                assert torch.equal(mine, theirs)
+            assert one[number].half.shape == shapes[number]
+    alone, numbers, _ = seen(extra=False)
+    assert is_same_batch(fingerprint.numbers(), numbers.numbers())
+    for number, mine in one.items():
+        assert mine[3:] == alone[number][3:]
+        torch.testing.assert_close(mine.half, alone[number].half / RANKS)  # of means over ranks, and theirs are sums
+        if number < 6:  # the last one's are factors of one process's columns
+            for a, b in zip(flat(mine[:1]), flat(alone[number][:1]), strict=True):
+                torch.testing.assert_close(a, b)
+    assert both[0][0][0][7].columns == len(data()) // RANKS
 
 
 def flat(seen):
@@ -656,3 +688,111 @@ def flat(seen):
             yield from (t for t in thing if t is not None)
         elif isinstance(thing, torch.Tensor):
             yield thing
+
+
+class Around(nn.Module):
+    """A module around a plain one, of the kind that a training framework wants."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x):
+        return self.net(x).tanh()
+
+
+@pytest.mark.parametrize("call", [lambda m, x: m(x), lambda m, x: m.net(x)])
+def test_a_module_or_the_one_that_holds_all_of_it_may_be_called(call):
+    model, x = Around(), randn(B, 5)
+    watch = watching(model)
+    for _ in range(2):
+        call(model, x).sum().backward()
+    assert [one.columns for one in watch.seen().values()] == [2 * B, 2 * B]
+    assert watch.samples().shape == (2 * B,)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_model_that_is_called_by_checkpointing(reentrant):
+    model, x = network(), randn(B, 5).requires_grad_()
+    watch = watching(model)
+    checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    assert sorted(watch.seen()) == ([0, 1] if reentrant else [])
+    assert watch.fingerprint().columns == B
+
+
+def test_of_more_passes_than_are_followed_no_half_is_claimed():
+    model, x = network(), randn(B, 5)
+    watch = watching(model)
+    sum(model(x).sum() for _ in range(12)).backward()
+    assert all(one.half is None for one in watch.seen().values())
+
+
+def test_frozen_parameters_say_so_and_are_seen_when_they_are_freed():
+    model, x = network(), randn(B, 5)
+    model[0].requires_grad_(False)
+    watch = watching(model)
+    model(x).sum().backward()
+    assert sorted(watch.seen()) == [1]
+    assert watch.why(0) == "it is frozen"
+    watch.clear()
+    model.requires_grad_(True).zero_grad()
+    model(x).sum().backward()
+    assert sorted(watch.seen()) == [0, 1]
+
+
+def test_parts_add_what_was_split_from_a_matrix():
+    torch.manual_seed(0)
+    for name in ("attention", "lstm cell", "channels last", "embedding", "depthwise"):
+        model = CASES[name][0]()
+        before = {id(p): p.detach().clone() for p in model.parameters()}
+        parts, _ = parts_of(model)
+        for part in parts:
+            part.add_(torch.ones(part.shape), 0.5)
+        touched = {id(p) for part in parts for p in (part.weight, part.bias)}
+        for p in model.parameters():
+            torch.testing.assert_close(p.detach(), before[id(p)] + 0.5 * (id(p) in touched))
+
+
+@pytest.mark.parametrize("name", ["linear 3d", "linear without bias", "embedding"])
+def test_mean_squares_of_outputs_follow_from_the_inputs(name):
+    make, x = CASES[name]
+    model = make()
+    watch = watching(model)
+    out = model(x)
+    out.sum().backward()
+    (one,), (part,) = watch.seen().values(), watch.parts
+    matrix = part.matrix(part.weight.detach(), None if part.bias is None else part.bias.detach())
+    expected = (out if name != "embedding" else model[0](x)).detach().square().mean()
+    torch.testing.assert_close(one.square(matrix), expected)
+
+
+class Raw:
+    """A saved tensor of an earlier torch, which refuses a second hook."""
+
+    def __init__(self, hooked):
+        self.hooked = hooked
+
+    def register_hooks(self, pack, unpack):
+        if self.hooked:
+            raise RuntimeError("hooks have already been set")
+        self.hooked = True
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_earlier_versions_are_asked_whether_a_saved_tensor_is_guarded(hooked):
+    node = SimpleNamespace(_raw_saved_input=Raw(hooked), metadata={})
+    assert [is_open(node, "input") for _ in range(2)] == [not hooked] * 2
+    assert not is_open(node, "other")
+
+
+def test_the_table_says_of_each_parameter_how_it_is_seen():
+    model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Unflatten(1, (2, 2)), nn.ConvTranspose1d(2, 1, 2))
+    watch = watching(model)
+    model(randn(B, 5)).sum().backward()
+    watch.seen()
+    watch.clear()
+    rows = {name: (shape, kind, why) for name, shape, kind, why in watch.table()}
+    assert rows["0.weight"] == ((1, 4, 6), "linear", "")
+    assert rows["1.bias"] == ((4,), "vector", "")
+    assert rows["3.weight"] == ((1, 2, 2), "unseen", "it is used in a transposed convolution")
+    assert list(rows) == ["0.weight", "3.weight", "1.weight", "1.bias", "3.bias"]

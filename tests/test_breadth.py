@@ -113,10 +113,9 @@ def test_schedules_reach_both_inner_optimizers():
     assert [g["lr"] for g in (*optimizer.muon.param_groups, *optimizer.adamw.param_groups)] == [0.01, 5e-4]
 
 
-def test_adamw_is_timed_beside_every_shown_run_and_changes_nothing_in_it(arrays, monkeypatch):
-    shown = trained(Job("digits", "muon", 0, 0.02, 0.0, 1e-3), arrays, steps=20)
+def test_adamw_is_timed_beside_every_shown_run_and_changes_nothing_in_it(arrays):
+    shown = trained(Job("digits", "muon", 0, 0.02, 0.0, 1e-3), arrays, steps=20, beside=True)
     assert shown["adamw_ms_per_step"] > 0
-    monkeypatch.setattr(breadth_runs, "SHOWN", ())
     alone = trained(Job("digits", "muon", 0, 0.02, 0.0, 1e-3), arrays, steps=20)
     assert "adamw_ms_per_step" not in alone
     assert alone["held_out"] == shown["held_out"]
@@ -132,6 +131,15 @@ def test_statistics_of_batchnorm_belong_to_the_weights_that_are_judged():
     breadth_runs.norm_statistics_(model, x)
     torch.testing.assert_close(model[0].running_mean, x.mean(0))
     assert model[0].momentum == 0.1
+
+
+@pytest.mark.parametrize("method", peers.OURS)
+def test_a_learned_optimizer_trains_or_says_in_one_sentence_why_not(method, arrays):
+    try:
+        done = trained(Job("digits", method, 0), arrays, steps=20)
+    except peers.UnavailableError as error:
+        pytest.skip(error.reason)
+    assert done["train_end"] < done["train"][0]
 
 
 # --- the plan
@@ -159,7 +167,7 @@ def test_the_best_rate_lies_inside_the_grid_and_weight_decay_is_tried_at_it(best
     assert len(tried) == rates
     assert tried[0] < best < tried[-1]
     assert [job.lr for job in asked if job.weight_decay] == [best]
-    assert {job.seed for job in asked}.isdisjoint(breadth_runs.SHOWN)
+    assert {job.seed for job in asked}.isdisjoint(breadth.SHOWN)
 
 
 def test_a_rate_that_never_works_ends_the_search():
@@ -185,7 +193,7 @@ def test_what_has_nothing_to_tune_runs_at_once_and_peers_wait_for_their_settings
     assert {job.seed for job in more if job.method == "adamw"} == set(breadth.TUNED_ON)
 
 
-def test_a_call_that_was_killed_goes_on_where_it_stopped(tmp_path, arrays, monkeypatch):
+def test_a_call_that_was_killed_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / "b.raw.jsonl"
     done = []
 
@@ -193,12 +201,11 @@ def test_a_call_that_was_killed_goes_on_where_it_stopped(tmp_path, arrays, monke
         done.append(job)
         return row(job, [3.0, 2.0, 1.0])
 
-    monkeypatch.setattr(breadth, "_run", run)
     jobs = [Job("digits", "prodigy", seed) for seed in range(4)]
 
     def go(limit):
         raw = Raw(path)
-        return list(work(Here(), 1, raw, lambda: [j for j in jobs[:limit] if j not in raw.rows], math.inf))
+        return list(work(Here(), 1, raw, lambda: [j for j in jobs[:limit] if j not in raw.rows], math.inf, run))
 
     assert len(go(2)) == 2
     with path.open("a") as file:
@@ -214,13 +221,12 @@ def test_nothing_begins_that_would_end_after_the_limit(tmp_path):
     assert list(work(Here(), 1, raw, lambda: [Job("digits", "prodigy", 0)], 0.5)) == []
 
 
-def test_a_method_that_is_not_there_is_left_out_with_one_line(tmp_path, monkeypatch):
+def test_a_method_that_is_not_there_is_left_out_with_one_line(tmp_path):
     def run(job):
         raise peers.UnavailableError("not built yet", True)
 
-    monkeypatch.setattr(breadth, "_run", run)
     jobs = [Job(task, "ours", seed) for task in ("digits", "cnn") for seed in range(3)]
-    lines = list(work(Here(), 1, Raw(tmp_path / "r"), lambda: jobs, math.inf))
+    lines = list(work(Here(), 1, Raw(tmp_path / "r"), lambda: jobs, math.inf, run))
     assert lines == ["left out: ours on every task: not built yet"]
 
 

@@ -192,9 +192,9 @@ def test_weight_decay_takes_the_same_off_at_every_rate():
 
 def test_a_factory_gets_the_settings_that_it_takes():
     settings = {"weight_decay": 1e-4, "params": []}
-    assert field._taken(sgd, settings) == {}
-    assert field._taken(field.adam, settings) == settings
-    assert field._taken(field.learned, settings) == settings
+    assert field.taken(sgd, settings) == {}
+    assert field.taken(field.adam, settings) == settings
+    assert field.taken(field.learned, settings) == settings
     field.run_situation(shortened("weight decay", 2), 0, sgd)
 
 
@@ -289,7 +289,7 @@ def test_the_command_measures_keeps_adam_and_prints_again(tmp_path, capsys):
 def test_a_situation_without_its_data_is_skipped_and_an_error_of_the_optimizer_is_a_row(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("METATELE_DATA", str(tmp_path))
     monkeypatch.setattr(field, "learned", lambda *_, **__: 1 / 0)
-    field_data._subset.cache_clear()
+    field_data.subset.cache_clear()
     run("--only", "MNIST, batch 128", "iris, one batch, Tanh", "--seeds", 1, "--json", tmp_path / "f.json")
     result = json.loads((tmp_path / "f.json").read_text())
     assert list(result["skipped"]) == ["MNIST, batch 128"]

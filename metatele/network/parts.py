@@ -170,7 +170,7 @@ def parts_of(model: nn.Module) -> tuple[list[Part], list[Vector]]:
         complex; a bias that several layers share or that no layer's weight goes with.
 
     Raises:
-        UnsupportedModelError: A parameter waits for a first batch, or lies in shares on several processes.
+        UnsupportedModelError: A parameter waits for a first batch to have a size.
 
     Example:
         >>> parts, vectors = parts_of(nn.TransformerEncoderLayer(8, 2, 16))

@@ -15,12 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metatele.network.bias import joined, with_ones
+from metatele.network.bias import joined
 from metatele.network.graph import Target, Use
 from metatele.network.parts import Part
 from metatele.network.use import RANK, WIDEST, Moment
-
-MORE = 4  # times the columns of a convolution are looked at of a product, whose columns are at hand
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Look:
         dtype: What moments and sums are computed in.
         widest: Rows up to which a moment is kept whole.
         rank: Columns of the factor of a wider one.
-        columns: Of a convolution, that its moments are of; of other products four times as many.
+        columns: At most, that moments are of, evenly spaced over samples and positions.
     """
 
     moments: frozenset[int] = frozenset()
@@ -92,7 +90,7 @@ def halved(lead: Sequence[int], samples: int, sequence_first: bool = False) -> t
     Args:
         lead: Leading dimensions.
         samples: Size of the batch B.
-        sequence_first: Of two dimensions of that size the second one is the batch, as inside attention.
+        sequence_first: Of two dimensions of that size the second one is the batch.
 
     Returns:
         Sizes ``before``, ``B``, ``after`` into which the columns part, the samples in the middle; ``None`` if no
@@ -157,9 +155,10 @@ def _multiplied(
     h, delta = h.to(wanted.dtype), delta.to(wanted.dtype)
     n = h.shape[1]
     lead = use.lead[1:] if use.groups > 1 and prod(use.lead) != n else use.lead
-    attention = any(parts[t.part].kind == "attention" for t in targets)
-    split = None if use.spread or prod(lead) != n else halved(lead, samples, attention)
-    few, times = _spaced(n, MORE * wanted.columns, h.device)
+    # Inside of torch's own attention and recurrent layers positions come first, whatever the model's order.
+    inside = any(parts[t.part].kind in ("attention", "recurrent") for t in targets)
+    split = None if use.spread or prod(lead) != n else halved(lead, samples, inside)
+    few, times = _spaced(n, wanted.columns, h.device)
     moment = None
     if any(t.part in wanted.moments and not t.flipped for t in targets):
         # Once for all parts of a packed weight, with the ones of a bias if any has one.
@@ -171,7 +170,7 @@ def _multiplied(
         d = delta[..., a:b]
         errors = None
         if t.part in wanted.errors and not t.flipped and b - a == part.outputs:
-            errors = Moment.of((d if few is None else d[:, few]).mT, wanted.widest, wanted.rank).scaled(times)
+            errors = _of(d if few is None else d[:, few], times, wanted)
         half = _product(_half(d, split), _half(h, split), use, t, part) if t.part in wanted.halves and split else None
         total = _product(d, h, use, t, part) if t.part == whole else None
         inputs = moment if t.part in wanted.moments and not t.flipped else None
@@ -192,12 +191,14 @@ def _rows(use: Use, gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _moment(h: Tensor, biased: bool | None, times: float, wanted: Look) -> Moment:
-    columns = h.mT
-    if biased is not None:
-        columns = with_ones(columns)
-        if not biased:  # its part has a bias, which is not added here
-            columns[..., -1, :] = 0
-    return Moment.of(columns, wanted.widest, wanted.rank).scaled(times)
+    if biased is not None:  # zeros where its part has a bias that is not added here
+        h = torch.nn.functional.pad(h, (0, 1), value=float(biased))
+    return _of(h, times, wanted)
+
+
+def _of(rows: Tensor, times: float, wanted: Look) -> Moment:
+    moment = Moment.of(rows.mT, wanted.widest, wanted.rank)
+    return moment if times == 1 else moment.scaled(times)
 
 
 def _spaced(n: int, most: int, device: torch.device) -> tuple[Tensor | None, float]:
@@ -268,8 +269,8 @@ def _looked_up(
         if t.part in wanted.moments and not t.flipped:
             inputs = torch.bincount(indices, minlength=V).to(wanted.dtype)[None]
         if t.part in wanted.errors and not t.flipped:
-            few, times = _spaced(n, MORE * wanted.columns, delta.device)
-            errors = Moment.of((delta if few is None else delta[:, few]).mT, wanted.widest, wanted.rank).scaled(times)
+            few, times = _spaced(n, wanted.columns, delta.device)
+            errors = _of(delta if few is None else delta[:, few], times, wanted)
         if t.part in wanted.halves and split is not None:
             half = summed(_half(indices[None, :, None], split).reshape(-1), _half(delta, split)[0])
         total = summed(indices, delta[0]) if t.part == whole else None
@@ -297,7 +298,7 @@ def _convolved(
         if t.part in wanted.moments:
             inputs = _moment(patches, use.biased if part.bias is not None else None, times, wanted)
         if t.part in wanted.errors:
-            errors = Moment.of(delta.mT, wanted.widest, wanted.rank).scaled(times)
+            errors = _of(delta, times, wanted)
 
     def backward(x: Tensor, gradient: Tensor) -> Tensor:
         weight, many = part.weight.detach().to(x.dtype), len(node._saved_stride)

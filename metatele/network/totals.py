@@ -34,6 +34,27 @@ class PartSeen(NamedTuple):
     columns: int
     positions: float
 
+    def square(self, matrix: Tensor) -> Tensor | None:
+        """Mean ``z² = tr(W A Wᵀ) / (o groups)`` of what the part puts out, ``[]``; ``None`` without ``inputs`` A.
+
+        Args:
+            matrix: W ``[groups, o, i(+1)]``, as it was in the pass.
+
+        Example:
+            >>> seen = PartSeen(Moment(torch.eye(2)[None]), None, None, 5, 1.0)
+            >>> seen.square(torch.tensor([[[3.0, 4.0]]]))
+            tensor(25.)
+        """
+        A = self.inputs
+        if A is None:
+            return None
+        if isinstance(A, Tensor):
+            return (matrix.square() * A[..., None, :]).sum() / matrix[..., 0].numel()
+        through = (matrix @ A.tensor * matrix).sum() if A.rest is None else (matrix @ A.tensor).square().sum()
+        if A.rest is not None:
+            through = through + (A.rest * matrix.square()).sum()
+        return through / matrix[..., 0].numel()
+
 
 @dataclass(eq=False)
 class Total:

@@ -46,6 +46,9 @@ class _Pass:
     Attributes:
         samples: In its batch; 0 if it has no tensor among its arguments.
         scale: Number of the part whose whole gradient is kept, to compare it with ``p.grad``.
+        within: Those it is counted with.
+        let_go: Its uses are seen no more.
+        replaced: It is a part of another pass.
     """
 
     number: int
@@ -58,13 +61,15 @@ class _Pass:
     gradient: Tensor | None = None
     uses: list[_Live] = field(default_factory=list)
     scale: int | None = None
-    within: list[_Pass] | None = None  # those it is counted with
+    within: list[_Pass] | None = None
+    let_go: bool = False
+    replaced: bool = False
 
     def release(self) -> None:
         """Let go of the graph, whose nodes hold on to their hooks and these to the nodes."""
         for live in self.uses:
             live.use = None
-        self.uses = []
+        self.uses, self.let_go = [], True
 
 
 @dataclass(eq=False)
@@ -89,6 +94,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
     ):
         model = getattr(model, inside)
     return model
+
+
+def inside_of(model: nn.Module) -> nn.Module | None:
+    """The innermost module that holds all parameters of another one, which loops may call instead; or ``None``.
+
+    Example:
+        >>> outer = nn.Module()
+        >>> outer.net = nn.Sequential(nn.Linear(3, 2))
+        >>> type(inside_of(outer)).__name__, inside_of(nn.Linear(3, 2))
+        ('Linear', None)
+    """
+    own, found = {id(p) for p in model.parameters()}, None
+    while own:
+        here = found or model
+        found_in = [m for m in here.children() if {id(p) for p in m.parameters()} == own]
+        if len(found_in) != 1 or any(id(p) in own for p in here._parameters.values() if p is not None):
+            break
+        found = found_in[0]
+    return found
 
 
 def _backward_number() -> int:
@@ -135,8 +159,11 @@ class Watch:
         self._counted: list[_Pass] = []
         self._totals: dict[int, Total] = {}
         self._live: list[_Pass] = []
+        self._inner: list[_Pass] = []  # of the module inside, until the one around it is known to have been called
+        self._partial = False  # whether a pass counts whose uses were let go
         self._number, self._called = 0, False
         self._reasons: dict[int, str] = {}
+        self._shown: frozenset[int] = frozenset()  # parts that were seen at last
         self._handles: dict[int, Any] = {}
         self._group: ranks.Group | None = None
 
@@ -144,7 +171,8 @@ class Watch:
 
     def attach(self, owner: Any) -> None:
         """Listen to the module for as long as ``owner`` lives."""
-        listen([self.root], self.see, owner, whole=True)
+        inside = inside_of(self.root)
+        listen([self.root] if inside is None else [self.root, inside], self.see, owner, whole=True)
         weakref.finalize(owner, _remove, self._handles)
         if "torch._dynamo" in sys.modules:  # what was compiled before does not know of the hook
             torch.compiler.reset()
@@ -176,8 +204,8 @@ class Watch:
 
     # --- passes
 
-    def see(self, _: int, given: Any, output: Any) -> None:
-        """The module was called."""
+    def see(self, level: int, given: Any, output: Any) -> None:
+        """The module was called, or at level 1 the one inside of it."""
         self._called = True
         wanted = self.wanted
         if not wanted.anything:
@@ -191,6 +219,11 @@ class Watch:
         outputs = [t for t in tensors_in(output) if is_ordinary(t) and t.grad_fn is not None]
         if not outputs:
             return
+        if level == 0:
+            for passed in self._inner:
+                passed.replaced = True
+                passed.release()
+            self._inner = []
         self._listen()
         if (
             self._counted
@@ -208,6 +241,8 @@ class Watch:
             if wanted.samples and data:
                 passed.hashes = sample_hashes(data[0])
         self._mark(passed, outputs)
+        if level == 1:
+            self._inner = [*self._inner[1 - _LIVE :], passed]
         if wanted.walks:
             self._walk(passed, outputs)
             self._live.append(passed)
@@ -268,6 +303,9 @@ class Watch:
 
     def _take(self, came: Iterable[_Came]) -> None:
         for passed, live, sums, gradient in came:
+            if passed.replaced:
+                continue
+            self._partial = self._partial or passed.let_go
             if passed.within is not self._counted:  # the first of perhaps several backward passes through it
                 passed.within, passed.gradient = self._counted, None
                 self._counted.append(passed)
@@ -281,14 +319,14 @@ class Watch:
                 live.counted = True
 
     def _uncount(self) -> None:
-        self._counted, self._totals = [], {}
+        self._counted, self._totals, self._partial = [], {}, False
 
     def clear(self) -> None:
         """Forget what was seen."""
         for passed in self._live:
             passed.release()
         self._uncount()
-        self._pending, self._live, self._called = {}, [], False
+        self._pending, self._live, self._inner, self._called = {}, [], [], False
 
     # --- what was seen
 
@@ -305,18 +343,23 @@ class Watch:
         return sum(passed.samples for passed in self.ended)
 
     def why(self, number: int) -> str:
-        """Why a part was not seen; empty if it was."""
-        if self.ended and number in self._totals:
+        """Why a part was not seen in the last passes that were looked at; empty if it was."""
+        if number in self._shown or (self.ended and number in self._totals):
             return ""
         if not self._called and not self._reasons:
             return "the model itself has not been called: its layers are called on their own"
+        if not self.parts[number].weight.requires_grad:
+            return "it is frozen"
         if number in self._reasons:
             return self._reasons[number]
         return "no gradient was taken through it"
 
     def _reduced(self) -> dict[int, Total]:
         """Sums over all ranks."""
-        if not self.ended or self.group is None:
+        if self.ended and self._partial:
+            for total in self._totals.values():
+                total.missing = True
+        if not self._counted or self.group is None:
             return self._totals
         return over_ranks(self._totals, self.parts, self._counted[0].wanted, self.group)
 
@@ -343,8 +386,25 @@ class Watch:
     def seen(self) -> dict[int, PartSeen]:
         """What each part received and got back, over all uses, passes and ranks that count, by its number."""
         totals = self._reduced()
+        if totals:
+            self._shown = frozenset(totals)
         share = self._scale(totals) / ranks.size(self.group)
         return {number: total.seen(share) for number, total in sorted(totals.items())}
+
+    def table(self) -> list[tuple[str, tuple[int, ...], str, str]]:
+        """Name, shape, kind of each part and of each vector, and why it was not seen.
+
+        Example:
+            >>> from metatele.network.parts import parts_of
+            >>> model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+            >>> for row in Watch(model, *parts_of(model)).table():
+            ...     print(*row)
+            0.weight (1, 2, 4) linear the model itself has not been called: its layers are called on their own
+            1.weight (2,) vector
+            1.bias (2,) vector
+        """
+        rows = [(part.name, part.shape, part.kind, self.why(n)) for n, part in enumerate(self.parts)]
+        return [*rows, *((name, tuple(p.shape), "vector", "") for name, p in self.vectors)]
 
     def outputs(self) -> tuple[Tensor, Tensor] | None:
         """The first output of all passes and the gradient there, ``[n, ...]`` in the order of the passes.
