@@ -21,6 +21,7 @@ from metatele.network.use import is_same_batch
 from metatele.network.wanted import NOTHING
 from metatele.network.watch import Watch, unwrapped
 from metatele.optim.equivariant import EquivariantStepper
+from metatele.optim.one_batch import OneBatch
 from metatele.optim.steppers import Memory, Situation, Stepper
 from metatele.perceptron.losses import level
 
@@ -50,6 +51,7 @@ class GeneralStepper(Stepper):
         self._still = 0
         self._warned = False
         self._inner = self._perceptron()
+        self._one_batch: OneBatch | None = None
         self._watch()
 
     def _perceptron(self) -> EquivariantStepper | None:
@@ -89,25 +91,62 @@ class GeneralStepper(Stepper):
 
     def advance(self, at: Situation) -> bool:
         """Look where that is due, and step."""
-        if self.repeating and self._inner is not None and self._advance_repeated(at):
+        if self.repeating and self._one_batch is None and self._advance_repeated(at):
             return True
         course = self._known(at)
         live = self._gather(course, at)
         at.decay_()
         same = False
-        if course.looks:
+        if course.looks or self.repeating:
             same = self._compare()
-            scene = self._scene(course, at)
-            course.look(scene, course.gradient, self.meta.controller, same)
         elif self.capture.wanted.fingerprint:
             self._compare()
+        if course.looks:
+            course.look(self._scene(course, at), course.gradient, self.meta.controller, same)
         change, shares = course.step(at.momentum, self._cooled(course, at))
+        if self.repeating:
+            self._on_one_batch(course, change, shares, live, at)
         self._apply(course, change, shares, live, at)
         self._heed(course, at)
-        if same and self._inner is not None and not _is_random(self.model):
-            self.repeating = True
+        if same and not self.repeating and self.meta.config.repeats and not _is_random(self.model):
+            self._repeat()
         self._watch()
         return True
+
+    def _repeat(self) -> None:
+        """From the next step on, as on a batch that comes again and again."""
+        self.repeating = True
+        if self._inner is None:
+            self._one_batch = OneBatch(self.meta.repeated, self.capture)
+
+    @torch.no_grad()
+    def _on_one_batch(
+        self, course: Course, change: Tensor, shares: Tensor, live: list[bool], at: Situation
+    ) -> None:
+        """Changes of the matrices by the equivariant family in place of the course's."""
+        one, layout = self._one_batch, course.layout
+        assert one is not None
+        gradients = [layout.part(course.gradient, number) for number in range(len(self.capture.parts))]
+        weights = [
+            part.matrix(part.weight.detach(), None if part.bias is None else part.bias.detach()).to(course.usual)
+            for part in self.capture.parts
+        ]
+        vectors = [
+            (g, p.detach().flatten().to(g))
+            for g, (_, p) in zip(layout.vector_parts(course.gradient), self.capture.vectors, strict=True)
+        ]
+        done = one.step(gradients, weights, vectors, at.sign)
+        if done is None or not done.same:
+            self.repeating, self._one_batch, self._last = False, None, None
+            return
+        at.group["rolled_back"] += int(done.shortened)
+        for number, D in done.changes.items():
+            if live[number]:
+                layout.part(change, number).copy_(D)
+                shares[layout.rows(number)] = 0.0
+        for moved, mine, moves in zip(done.vectors, layout.vector_parts(change), live[len(gradients) :], strict=True):
+            if moves:
+                mine.copy_(moved)
 
     def _advance_repeated(self, at: Situation) -> bool:
         """As the equivariant family steps; whether the batch was the same once more."""
@@ -249,7 +288,7 @@ class GeneralStepper(Stepper):
         age = 0 if course is None else course.age
         looks, next_ = course is None or course.looks, age + 1 >= config.warm and (age + 1) % config.hold == 0
         if self.repeating:
-            self.capture.wanted = Look()
+            self.capture.wanted = Look() if self._one_batch is None else self._one_batch.look()
         elif looks:
             everything = frozenset(range(len(self.capture.parts)))
             self.capture.wanted = Look(

@@ -136,6 +136,7 @@ class Course:
         self.start_sizes: Tensor | None = None
         self.start_loss: Tensor | None = None
         self.controls: Controls | None = None
+        self.calm = new(()) + 1
         self.lengths = new(layout.matrices + 1)  # of a step with η = 1; the last one is for vectors
         self.decays = new(layout.matrices + 1)
         self.spread = new(sum(sizes))  # the same of each number of the vectors
@@ -292,7 +293,7 @@ class Course:
         for bucket, kept in zip(layout.buckets, self.kept, strict=True):
             found = [self.moments[number] for number in bucket.parts]
             if all(m is not None for m in found):
-                kept.root = _root(bucket, found, controls.damping[:-1][bucket.rows])
+                kept.root = _root(bucket, found, controls.damping[:-1][bucket.rows], c.rank)
             self._plan(bucket, kept)
 
     def _plan(self, bucket: Bucket, kept: _Kept) -> None:
@@ -350,6 +351,7 @@ class Course:
         rate = self.log_rate.exp() * cooled
         calm = (self._by_matrix(V) / usual).clamp(TINY, 1).pow(self.controls.anneal[:-1])
         lengths = rate * calm * self.lengths[:-1]
+        self.calm = calm.mean()
         X = torch.lerp(V, G, 1 - beta)
         for bucket, kept in zip(layout.buckets, self.kept, strict=True):
             D = bucket.of(self.change)
@@ -399,7 +401,8 @@ class Course:
         self.slopes_long = self.slopes_long.lerp(both, (1 - c.feedback) / 10)
         if self.age >= 2:
             grown = self.log_rate + controls.gain * (controls.target - slope(self.slopes))
-            self.log_rate = torch.minimum(grown, controls.longest.log()).clamp_min(math.log(c.least * c.start))
+            most = controls.longest.log() - self.calm.log()
+            self.log_rate = torch.minimum(grown, most).clamp_min(math.log(c.least * c.start))
 
 
 def slope(sums: Tensor) -> Tensor:
@@ -408,13 +411,14 @@ def slope(sums: Tensor) -> Tensor:
     return torch.where(square > 0, mean / square.clamp_min(1e-38).sqrt(), 0.0)
 
 
-def _root(bucket: Bucket, found: Sequence[Moment | Tensor | None], damping: Tensor) -> Root:
+def _root(bucket: Bucket, found: Sequence[Moment | Tensor | None], damping: Tensor, rank: int) -> Root:
     """Of all matrices of a bucket."""
     if bucket.way == "diagonal":
         return Root.of_diagonal(torch.cat([m for m in found if isinstance(m, Tensor)]), damping)
     moments = [m for m in found if isinstance(m, Moment)]
     if bucket.way == "dense":
         return Root.of_dense(torch.cat([m.dense for m in moments]), damping)
+    moments = [m.factored(rank) for m in moments]  # one with a bias may be a row too wide
     columns = max(m.tensor.shape[-1] for m in moments)
     F = torch.cat([torch.nn.functional.pad(m.tensor, (0, columns - m.tensor.shape[-1])) for m in moments])
     rest = torch.cat([m.rest.flatten() for m in moments if m.rest is not None])
