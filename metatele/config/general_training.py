@@ -61,7 +61,7 @@ class EvolutionTrainingConfig(CommonTrainingConfig):
     The score of a run is a sum of logarithms of our loss over Adam's; lower is better, 0 is Adam.
 
     Example:
-        >>> EvolutionTrainingConfig(updates=5, pairs=8).updates
+        >>> EvolutionTrainingConfig(generations=5).updates
         5
     """
 

@@ -54,13 +54,19 @@ class Modules:
         network = drawn_network(draws, kind, c.broadest, c.deepest)
         samples = draws.whole(c.fewest_samples, c.most_samples if kind != "images" else min(4000, c.most_samples))
         batch = min(samples, draws.whole(4, 256))
-        if draws.chance(c.whole_share):
+        if whole := draws.chance(c.whole_share):
             samples = batch = min(samples, 512)
         elif draws.chance(c.fresh_share):
             samples = 0
         passes = draws.choice((1,) * 24 + (2,))
+        wanted, smaller = draws.whole(c.shortest, c.longest), draws.chance(0.5)
         step_ms = passes * estimated_step_ms(network, source, batch)
-        wanted = draws.whole(c.shortest, c.longest)
+        # What takes too long has smaller batches: always if it had no time for the shortest run, else half of the time.
+        least = c.fewest_samples if whole else 4
+        while batch > least and step_ms * (wanted if smaller else c.shortest) > c.budget_ms:
+            batch = max(least, batch // 2)
+            samples = batch if whole else samples
+            step_ms = passes * estimated_step_ms(network, source, batch)
         trained = draws.whole(30, 150) if draws.chance(c.trained_share) else 0
         trained = min(trained, int(c.budget_ms / step_ms) // 2)
         horizon = max(c.shortest, min(wanted, int(c.budget_ms / step_ms) - trained))

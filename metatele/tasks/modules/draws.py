@@ -20,7 +20,7 @@ class Draws:
     Example:
         >>> draws = Draws(torch.Generator().manual_seed(0))
         >>> draws.choice("abc"), 4 <= draws.whole(4, 9) <= 9, draws.chance(0.0)
-        ('b', True, False)
+        ('c', True, False)
     """
 
     def __init__(self, generator: torch.Generator) -> None:

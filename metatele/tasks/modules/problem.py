@@ -82,10 +82,12 @@ class Problem:
         model = built(self.network, self.source)
         if self.trained:
             adam = torch.optim.Adam(model.parameters(), _TRAINED_RATE)
-            for _, data in zip(range(self.trained), self._batches(self.seed + 3, 0), strict=False):
-                adam.zero_grad()
-                self.loss(model(data.inputs), data.targets).backward()
-                adam.step()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)  # of dropout
+                for data in itertools.islice(self._batches(self.seed + 3, 0), self.trained):
+                    adam.zero_grad()
+                    self.loss(model(data.inputs), data.targets).backward()
+                    adam.step()
             model.zero_grad()
         return model
 
