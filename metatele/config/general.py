@@ -25,7 +25,11 @@ class GeneralConfig:
     blind: tuple[str, ...] = setting((), "numbers the controller does not see, to find out what they are worth")
     hold: int = setting(10, "steps between two looks, at which moments are taken in and the controller is asked")
     warm: int = setting(10, "first steps, each of which is a look")
-    repeats: bool = setting(True, "where the batch is the same again and again, step as the equivariant family does")
+    repeats: int = setting(
+        4,
+        "outputs of a squared error from which a batch that comes again and again is there to be fitted, as the "
+        "equivariant family does; 0: never",
+    )
 
     # the direction
     momentum: float = setting(0.9, "decay of the running gradient")

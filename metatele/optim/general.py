@@ -23,7 +23,7 @@ from metatele.network.watch import Watch, unwrapped
 from metatele.optim.equivariant import EquivariantStepper
 from metatele.optim.one_batch import OneBatch
 from metatele.optim.steppers import Memory, Situation, Stepper
-from metatele.perceptron.losses import level
+from metatele.perceptron.losses import kind, level
 
 COURSE = "course"  # key of the first parameter group: what belongs to no single parameter
 _STILL = 1e-8  # relative change below which a network does not move
@@ -102,16 +102,27 @@ class GeneralStepper(Stepper):
         elif self.capture.wanted.fingerprint:
             self._compare()
         if course.looks:
-            course.look(self._scene(course, at), course.gradient, self.meta.controller, same)
+            course.look(self._scene(course, at, same), course.gradient, self.meta.controller)
         change, shares = course.step(at.momentum, self._cooled(course, at))
         if self.repeating:
             self._on_one_batch(course, change, shares, live, at)
         self._apply(course, change, shares, live, at)
         self._heed(course, at)
-        if same and not self.repeating and self.meta.config.repeats and not _is_random(self.model):
+        if same and not self.repeating and self._fits():
             self._repeat()
         self._watch()
         return True
+
+    def _fits(self) -> bool:
+        """Whether a batch that comes again is there to be fitted: a squared error of several outputs, say.
+
+        What is learned of few samples that carry noise is worst learned by whoever fits them fastest.
+        """
+        ends, least = self.capture.outputs(), self.meta.config.repeats
+        if not least or ends is None or ends[0].dim() < 2 or ends[0].shape[-1] < least or _is_random(self.model):
+            return False
+        outputs, gradient = (t.detach().float().reshape(-1, t.shape[-1]).mT for t in ends)
+        return kind(outputs, gradient) == "squared"
 
     def _repeat(self) -> None:
         """From the next step on, as on a batch that comes again and again."""
@@ -315,7 +326,7 @@ class GeneralStepper(Stepper):
         return same
 
     @torch.no_grad()
-    def _scene(self, course: Course, at: Situation) -> Scene:
+    def _scene(self, course: Course, at: Situation, same: bool) -> Scene:
         """What a look shows."""
         parts, layout, like = self.capture.parts, course.layout, course.usual
         pieces: dict[int, Glimpse] = {}
@@ -346,6 +357,7 @@ class GeneralStepper(Stepper):
             known,
             self._loss(at),
             course.age / total if total else -1.0,
+            same,
         )
 
     def _unseen(self, course: Course, number: int, glimpse: Glimpse | None) -> Glimpse:

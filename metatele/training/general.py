@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metatele.checkpoint import load
 from metatele.config import EvolutionTrainingConfig, GeneralRunConfig, ModulesConfig, RunConfig, to_dict
 from metatele.errors import CheckpointError, ConfigError, DivergedError
 from metatele.files import write_atomically
 from metatele.learned.families import learned_family
+from metatele.named import named_checkpoint
 from metatele.optim.learned import LearnedOptimizer
 from metatele.tasks.modules import Modules
 from metatele.training.evolution import Evolution, rate_share
@@ -70,12 +72,18 @@ def worker(task: ModulesConfig, build: Callable[[], nn.Module], make: MakeOptimi
 
 
 def _flat(meta: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().double() for p in meta.parameters()])
+    return torch.cat([p.detach().flatten().double() for p in _evolved(meta)])
+
+
+def _evolved(meta: nn.Module) -> list[nn.Parameter]:
+    """What is changed of a meta-optimizer: what it says, else all parameters."""
+    found: list[nn.Parameter] = meta.evolved() if hasattr(meta, "evolved") else list(meta.parameters())
+    return found
 
 
 @torch.no_grad()
 def _set_flat(meta: nn.Module, values: Tensor) -> None:
-    parameters = list(meta.parameters())
+    parameters = _evolved(meta)
     for p, part in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
         p.copy_(part.view_as(p))
 
@@ -338,7 +346,9 @@ class GeneralTrainer(EvolutionTrainer):
 
 
 def _built(config: GeneralRunConfig) -> nn.Module:
-    return learned_family("general").build(config.method, config.task, config.seed)
+    meta = learned_family("general").build(config.method, config.task, config.seed)
+    meta.repeated.load_state_dict(load(named_checkpoint("transfer")).optimizer.state_dict())
+    return meta
 
 
 def _stepped(meta: Any, model: nn.Module, total_steps: int | None) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from metatele.random import generator
 
+AGREEMENT = "agreement of half batches, of the whole network"
 KINDS = ("linear", "conv", "attention", "embedding", "recurrent", "unseen", "vectors")
 
 
@@ -33,6 +34,7 @@ class Sight(NamedTuple):
         epochs: Passes through the data so far, as far as can be told; 0 if no sample came again.
         age: Steps so far.
         progress: Share of the run that is done; negative where its length is not known.
+        same: Whether the batch is the last one again.
         samples: Of a batch.
         parameters: Of the network.
         fallen: Log of the loss over the first one; 0 where it is not known.
@@ -55,6 +57,7 @@ class Sight(NamedTuple):
     epochs: float
     age: int
     progress: float
+    same: bool
     samples: int
     parameters: int
     fallen: Tensor
@@ -92,12 +95,13 @@ SEEN: tuple[Measure, ...] = (
     Measure("slope along the last step, over its noise", "feedback", -1, 1, lambda s: s.slope),
     Measure("the same over ten times as long", "feedback", -2, 2, lambda s: 3 * s.slope_long),
     Measure("agreement of half batches", "noise", 0, 1, lambda s: s.agreement),
-    Measure("the same of the whole network", "noise", 0, 1, lambda s: s.agreement_all),
+    Measure(AGREEMENT, "noise", 0, 1, lambda s: s.agreement_all),
     Measure("log of momentum over usual gradients", "noise", -2, 0.5, lambda s: s.momentum.clamp_min(1e-8).log() / 2),
     Measure("log of the step length over the first", "sizes", -2, 1, lambda s: s.length / 3),
     Measure("log of the size over the first", "sizes", -2, 2, lambda s: s.grown),
     Measure("share of samples seen before", "repeats", 0, 1, lambda s: s.known),
     Measure("log of passes through the data", "repeats", 0, 2, lambda s: _logs(1 + s.epochs) / 2),
+    Measure("whether the batch is the last one again", "repeats", 0, 1, lambda s: float(s.same)),
     Measure("log of samples seen, for each parameter", "data", -2, 2, lambda s: (_ratio(s)) / 4),
     Measure("log of the batch", "data", 0, 2, lambda s: _logs(s.samples) / 4),
     Measure("log of steps so far", "clock", 0, 2, lambda s: _logs(1 + s.age) / 5),
@@ -146,21 +150,24 @@ class Controls(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A number that the controller sets.
+    """A number that the controller sets: ``bend(begin + unit · asked)``, what is asked for within bounds.
 
     Attributes:
         name: In :class:`Controls`.
         joint: Whether it is one for all, by the mean of what the matrices ask for.
         begin: Where it begins, before it is bent.
-        least: Of what is asked for, about the beginning.
+        unit: Of what is asked for, so that it is about as large for all.
+        least: Of ``unit · asked``.
         most: The same.
-        bend: From what is asked for to the control.
-        follow: What it takes at first from the agreement of half batches; without noise, less damping and msign.
+        bend: To the control.
+        follow: What is asked for at first for each unit of agreement between half batches: without noise, less damping
+            and smaller powers of singular values are taken away.
     """
 
     name: str
     joint: bool
     begin: float
+    unit: float
     least: float
     most: float
     bend: Callable[[Tensor], Tensor]
@@ -168,14 +175,14 @@ class Setting(NamedTuple):
 
 
 SET: tuple[Setting, ...] = (
-    Setting("stretch", False, 0.0, -2.0, 2.0, torch.exp),
-    Setting("decay", False, math.log(0.01), -3.0, 3.5, torch.exp),
-    Setting("damping", False, math.log(0.5), -8.0, 2.0, torch.exp, -6.0),
-    Setting("spectral", False, 3.0, -9.0, 3.0, torch.sigmoid, -6.0),
-    Setting("anneal", False, 1.0, -1.0, 1.0, lambda x: x),
-    Setting("longest", True, math.log(0.06), -3.0, 2.0, torch.exp),
-    Setting("target", True, 0.1, -0.5, 0.5, lambda x: x),
-    Setting("gain", True, math.log(0.1), -2.0, 1.5, torch.exp),
+    Setting("stretch", False, 0.0, 0.5, -2.0, 2.0, torch.exp),
+    Setting("decay", False, math.log(0.02), 1.5, -4.0, 4.0, torch.exp),
+    Setting("damping", False, math.log(0.5), 1.5, -9.0, 3.0, torch.exp, -4.0),
+    Setting("spectral", False, 3.0, 2.0, -9.0, 3.0, torch.sigmoid, -3.0),
+    Setting("anneal", False, 0.5, 0.3, -0.5, 1.0, lambda x: x),
+    Setting("longest", True, math.log(0.06), 0.5, -3.0, 2.0, torch.exp),
+    Setting("target", True, 0.0, 0.2, -0.5, 0.5, lambda x: x),
+    Setting("gain", True, math.log(0.07), 0.5, -2.0, 2.0, torch.exp),
 )
 
 
@@ -197,6 +204,8 @@ class Controller(nn.Module):
     least: Tensor
     most: Tensor
     begin: Tensor
+    unit: Tensor
+    joint: Tensor
 
     def __init__(self, hidden: int, blind: tuple[str, ...] = (), seed: int = 0) -> None:
         super().__init__()
@@ -206,12 +215,12 @@ class Controller(nn.Module):
         self.inner_bias = nn.Parameter(torch.zeros(hidden))
         self.outer = nn.Parameter(torch.zeros(k, hidden))
         direct = torch.zeros(k, n)
-        agreement = [m.name for m in SEEN].index("the same of the whole network")
-        for setting, slope in zip(SET, [s.follow for s in SET], strict=True):
-            direct[SET.index(setting), agreement] = slope
+        direct[:, [m.name for m in SEEN].index(AGREEMENT)] = torch.tensor([s.follow for s in SET])
         self.direct = nn.Parameter(direct)
         self.offset = nn.Parameter(torch.zeros(k))
         self.register_buffer("visible", torch.tensor([float(m.sense not in blind) for m in SEEN]), persistent=False)
+        self.register_buffer("unit", torch.tensor([s.unit for s in SET]), persistent=False)
+        self.register_buffer("joint", torch.tensor([s.joint for s in SET]), persistent=False)
         self.register_buffer("least", torch.tensor([s.least for s in SET]), persistent=False)
         self.register_buffer("most", torch.tensor([s.most for s in SET]), persistent=False)
         self.register_buffer("begin", torch.tensor([s.begin for s in SET]), persistent=False)
@@ -230,9 +239,9 @@ class Controller(nn.Module):
         numbers = self.seen(sight)
         asked = torch.tanh(numbers @ self.inner.T + self.inner_bias) @ self.outer.T
         asked = asked + numbers @ self.direct.T + self.offset
-        joint = torch.tensor([s.joint for s in SET], device=asked.device)
-        asked = torch.where(joint, asked.mean(0, keepdim=True), asked)
-        # Bounds that are reached smoothly at a distance, and hardly bend what is asked for near the beginning.
-        asked = torch.where(asked < 0, -self.least * torch.tanh(-asked / self.least), self.most * torch.tanh(asked / self.most))
+        asked = torch.where(self.joint, asked.mean(0, keepdim=True), asked) * self.unit
+        # Bounds are reached smoothly: near the beginning they hardly bend what is asked for.
+        below, above = self.least * torch.tanh(asked / self.least), self.most * torch.tanh(asked / self.most)
+        asked = torch.where(asked < 0, below, above)
         values = (self.begin + asked).unbind(-1)
         return Controls(*(s.bend(v[0] if s.joint else v) for s, v in zip(SET, values, strict=True)))

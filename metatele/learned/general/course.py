@@ -64,6 +64,7 @@ class Scene(NamedTuple):
         known: How many of them, of those that could be compared, were seen before: ``(known, compared, remembered)``.
         loss: Log of the loss up to a constant, ``[]``; ``None`` if it is not known.
         progress: Share of the run that is done; negative if not known.
+        same: Whether the batch is the last one again.
     """
 
     pieces: Mapping[int, Glimpse]
@@ -73,6 +74,7 @@ class Scene(NamedTuple):
     known: tuple[int, int, int]
     loss: Tensor | None
     progress: float
+    same: bool
 
 
 @dataclass
@@ -177,17 +179,16 @@ class Course:
             self.hashes.update(hashes[:room])
         return known, len(hashes), before
 
-    def look(self, scene: Scene, gradients: Tensor, controller: Controller, same: bool = False) -> None:
+    def look(self, scene: Scene, gradients: Tensor, controller: Controller) -> None:
         """Take in what a look shows, and set the controls.
 
         Args:
             scene: What it shows.
             gradients: Flat.
             controller: What sets them.
-            same: Whether the batch is the last one.
         """
         self._take_in(scene)
-        self._agree(scene, gradients, same)
+        self._agree(scene, gradients)
         if self.start_sizes is None:
             self.start_sizes = scene.sizes.clamp_min(TINY)
         if scene.loss is not None and self.start_loss is None and bool(torch.isfinite(scene.loss)):
@@ -214,7 +215,7 @@ class Course:
             elif isinstance(old, Tensor) and isinstance(new, Tensor):
                 self.moments[number] = old.lerp(new, share)
 
-    def _agree(self, scene: Scene, gradients: Tensor, same: bool) -> None:
+    def _agree(self, scene: Scene, gradients: Tensor) -> None:
         """How far the gradients of the two halves of the batch agree, in whitened coordinates."""
         squares = self.usual.new_zeros(3, len(self.usual))
         for bucket, kept in zip(self.layout.buckets, self.kept, strict=True):
@@ -240,8 +241,6 @@ class Course:
         one, two, across = ((t / weight.square()).sum() for t in (one, two, across))
         cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
         self.agreement_all = self.agreement_all.lerp(2 * cosine / (1 + cosine), share)
-        if same:
-            self.agreement, self.agreement_all = torch.ones_like(self.agreement), torch.ones_like(self.agreement_all)
 
     def _sight(self, scene: Scene) -> Sight:
         like = self.usual
@@ -270,6 +269,7 @@ class Course:
             epochs=self.epochs,
             age=self.age,
             progress=scene.progress,
+            same=scene.same,
             samples=scene.samples,
             parameters=self.layout.size,
             fallen=like.new_zeros(()) if scene.loss is None or self.start_loss is None else scene.loss - self.start_loss,

@@ -48,3 +48,7 @@ class GeneralOptimizer(nn.Module):
         self.config = config
         self.controller = Controller(config.hidden, config.blind, seed)
         self.repeated = EquivariantOptimizer(EquivariantConfig(), seed)
+
+    def evolved(self) -> list[nn.Parameter]:
+        """The parameters that meta-training changes: the controller's."""
+        return list(self.controller.parameters())
