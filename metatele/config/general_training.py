@@ -28,7 +28,7 @@ class ModulesConfig:
     shortest: int = setting(20, "least steps of a run; they are log-uniform")
     longest: int = setting(2000, "most steps of a run")
     budget_ms: float = setting(
-        700.0, "estimated time of a run with Adam at which it ends: many short runs teach more than few long ones"
+        500.0, "estimated time of a run with Adam at which it ends: many short runs teach more than few long ones"
     )
     fewest_samples: int = setting(60, "least training samples; they are log-uniform")
     most_samples: int = setting(10_000, "most training samples")
@@ -67,7 +67,9 @@ class EvolutionTrainingConfig(CommonTrainingConfig):
 
     # the strategy
     generations: int = setting(1000, "meta-updates, unless minutes end the run before")
-    minutes: float = setting(0.0, "wall time after which the run ends; 0: by generations alone")
+    minutes: float = setting(
+        0.0, "wall time within which the run ends, its last validation included; 0: by generations alone"
+    )
     pairs: int = setting(12, "antithetic pairs in a generation, each on problems of its own")
     problems: int = setting(1, "problems of a pair; more pairs tell more than more problems of each")
     sigma: float = setting(0.1, "standard deviation of what is added to the parameters")

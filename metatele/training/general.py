@@ -120,6 +120,8 @@ class EvolutionTrainer(MetaTrainer):
         self.workers = Workers(config.training.workers, worker, arguments, config.training.timeout_s)
         self.references: dict[str, Outcome] = {}
         self.elapsed_s, self._since_s = 0.0, time.monotonic()
+        self._generation_s = self._job_s = 0.0  # what the last generation took, and a run of it
+        self._late = False
         self._warned: set[str] = set()
         self._read_references()
 
@@ -137,8 +139,16 @@ class EvolutionTrainer(MetaTrainer):
 
     @property
     def finished(self) -> bool:
-        """Whether all generations are done, or the time is over."""
-        return self.progress >= 1
+        """Whether all generations are done, or the time left is too short for another one and the last validation.
+
+        It changes in :meth:`step` alone, so that a run which ends is validated and saved.
+        """
+        return self.update >= self.c.updates or self._late
+
+    def _too_late(self) -> bool:
+        missing = sum(_name(key) not in self.references for key in self._validated())
+        last = self._job_s * (self.c.validation_problems + len(REFERENCE_RATES) * missing)
+        return self.c.minutes > 0 and self._seconds() + self._generation_s + last >= 60 * self.c.minutes
 
     def step(self, measure: bool = False) -> dict[str, float]:
         """One generation.
@@ -154,7 +164,7 @@ class EvolutionTrainer(MetaTrainer):
         """
         begin_s, c, progress = time.perf_counter(), self.c, self.progress
         noise, sigma = self.evolution.asked(progress)
-        first = self.started
+        first, known_before = self.started, len(self.references)
         problems = [self._key(first + i) for i in range(c.pairs * c.problems)]
         self.started += len(problems)
         center = self.evolution.mean
@@ -169,6 +179,10 @@ class EvolutionTrainer(MetaTrainer):
         self.skipped += not norm
         if self.skipped_in_row >= c.max_skipped:
             raise DivergedError(f"{self.skipped_in_row} generations in a row told nothing (at {self.update})")
+        self._generation_s = time.perf_counter() - begin_s
+        new = len(self.references) - known_before
+        self._job_s = self._generation_s / (2 * len(problems) + len(REFERENCE_RATES) * new)
+        self._late = self._too_late()
         if not c.pool:
             self._forget()
         known = table[table.isfinite()]
@@ -183,13 +197,13 @@ class EvolutionTrainer(MetaTrainer):
             "sigma": sigma,
             "difference": float(differences.abs().nanmean()),
             "run_s": sum(outcome.seconds for outcome in runs) / max(1, len(runs)),
-            "generation_s": time.perf_counter() - begin_s,
-            "ms_per_trajectory_step": 1e3 * (time.perf_counter() - begin_s) / steps,
+            "generation_s": self._generation_s,
+            "ms_per_trajectory_step": 1e3 * self._generation_s / steps,
         }
 
     def validate(self) -> tuple[float, dict[Any, float]]:
         """Mean score on problems that are never trained on, and shares and medians behind it."""
-        keys = [(_SHARED_SEED, "validation", i) for i in range(self.c.validation_problems)]
+        keys = self._validated()
         scores, outcomes = self._scores(keys, [self.evolution.averaged] * len(keys))
         self._write_references()
         pairs = [
@@ -231,6 +245,7 @@ class EvolutionTrainer(MetaTrainer):
             "counters": [self.update, self.skipped, self.skipped_in_row, self.started],
             "best": self.best,
             "elapsed_s": self._seconds(),
+            "late": self._late,
             "references": {name: plain(outcome) for name, outcome in self.references.items()},
         }
 
@@ -244,6 +259,7 @@ class EvolutionTrainer(MetaTrainer):
             self.evolution.load_state_dict(state["evolution"])
             self.update, self.skipped, self.skipped_in_row, self.started = state["counters"]
             self.best = state["best"]
+            self._late = state["late"]
             self.elapsed_s, self._since_s = state["elapsed_s"], time.monotonic()
             self.references.update({name: from_plain(values) for name, values in state["references"].items()})
             _set_flat(self.optimizer, self.evolution.averaged)
@@ -252,6 +268,9 @@ class EvolutionTrainer(MetaTrainer):
 
     def _seconds(self) -> float:
         return self.elapsed_s + time.monotonic() - self._since_s
+
+    def _validated(self) -> list[tuple[int, str, int]]:
+        return [(_SHARED_SEED, "validation", i) for i in range(self.c.validation_problems)]
 
     def _key(self, number: int) -> tuple[int, str, int]:
         """The training problem of a number: a new one, or one of the pool, each once in every round."""
