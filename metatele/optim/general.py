@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metatele.errors import ShapeMismatchError, UnsupportedModelError
 from metatele.learned.general.course import Course, Glimpse, Piece, Scene
-from metatele.learned.general.memory import laid_out, read
+from metatele.learned.general.memory import laid_back, laid_out, read
 from metatele.learned.general.optimizer import GeneralOptimizer
 from metatele.network import ranks
 from metatele.network.parts import parts_of
@@ -52,6 +52,7 @@ class GeneralStepper(Stepper):
         self._warned = False
         self._inner = self._perceptron()
         self._one_batch: OneBatch | None = None
+        self._to_fit: bool | None = None  # as the first batches that came again told
         self._watch()
 
     def _perceptron(self) -> EquivariantStepper | None:
@@ -108,7 +109,9 @@ class GeneralStepper(Stepper):
             self._on_one_batch(course, change, shares, live, at)
         self._apply(course, change, shares, live, at)
         self._heed(course, at)
-        if same and not self.repeating and self._fits():
+        if same and self._to_fit is None:
+            self._to_fit = self._fits()
+        if same and not self.repeating and self._to_fit:
             self._repeat()
         self._watch()
         return True
@@ -148,7 +151,7 @@ class GeneralStepper(Stepper):
         ]
         done = one.step(gradients, weights, vectors, at.sign)
         if done is None or not done.same:
-            self.repeating, self._one_batch, self._last = False, None, None
+            self.repeating, self._one_batch, self._last, self._to_fit = False, None, None, None
             return
         at.group["rolled_back"] += int(done.shortened)
         for number, D in done.changes.items():
@@ -175,7 +178,7 @@ class GeneralStepper(Stepper):
                 self.course.velocity.zero_()
                 self.course.change.zero_()
             inner.forget()
-            self._last = None
+            self._last = self._to_fit = None
         if self.course is not None:
             self.course.age += 1
         self._watch()
@@ -189,13 +192,18 @@ class GeneralStepper(Stepper):
         if self.course is None and not self._read:
             self._read = True
             if at.group.get(COURSE):
-                self.capture.parts, self.capture.vectors = parts, vectors = laid_back(at.group[COURSE], parts, vectors)
+                self.capture.parts, self.capture.vectors = parts, vectors = laid_back(at.group[COURSE], parts, vectors, self._named)
                 self.capture.settled = True
         if self.course is None:
             pieces = [Piece(part.shape, part.kind, part.kind == "embedding") for part in parts]
             self.course = Course(self.meta.config, pieces, [p.numel() for _, p in vectors], like)
             if at.group.get(COURSE):
-                read(self.course, at.group[COURSE], at.memory, parts, vectors)
+                stored = at.group[COURSE]
+                read(self.course, stored, at.memory, parts, vectors)
+                self.repeating, self._to_fit = stored["repeating"], stored["to_fit"]
+                self._last = None if stored["last"] is None else like.new_tensor(stored["last"])
+                # What is loaded between a pass and its step may ask for what was not kept of it.
+                self._loaded = True
         return self.course
 
     @torch.no_grad()
@@ -420,17 +428,23 @@ class GeneralStepper(Stepper):
 
     # --- memories
 
+    @property
+    def _named(self) -> dict[str, nn.Parameter]:
+        return dict(self.capture.root.named_parameters())
+
     def store(self, memory: Memory, group: dict[str, Any]) -> None:
         """See the base class."""
         if self.course is not None:
-            group[COURSE] = laid_out(self.course, memory, self.capture.parts, self.capture.vectors)
-            group[COURSE]["repeating"] = self.repeating
+            group[COURSE] = laid_out(self.course, memory, self.capture.parts, self.capture.vectors, self._named)
+            last = None if self._last is None else self._last.tolist()
+            group[COURSE] |= {"repeating": self.repeating and self._one_batch is None, "to_fit": self._to_fit, "last": last}
         if self._inner is not None and self.repeating:
             self._inner.store(memory, group)
 
     def forget(self) -> None:
         """See the base class."""
         self.course, self._read, self._last, self.repeating = None, False, None, False
+        self._one_batch, self._to_fit = None, None
         if self._inner is not None:
             self._inner.forget()
         self._watch()
@@ -453,11 +467,6 @@ class GeneralStepper(Stepper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._watch()
-
-
-def laid_back(stored: dict[str, Any], parts: list[Any], vectors: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Parts in the layout that passes had shown when the state was stored."""
-    return parts, vectors
 
 
 def _is_random(model: nn.Module) -> bool:

@@ -135,6 +135,7 @@ class Course:
         self.agreement_all = new(())
         self.positions = torch.ones_like(self.usual)
         self.columns = [0] * len(pieces)
+        self.sizes: Tensor | None = None  # of the matrices, at the last look
         self.start_sizes: Tensor | None = None
         self.start_loss: Tensor | None = None
         self.controls: Controls | None = None
@@ -285,16 +286,23 @@ class Course:
         """Make of the controls what steps use."""
         c, layout = self.config, self.layout
         self.controls = controls
-        sizes = torch.maximum(scene.sizes, c.floor * self._natural)
-        self.lengths = controls.stretch * torch.cat([sizes, sizes.new_ones(1)])
-        self.decays = controls.stretch * controls.decay
-        if layout.sizes:
-            self.spread = scene.vectors.clamp_min(c.vector_floor)[self.owner]
+        self.sizes = scene.sizes
+        self.resume(scene.vectors.clamp_min(c.vector_floor))
         for bucket, kept in zip(layout.buckets, self.kept, strict=True):
             found = [self.moments[number] for number in bucket.parts]
             if all(m is not None for m in found):
-                kept.root = _root(bucket, found, controls.damping[:-1][bucket.rows], c.rank)
+                kept.root = root_of(bucket, found, controls.damping[:-1][bucket.rows], c.rank)
             self._plan(bucket, kept)
+
+    def resume(self, vectors: Tensor) -> None:
+        """Make of the controls and the sizes of matrices and vectors what all steps until the next look use."""
+        assert self.controls is not None
+        assert self.sizes is not None
+        sizes = torch.maximum(self.sizes, self.config.floor * self._natural)
+        self.lengths = self.controls.stretch * torch.cat([sizes, sizes.new_ones(1)])
+        self.decays = self.controls.stretch * self.controls.decay
+        if self.layout.sizes:
+            self.spread = vectors[self.owner]
 
     def _plan(self, bucket: Bucket, kept: _Kept) -> None:
         """How often a bucket's directions are made anew, by what they cost beside a pass."""
@@ -411,7 +419,7 @@ def slope(sums: Tensor) -> Tensor:
     return torch.where(square > 0, mean / square.clamp_min(1e-38).sqrt(), 0.0)
 
 
-def _root(bucket: Bucket, found: Sequence[Moment | Tensor | None], damping: Tensor, rank: int) -> Root:
+def root_of(bucket: Bucket, found: Sequence[Moment | Tensor | None], damping: Tensor, rank: int) -> Root:
     """Of all matrices of a bucket."""
     if bucket.way == "diagonal":
         return Root.of_diagonal(torch.cat([m for m in found if isinstance(m, Tensor)]), damping)

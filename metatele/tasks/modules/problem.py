@@ -109,7 +109,9 @@ class Problem:
         if self.change != "freed":
             return []
         layers = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
-        return list(layers[self.seed % max(1, len(layers) - 1)].parameters(recurse=False))
+        found = list(layers[self.seed % max(1, len(layers) - 1)].parameters(recurse=False))
+        every = {id(p) for p in model.parameters()}
+        return [] if every <= {id(p) for p in found} else found  # one layer tied to all others
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """What is minimised: the mean over a batch."""
