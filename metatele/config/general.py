@@ -43,7 +43,7 @@ class GeneralConfig:
     stale: int = setting(2, "steps that a direction is kept for where making it is dear")
 
     # length of a step
-    start: float = setting(0.02, "first step, relative to the size of a matrix")
+    start: float = setting(0.03, "first step, relative to the size of a matrix")
     least: float = setting(1e-6, "least length of a step, relative to the first: from there it comes back at once")
     feedback: float = setting(0.9, "decay of the slope along the last step, which lengthens or shortens the next")
     slow: float = setting(0.99, "decay of squared gradients, beside which the running gradient is measured")

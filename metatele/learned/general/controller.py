@@ -7,7 +7,8 @@ depends on the units of the loss, nor on the order of hidden units.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from metatele.random import generator
 
 AGREEMENT = "agreement of half batches, of the whole network"
+LOOKED_UP = "whether it is of kind embedding"
+CLOCK = "log of steps so far"
 KINDS = ("linear", "conv", "attention", "embedding", "recurrent", "unseen", "vectors")
 
 
@@ -104,7 +107,7 @@ SEEN: tuple[Measure, ...] = (
     Measure("whether the batch is the last one again", "repeats", 0, 1, lambda s: float(s.same)),
     Measure("log of samples seen, for each parameter", "data", -2, 2, lambda s: (_ratio(s)) / 4),
     Measure("log of the batch", "data", 0, 2, lambda s: _logs(s.samples) / 4),
-    Measure("log of steps so far", "clock", 0, 2, lambda s: _logs(1 + s.age) / 5),
+    Measure(CLOCK, "clock", 0, 2, lambda s: _logs(1 + s.age) / 5),
     Measure("progress through the run", "clock", 0, 1, lambda s: max(s.progress, 0.0)),
     Measure("whether the run's length is known", "clock", 0, 1, lambda s: float(s.progress >= 0)),
     Measure("log of the loss over the first", "loss", -3, 1, lambda s: s.fallen / 3),
@@ -160,8 +163,7 @@ class Setting(NamedTuple):
         least: Of ``unit · asked``.
         most: The same.
         bend: To the control.
-        follow: What is asked for at first for each unit of agreement between half batches: without noise, less damping
-            and smaller powers of singular values are taken away.
+        first: What is asked for at first for each unit of what is seen, by its name.
     """
 
     name: str
@@ -171,18 +173,18 @@ class Setting(NamedTuple):
     least: float
     most: float
     bend: Callable[[Tensor], Tensor]
-    follow: float = 0.0
+    first: Mapping[str, float] = MappingProxyType({})
 
 
 SET: tuple[Setting, ...] = (
-    Setting("stretch", False, 0.0, 0.5, -2.0, 2.0, torch.exp),
+    Setting("stretch", False, 0.0, 0.5, -3.0, 2.0, torch.exp, {LOOKED_UP: -3.0}),
     Setting("decay", False, math.log(0.02), 1.5, -4.0, 4.0, torch.exp),
-    Setting("damping", False, math.log(0.5), 1.5, -9.0, 3.0, torch.exp, -4.0),
-    Setting("spectral", False, 3.0, 2.0, -9.0, 3.0, torch.sigmoid, -3.0),
+    Setting("damping", False, math.log(0.5), 1.5, -9.0, 3.0, torch.exp, {AGREEMENT: -4.0}),
+    Setting("spectral", False, 3.0, 2.0, -9.0, 3.0, torch.sigmoid, {AGREEMENT: -3.0}),
     Setting("anneal", False, 0.5, 0.3, -0.5, 1.0, lambda x: x),
     Setting("longest", True, math.log(0.06), 0.5, -3.0, 2.0, torch.exp),
     Setting("target", True, 0.0, 0.2, -0.5, 0.5, lambda x: x),
-    Setting("gain", True, math.log(0.07), 0.5, -2.0, 2.0, torch.exp),
+    Setting("gain", True, math.log(0.3), 0.5, -3.0, 2.0, torch.exp, {CLOCK: -3.7}),
 )
 
 
@@ -215,7 +217,10 @@ class Controller(nn.Module):
         self.inner_bias = nn.Parameter(torch.zeros(hidden))
         self.outer = nn.Parameter(torch.zeros(k, hidden))
         direct = torch.zeros(k, n)
-        direct[:, [m.name for m in SEEN].index(AGREEMENT)] = torch.tensor([s.follow for s in SET])
+        names = [m.name for m in SEEN]
+        for row, setting in enumerate(SET):
+            for name, value in setting.first.items():
+                direct[row, names.index(name)] = value
         self.direct = nn.Parameter(direct)
         self.offset = nn.Parameter(torch.zeros(k))
         self.register_buffer("visible", torch.tensor([float(m.sense not in blind) for m in SEEN]), persistent=False)

@@ -238,10 +238,11 @@ class Course:
         cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
         known = (one > 0) & (two > 0)
         self.agreement = torch.where(known, self.agreement.lerp(2 * cosine / (1 + cosine), share), self.agreement)
-        weight = (one + two).sqrt().clamp_min(TINY)  # layers count alike
-        one, two, across = ((t / weight.square()).sum() for t in (one, two, across))
+        weight = torch.where(known, 1 / (one + two).clamp_min(TINY), 0.0).nan_to_num(0.0, 0.0, 0.0)  # layers count alike
+        one, two, across = ((t * weight).sum() for t in (one, two, across))
         cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
-        self.agreement_all = self.agreement_all.lerp(2 * cosine / (1 + cosine), share)
+        if bool(known.any()):
+            self.agreement_all = self.agreement_all.lerp(2 * cosine / (1 + cosine), share)
 
     def _sight(self, scene: Scene) -> Sight:
         like = self.usual
@@ -299,6 +300,9 @@ class Course:
         assert self.controls is not None
         assert self.sizes is not None
         sizes = torch.maximum(self.sizes, self.config.floor * self._natural)
+        if self.start_sizes is not None:  # steps in proportion to what has grown would make it grow ever faster
+            begun = torch.maximum(self.start_sizes, self.config.floor * self._natural)
+            sizes = torch.minimum(sizes, (sizes * begun).sqrt())
         self.lengths = self.controls.stretch * torch.cat([sizes, sizes.new_ones(1)])
         self.decays = self.controls.stretch * self.controls.decay
         if self.layout.sizes:
@@ -357,7 +361,8 @@ class Course:
         beta = c.momentum * momentum
         V.lerp_(G, 1 - beta)
         rate = self.log_rate.exp() * cooled
-        calm = (self._by_matrix(V) / usual).clamp(TINY, 1).pow(self.controls.anneal[:-1])
+        begun = 1 - c.momentum**self.age
+        calm = (self._by_matrix(V) / (usual * begun)).clamp(TINY, 1).pow(self.controls.anneal[:-1])
         lengths = rate * calm * self.lengths[:-1]
         self.calm = calm.mean()
         X = torch.lerp(V, G, 1 - beta)
@@ -374,7 +379,7 @@ class Course:
             g = G[layout.vectors :]
             self.seconds.lerp_(g.square(), 1 - _SECOND)
             root = (self.seconds / (1 - _SECOND**self.age)).sqrt_().add_(TINY)
-            moved = V[layout.vectors :] / root / (1 - c.momentum**self.age)
+            moved = V[layout.vectors :] / root / begun
             torch.mul(moved, self.spread * (-rate * self.lengths[-1]), out=self.change[layout.vectors :])
         shares = rate * torch.cat([calm, calm.new_ones(1)]) * self.decays
         return self.change, shares
