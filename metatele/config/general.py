@@ -21,7 +21,7 @@ class GeneralConfig:
     """
 
     # the controller
-    hidden: int = setting(12, "size of the controller's hidden layer")
+    hidden: int = setting(0, "size of the controller's hidden layer; 0: its outputs are linear in what it sees")
     blind: tuple[str, ...] = setting((), "numbers the controller does not see, to find out what they are worth")
     hold: int = setting(10, "steps between two looks, at which moments are taken in and the controller is asked")
     warm: int = setting(10, "first steps, each of which is a look")
@@ -50,16 +50,19 @@ class GeneralConfig:
     clip: float = setting(4.0, "times the usual norm, up to which a gradient counts whole")
     floor: float = setting(0.5, "least size of a matrix that steps are relative to, of what its fan-in gives")
     vector_floor: float = setting(0.1, "the same of vectors, root mean square")
+    back: float = setting(4.0, "steps are this much shorter after the loss had left its range")
     cool: float = setting(0.4, "share of the run over which steps fall to nothing where its length is known")
 
     def __post_init__(self) -> None:
         """Check sizes and ranges."""
         check_types(self)
-        require_positive(self, "hidden", "hold", "dense", "rank", "orthogonal", "share", "stale", "start", "least")
+        require_positive(self, "hold", "dense", "rank", "orthogonal", "share", "stale", "start", "least")
         require_positive(self, "floor", "vector_floor", "clip")
         for name in ("momentum", "averaging", "feedback", "slow"):
             require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         require(0 < self.cool <= 1, "cool", "above 0 and at most 1", self.cool)
+        require(self.hidden >= 0, "hidden", "zero or more", self.hidden)
+        require(self.back > 1, "back", "above 1", self.back)
         require(0 <= self.warm < math.inf, "warm", "zero or more", self.warm)
 
     @property

@@ -27,6 +27,7 @@ from metatele.perceptron.losses import kind, level
 
 COURSE = "course"  # key of the first parameter group: what belongs to no single parameter
 _STILL = 1e-8  # relative change below which a network does not move
+_ABOVE_FIRST, _ABOVE_LAST = math.log(1.5), math.log(3.0)  # how far a loss is above the first and the last, to go back
 _PATIENCE = 50  # looks of that before it is said
 
 
@@ -49,6 +50,7 @@ class GeneralStepper(Stepper):
         self._read = False
         self._last: Tensor | None = None  # fingerprint of the last batch
         self._still = 0
+        self._safe: tuple[float, list[Tensor]] | None = None  # log of the loss at a look, and the weights there
         self._warned = False
         self._inner = self._perceptron()
         self._one_batch: OneBatch | None = None
@@ -103,7 +105,11 @@ class GeneralStepper(Stepper):
         elif self.capture.wanted.fingerprint:
             self._compare()
         if course.looks:
-            course.look(self._scene(course, at, same), course.gradient, self.meta.controller)
+            scene = self._scene(course, at, same)
+            if not self.repeating and self._recovers(course, scene, at):
+                self._watch()
+                return True
+            course.look(scene, course.gradient, self.meta.controller)
         change, shares = course.step(at.momentum, self._cooled(course, at))
         if self.repeating:
             self._on_one_batch(course, change, shares, live, at)
@@ -411,6 +417,26 @@ class GeneralStepper(Stepper):
             outputs, gradient = (t.reshape(-1, t.shape[-1]) for t in (outputs, gradient))
         return level(outputs.mT, gradient.mT).reshape(())
 
+    # --- recovery
+
+    @torch.no_grad()
+    def _recovers(self, course: Course, scene: Scene, at: Situation) -> bool:
+        """Go back to where the last looks were, with shorter steps, if the loss has left its range since."""
+        if scene.loss is None or course.start_loss is None:
+            return False
+        loss = float(scene.loss)
+        far = loss > float(course.start_loss) + _ABOVE_FIRST or not math.isfinite(loss)
+        if self._safe is not None and far and not loss <= self._safe[0] + _ABOVE_LAST:
+            for p, kept in zip(self.parameters, self._safe[1], strict=True):
+                p.copy_(kept)
+            course.recover()
+            at.group["rolled_back"] += 1
+            self._safe = None  # if it rises again from there, the steps were not to blame
+            return True
+        if not far:
+            self._safe = loss, [p.detach().clone() for p in self.parameters]
+        return False
+
     # --- warnings
 
     def _heed(self, course: Course, at: Situation) -> None:
@@ -444,7 +470,7 @@ class GeneralStepper(Stepper):
     def forget(self) -> None:
         """See the base class."""
         self.course, self._read, self._last, self.repeating = None, False, None, False
-        self._one_batch, self._to_fit = None, None
+        self._one_batch, self._to_fit, self._safe = None, None, None
         if self._inner is not None:
             self._inner.forget()
         self._watch()
@@ -462,7 +488,7 @@ class GeneralStepper(Stepper):
 
     def __getstate__(self) -> dict[str, Any]:
         """The memories travel as the optimizer's state."""
-        return {**self.__dict__, "course": None, "_read": False, "_last": None}
+        return {**self.__dict__, "course": None, "_read": False, "_last": None, "_safe": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

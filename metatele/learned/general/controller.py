@@ -189,10 +189,10 @@ SET: tuple[Setting, ...] = (
 
 
 class Controller(nn.Module):
-    """A network with one hidden layer, and what its outputs take from the numbers directly.
+    """What is asked for: linear in what is seen, and, with a hidden layer, more than that.
 
     Args:
-        hidden: Its size.
+        hidden: Size of a hidden layer; 0 for none.
         blind: Senses that are hidden from it.
         seed: Of its first weights. Its outputs begin at zero, where each setting is as :data:`SET` begins it.
 
@@ -242,8 +242,9 @@ class Controller(nn.Module):
     def forward(self, sight: Sight) -> Controls:
         """What it sets."""
         numbers = self.seen(sight)
-        asked = torch.tanh(numbers @ self.inner.T + self.inner_bias) @ self.outer.T
-        asked = asked + numbers @ self.direct.T + self.offset
+        asked = numbers @ self.direct.T + self.offset
+        if self.outer.numel():
+            asked = asked + torch.tanh(numbers @ self.inner.T + self.inner_bias) @ self.outer.T
         asked = torch.where(self.joint, asked.mean(0, keepdim=True), asked) * self.unit
         # Bounds are reached smoothly: near the beginning they hardly bend what is asked for.
         below, above = self.least * torch.tanh(asked / self.least), self.most * torch.tanh(asked / self.most)

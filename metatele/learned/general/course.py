@@ -384,6 +384,14 @@ class Course:
         shares = rate * torch.cat([calm, calm.new_ones(1)]) * self.decays
         return self.change, shares
 
+    def recover(self) -> None:
+        """Begin anew with shorter steps, at weights that the last ones have not changed."""
+        self.velocity.zero_()
+        self.change.zero_()
+        self.slopes, self.slopes_long = torch.zeros_like(self.slopes), torch.zeros_like(self.slopes_long)
+        self.log_rate = self.log_rate - math.log(self.config.back)
+        self.age += 1
+
     def _direction(self, bucket: Bucket, kept: _Kept, X: Tensor) -> Tensor:
         c = self.config
         assert self.controls is not None
