@@ -178,8 +178,8 @@ class Setting(NamedTuple):
 
 SET: tuple[Setting, ...] = (
     Setting("stretch", False, 0.0, 0.5, -3.0, 2.0, torch.exp, {LOOKED_UP: -3.0}),
-    Setting("decay", False, math.log(0.02), 1.5, -4.0, 4.0, torch.exp),
-    Setting("damping", False, math.log(0.5), 1.5, -9.0, 3.0, torch.exp, {AGREEMENT: -4.0}),
+    Setting("decay", False, math.log(0.09), 1.5, -4.0, 4.0, torch.exp),
+    Setting("damping", False, math.log(1.66), 1.5, -9.0, 3.0, torch.exp),
     Setting("spectral", False, 3.0, 2.0, -9.0, 3.0, torch.sigmoid, {AGREEMENT: -3.0}),
     Setting("anneal", False, 0.5, 0.3, -0.5, 1.0, lambda x: x),
     Setting("longest", True, math.log(0.06), 0.5, -3.0, 2.0, torch.exp),

@@ -423,7 +423,10 @@ class Course:
         if self.age >= 2:
             grown = self.log_rate + controls.gain * (controls.target - slope(self.slopes))
             most = controls.longest.log() - self.calm.log()
-            self.log_rate = torch.minimum(grown, most).clamp_min(math.log(c.least * c.start))
+            # Batches of one epoch lean against each other, which looks like a slope that rises: without a bound steps
+            # would shorten for ever.
+            least = math.log(c.least * c.start / (1 + self.age / c.ageing))
+            self.log_rate = torch.minimum(grown, most).clamp_min(least)
 
 
 def slope(sums: Tensor) -> Tensor:
