@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 WAYS = ("dense", "factor", "diagonal")  # how the second moments of a matrix's inputs are kept
