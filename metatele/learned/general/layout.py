@@ -54,6 +54,7 @@ class Layout:
         size: Of the flat tensor.
 
     Example:
+        >>> import torch
         >>> layout = Layout([(1, 2, 3), (1, 4, 4), (2, 2, 3)], ["dense"] * 3, [5])
         >>> [(bucket.shape, bucket.parts) for bucket in layout.buckets], layout.size
         ([((3, 2, 3), (0, 2)), ((1, 4, 4), (1,))], 39)
