@@ -130,7 +130,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"max_drift must be positive, got {max_drift}")
         refuse_sharded(unwrapped(model).parameters(), "LearnedOptimizer")
         if checkpoint is None:
-            checkpoint = checkpoints.load(named_checkpoint("transfer"))  # also where a folder has this name
+            checkpoint = checkpoints.load(named_checkpoint("general"))  # also where a folder has this name
         elif isinstance(checkpoint, str | Path):
             checkpoint = checkpoints.load(checkpoint)
         self.model = model
