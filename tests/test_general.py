@@ -353,6 +353,32 @@ def test_scaled_and_clipped_gradients_are_steps_as_others():
     assert torch.isfinite(flat(two)).all()
 
 
+@pytest.mark.parametrize("name", ["perceptron", "language"])
+@pytest.mark.parametrize("steps", [range(24), [-1] * 24])
+def test_gradients_may_be_zeroed_before_and_after_the_forward_pass_or_after_the_step(name, steps):
+    found = []
+    for when in ("before", "between", "after", "by the model"):
+        model = make(name)
+        optimizer = optimizer_of(model)
+        for step in steps:
+            if when == "before":
+                optimizer.zero_grad()
+            loss = loss_of(name, model, step, squared=True)
+            if when == "between":
+                optimizer.zero_grad()
+            if when == "by the model":
+                model.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if when == "after":
+                optimizer.zero_grad()
+        rows = optimizer.describe().rows
+        assert [row.name for row in rows if "by moments" in row.how] == ["places"] * (name == "language")
+        found.append(flat(model))
+    for other in found[1:]:
+        assert torch.equal(found[0], other)
+
+
 def test_accumulated_batches_are_one():
     one, two = make("skips"), make("skips")
     first, second = optimizer_of(one), optimizer_of(two)

@@ -321,12 +321,19 @@ class Watch:
     def _uncount(self) -> None:
         self._counted, self._totals, self._partial = [], {}, False
 
-    def clear(self) -> None:
-        """Forget what was seen."""
+    def clear(self, ahead: bool = False) -> None:
+        """Forget what was seen.
+
+        Args:
+            ahead: Keep passes whose gradients may still come, as where gradients are zeroed after the forward pass.
+        """
+        self._uncount()
+        self._pending = {}
+        if ahead:
+            return
         for passed in self._live:
             passed.release()
-        self._uncount()
-        self._pending, self._live, self._inner, self._called = {}, [], [], False
+        self._live, self._inner, self._called = [], [], False
 
     # --- what was seen
 

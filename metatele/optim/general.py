@@ -92,6 +92,12 @@ class GeneralStepper(Stepper):
         if self._inner is not None:
             self._inner.capture.clear()
 
+    def zeroed(self) -> None:
+        """See the base class."""
+        self.capture.clear(ahead=True)
+        if self._inner is not None:
+            self._inner.capture.clear()
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All of the model's, each once."""

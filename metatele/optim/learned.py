@@ -206,7 +206,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and forget the layer inputs they came from."""
-        self.stepper.clear()
+        self.stepper.zeroed()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -223,6 +223,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self.stepper.clear()
         return loss
 
+    @torch._disable_dynamo  # of a step that is compiled this runs as it is
     def _advance(self, loss: Any = None) -> None:
         found = {id(p): group for group in self.param_groups for p in group["params"]}
         parameters = self.stepper.parameters

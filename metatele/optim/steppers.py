@@ -124,6 +124,10 @@ class Stepper(ABC):
         """Forget what the passes showed."""
         self.capture.clear()
 
+    def zeroed(self) -> None:
+        """Forget what the passes showed whose gradients have come; others may have been made before gradients are zeroed."""
+        self.clear()
+
     @property
     @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
