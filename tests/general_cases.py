@@ -57,7 +57,8 @@ class Skips(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.inner, self.norm, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+        self.first, self.inner = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.norm, self.last = nn.LayerNorm(8), nn.Linear(8, 4)
 
     def forward(self, x):
         h = torch.tanh(self.first(x))

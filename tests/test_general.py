@@ -477,7 +477,7 @@ def test_compiled_models_and_steps_learn(what):
     called = torch.compile(model, backend="aot_eager") if what == "model" else model
     step = torch.compile(optimizer.step, backend="eager") if what == "step" else optimizer.step
     losses = []
-    for number in range(4):
+    for _ in range(4):
         optimizer.zero_grad()
         loss = loss_of("skips", called, 0)
         loss.backward()

@@ -322,11 +322,7 @@ class Watch:
         self._counted, self._totals, self._partial = [], {}, False
 
     def clear(self, ahead: bool = False) -> None:
-        """Forget what was seen.
-
-        Args:
-            ahead: Keep passes whose gradients may still come, as where gradients are zeroed after the forward pass.
-        """
+        """Forget what was seen; ``ahead`` keeps passes made before, whose gradients may still come."""
         self._uncount()
         self._pending = {}
         if ahead:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
+
+from metatele.network.watch import Watch
 
 
 class Row(NamedTuple):
@@ -25,6 +27,34 @@ class Row(NamedTuple):
     how: str
     why: str
     parameters: tuple[nn.Parameter, ...] = ()
+
+
+def rows_of(
+    watch: Watch, moments: Sequence[bool] | None, by_gradient: Collection[int], once: Sequence[bool]
+) -> list[Row]:
+    """How the general family steps a module.
+
+    Args:
+        watch: What its passes showed.
+        moments: Whether there are moments for each part; ``None`` before the first step.
+        by_gradient: Numbers of the parts whose moments are of their gradients.
+        once: Whether each is stepped as on one batch that comes again.
+    """
+    found = []
+    for number, (part, (name, shape, kind, why)) in enumerate(zip(watch.parts, watch.table(), strict=False)):
+        if moments is None and kind == "unseen":
+            how, why = "by moments of its gradient, unless passes show more", "its layer is of no known type"
+        elif moments is None:
+            how, why = f"{kind}, by its inputs", "by the type of its layer: no step was made"
+        elif number in by_gradient:
+            how = "by moments of its gradient"
+        else:
+            how = f"{kind}: {'inputs seen' if moments[number] else 'nothing was seen yet'}"
+        owners = (part.weight,) if part.bias is None else (part.weight, part.bias)
+        found.append(Row(name, shape, how + ", on one batch" * once[number], why, owners))
+    for name, p in watch.vectors:
+        found.append(Row(name, tuple(p.shape), "vector", "no matrix: by squares of its gradient", (p,)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -62,7 +92,10 @@ def described(rows: Sequence[Row], rates: dict[int, float], begun: bool) -> Desc
         rates: Of each parameter that is in a group, by its ``id``.
         begun: Whether a step was made.
     """
-    found = [row._replace(**dict(zip(("how", "why"), _still(row, rates), strict=True))) for row in rows]
+    found = []
+    for row in rows:
+        how, why = _still(row, rates)
+        found.append(row._replace(how=how, why=why))
     note = "" if begun else "No step was made yet: after the first one the table says what the passes showed."
     return Description(tuple(found), note)
 

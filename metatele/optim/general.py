@@ -20,7 +20,7 @@ from metatele.network.reduced import Look
 from metatele.network.use import is_same_batch
 from metatele.network.wanted import NOTHING
 from metatele.network.watch import Watch, unwrapped
-from metatele.optim.described import Row
+from metatele.optim.described import Row, rows_of
 from metatele.optim.equivariant import NETWORK, EquivariantStepper
 from metatele.optim.moving import Moves, apply, gather, real
 from metatele.optim.one_batch import OneBatch
@@ -129,7 +129,7 @@ class GeneralStepper(Stepper):
         same = self._compare() if looks or self.capture.wanted.fingerprint else False
         if looks:
             self._refuse_replaced()
-            scene = self._scene(course, at, moves, same)
+            scene = scene_of(course, self.capture, at, moves, self._by_gradient, same)
             if not self.repeating and self._recovers(course, scene, at):
                 self._watch()
                 return True
@@ -307,10 +307,6 @@ class GeneralStepper(Stepper):
         self._last = numbers
         return same
 
-    def _scene(self, course: Course, at: Situation, moves: Moves, same: bool) -> Scene:
-        config = self.meta.config
-        return scene_of(course, self.capture, at, moves, self._by_gradient, same, config.dense, config.rank)
-
     # --- recovery
 
     @torch.no_grad()
@@ -434,25 +430,10 @@ class GeneralStepper(Stepper):
 
     def rows(self) -> list[Row]:
         """See the base class."""
-        found, course = [], self.course
-        table = self.capture.table()
-        for number, (part, (name, shape, sort, why)) in enumerate(zip(self.capture.parts, table, strict=False)):
-            if course is None:
-                how = "by moments of its gradient, unless passes show more" if sort == "unseen" else f"{sort}, by its inputs"
-                why = "by the type of its layer: no step was made" if sort != "unseen" else "its layer is of no known type"
-            elif number in self._by_gradient:
-                how = "by moments of its gradient"
-            elif course.moments[number] is None:
-                how = f"{sort}: nothing was seen yet"
-            else:
-                how = f"{sort}: inputs seen"
-            if self.repeating and (self._one_batch is None or number in self._one_batch.layers):
-                how += ", on one batch"
-            owners = (part.weight,) if part.bias is None else (part.weight, part.bias)
-            found.append(Row(name, shape, how, why, owners))
-        for name, p in self.capture.vectors:
-            found.append(Row(name, tuple(p.shape), "vector", "no matrix: by squares of its gradient", (p,)))
-        return found
+        layers = () if self._one_batch is None else self._one_batch.layers
+        once = [self.repeating and (self._inner is not None or n in layers) for n in range(len(self.capture.parts))]
+        moments = None if self.course is None else [m is not None for m in self.course.moments]
+        return rows_of(self.capture, moments, self._by_gradient, once)
 
 
 def _under(memory: Memory) -> dict[Any, dict[str, Any]]:

@@ -129,6 +129,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"lr must be zero or positive, got {lr}")
         if not max_drift > 0:
             raise ValueError(f"max_drift must be positive, got {max_drift}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         refuse_sharded(unwrapped(model).parameters(), "LearnedOptimizer")
         if checkpoint is None:
             checkpoint = checkpoints.load(named_checkpoint("transfer"))  # also where a folder has this name
@@ -223,7 +225,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self.stepper.clear()
         return loss
 
-    @torch._disable_dynamo  # of a step that is compiled this runs as it is
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # of a step that is compiled this runs as it is
     def _advance(self, loss: Any = None) -> None:
         found = {id(p): group for group in self.param_groups for p in group["params"]}
         parameters = self.stepper.parameters
@@ -246,7 +248,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         sign = -1.0 if first["maximize"] else 1.0
         decays = [0.0 if group is None else float(group["weight_decay"]) for group in groups]
         momentum = first.get("momentum", 1.0)
-        value = sign * float(torch.as_tensor(loss).detach()) if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1) else None
+        value = loss.detach() if isinstance(loss, Tensor) else loss
+        known = isinstance(value, float) or (isinstance(value, Tensor) and value.numel() == 1)
+        value = sign * float(value) if known else None
         at = Situation(parameters, rates, decays, sign, momentum, self._memory, first, weight.dtype, value)
         if not any(rates):
             self._count(advance=0)
@@ -272,7 +276,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Example:
             >>> from metatele.config import EquivariantConfig
             >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-            >>> optimizer = LearnedOptimizer(model, EquivariantOptimizer(EquivariantConfig()), params=model[0].parameters())
+            >>> meta = EquivariantOptimizer(EquivariantConfig())
+            >>> optimizer = LearnedOptimizer(model, meta, params=model[0].parameters())
             >>> [(row.name, row.shape, row.how) for row in optimizer.describe().rows]
             [('0.weight', (1, 4, 4), 'linear: inputs seen'), ('2.weight', (1, 2, 5), 'in no group')]
         """

@@ -93,7 +93,10 @@ class OneBatch:
             self.layers = [
                 number
                 for number, one in seen.items()
-                if one.columns and isinstance(one.inputs, Moment) and one.errors is not None and len(gradients[number]) == 1
+                if isinstance(one.inputs, Moment)
+                and one.errors is not None
+                and one.columns
+                and len(gradients[number]) == 1
             ]
         if not self.layers or any(number not in seen for number in self.layers):
             return None
@@ -132,7 +135,7 @@ class OneBatch:
         layers = []
         like = torch.empty(0, dtype=next(self.meta.parameters()).dtype, device=self.watch.parts[0].weight.device)
         for number, (p, prefix) in enumerate(self._homes()):
-            entry = memory[p] if p in memory else {}
+            entry = memory.get(p, {})
             mine = {name.removeprefix(prefix): t for name, t in entry.items() if name.startswith(prefix)}
             mine = stored["elsewhere"].get(str(number)) or mine
             layers.append({name: t.detach().to(like.device) for name, t in mine.items()})
@@ -171,10 +174,14 @@ class OneBatch:
 
         for gradient, value in vectors:
             n = value.numel()
-            one = value.new_ones(1, 1, 1)
+            always = value.new_ones(1, 1, 1)
             mine.append(gradient.reshape(1, n, 1))
-            even = Moment(torch.eye(n, dtype=dtype, device=value.device)[None]) if n <= self.meta.config.dense else Moment(one.new_zeros(1, n, 1), one)
-            uses.append(Use(Moment(one), even, value.square().mean().reshape(1), samples))
+            even = (
+                Moment(torch.eye(n, dtype=dtype, device=value.device)[None])
+                if n <= self.meta.config.dense
+                else Moment(value.new_zeros(1, n, 1), always)
+            )
+            uses.append(Use(Moment(always), even, value.square().mean().reshape(1), samples))
 
         def used(wanted: Collection[int]) -> list[Use]:
             return uses
@@ -183,9 +190,7 @@ class OneBatch:
             squares = [weights[number].square().sum() for number in self.layers]
             return torch.stack([*squares, *(value.square().sum() for _, value in vectors)])[None]
 
-        return Observation(
-            mine, samples, lambda: fingerprint, outputs[None], sign * error[None], used, sizes
-        )
+        return Observation(mine, samples, lambda: fingerprint, outputs[None], sign * error[None], used, sizes)
 
 
 def _first(moment: Moment | Tensor | None) -> Moment | None:

@@ -17,9 +17,7 @@ from metatele.perceptron.losses import level
 
 
 @torch.no_grad()
-def scene_of(
-    course: Course, watch: Watch, at: Situation, moves: Moves, by_gradient: set[int], same: bool, dense: int, rank: int
-) -> Scene:
+def scene_of(course: Course, watch: Watch, at: Situation, moves: Moves, by_gradient: set[int], same: bool) -> Scene:
     """What the passes showed.
 
     Args:
@@ -30,8 +28,6 @@ def scene_of(
         by_gradient: Numbers of the parts whose moments are of their gradients, as their inputs were never seen; those
             seen now leave it.
         same: Whether the batch is the last one again.
-        dense: Rows up to which a moment is kept whole.
-        rank: Columns of the factor of a wider one.
     """
     parts, layout, like = watch.parts, course.layout, course.usual
     pieces: dict[int, Glimpse] = {}
@@ -47,7 +43,7 @@ def scene_of(
                 course.moments[number], course.taken[number] = None, 0
         elif moves.weights[number] and (number in by_gradient or course.moments[number] is None):
             by_gradient.add(number)
-            pieces[number] = _by_gradient(course, number, known, dense, rank)
+            pieces[number] = _by_gradient(course, number, known)
     sizes = like.new_zeros(layout.matrices)
     norms = torch._foreach_norm([part.of(part.weight) for part in parts]) if parts else []
     for number, (part, norm) in enumerate(zip(parts, norms, strict=True)):
@@ -76,7 +72,7 @@ def scene_of(
     )
 
 
-def _by_gradient(course: Course, number: int, known: Glimpse | None, dense: int, rank: int) -> Glimpse:
+def _by_gradient(course: Course, number: int, known: Glimpse | None) -> Glimpse:
     """A piece whose inputs are not known: by the moments of its gradient, of trace 1."""
     G = course.layout.part(course.gradient, number)
     inputs: Moment | Tensor | None
@@ -84,7 +80,7 @@ def _by_gradient(course: Course, number: int, known: Glimpse | None, dense: int,
         found = G.square().sum((0, 1))[None]
         inputs = found / found.sum() if float(found.sum()) > 0 else None
     else:
-        moment = Moment.of(G.mT, dense, rank)
+        moment = Moment.of(G.mT, course.config.dense, course.config.rank)
         inputs = moment.scaled(1 / moment.trace.sum()) if float(moment.trace.sum()) > 0 else None
     if known is None:
         return Glimpse(inputs, None, G.shape[1], 1.0)

@@ -125,7 +125,7 @@ class Stepper(ABC):
         self.capture.clear()
 
     def zeroed(self) -> None:
-        """Forget what the passes showed whose gradients have come; others may have been made before gradients are zeroed."""
+        """Forget what came; passes made before gradients are zeroed may still get theirs."""
         self.clear()
 
     @property
@@ -196,7 +196,7 @@ class SequentialStepper(Stepper):
         names = {id(p): name for name, p in self.model.named_parameters()}
         found = []
         for linear in self.capture.linears:
-            owners = tuple(p for p in (linear.weight, linear.bias) if p is not None)
+            owners = tuple(p for p in linear._parameters.values() if p is not None)
             shape = (1, linear.out_features, linear.in_features + len(owners) - 1)
             found.append(Row(names.get(id(linear.weight), "?"), shape, "linear: inputs seen", "a perceptron", owners))
         return found

@@ -16,6 +16,7 @@ from metatele.network.use import Moment
 Memory = MutableMapping[Any, dict[str, Any]]
 _FLAT = {"momentum": "velocity", "change": "change"}  # as large as the parameters
 _ROWS = ("usual", "agreement", "positions", "sizes", "start_sizes")  # a number of each matrix
+_PLAIN = ("log_rate", "slopes", "slopes_long", "agreement_all", "calm")
 _APART = [s.name for s in SET if not s.joint]
 _JOINT = [s.name for s in SET if s.joint]
 
@@ -72,7 +73,7 @@ def laid_out(
         bucket, kept = next((b, k) for b, k in zip(layout.buckets, course.kept, strict=True) if number in b.parts)
         if kept.factor is not None:
             entry[prefix + "factor"] = kept.factor[rows.start - bucket.first : rows.stop - bucket.first].clone()
-    joint = {name: getattr(course, name).tolist() for name in ("log_rate", "slopes", "slopes_long", "agreement_all", "calm")}
+    joint = {name: getattr(course, name).tolist() for name in _PLAIN}
     return {
         **joint,
         "elsewhere": elsewhere,
@@ -103,7 +104,7 @@ def read(
     layout, like, elsewhere = course.layout, course.usual, stored["elsewhere"]
     names = {id(p): name for name, p in named.items()}
     memory = {p: elsewhere.get(names[id(p)]) or memory[p] for p in _parameters(parts, vectors)}
-    for name in ("log_rate", "slopes", "slopes_long", "agreement_all", "calm"):
+    for name in _PLAIN:
         setattr(course, name, like.new_tensor(stored[name]))
     course.age, course.epochs, course.hashes = stored["age"], stored["epochs"], set(stored["hashes"])
     course.columns, course.taken = list(stored["columns"]), list(stored["taken"])
@@ -138,8 +139,8 @@ def read(
             factors[number] = entry[prefix + "factor"].to(like)
     if stored["vectors"] is not None:
         apart[:, -1] = like.new_tensor(stored["vectors"])
-        values = dict(zip(_APART, apart, strict=True)) | dict(zip(_JOINT, like.new_tensor(stored["joint"]), strict=True))
-        course.controls = Controls(**values)
+        joint = dict(zip(_JOINT, like.new_tensor(stored["joint"]), strict=True))
+        course.controls = Controls(**dict(zip(_APART, apart, strict=True)), **joint)
         course.resume(like.new_tensor(stored["vector_scale"]))
     for bucket, kept in zip(layout.buckets, course.kept, strict=True):
         found = [course.moments[number] for number in bucket.parts]
