@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-IN_THE_WHEEL = ("lr-tele", "transfer")  # 0.6 MB together; the two others take 27 MB
+IN_THE_WHEEL = ("general", "lr-tele", "transfer")  # 0.7 MB together; the two others take 27 MB
 
 
 class BuildWithCheckpoints(build_py):

@@ -11,7 +11,8 @@ from metatele.errors import CheckpointError
 
 # Name to what it is and its size, as a user decides by them.
 NAMED = {
-    "transfer": "the learned optimizer for networks of every shape, 43 KB",
+    "general": "the learned optimizer for any module, 45 KB",
+    "transfer": "the learned optimizer for perceptrons of every shape, 43 KB",
     "lr-tele": "the paper's LSTM(lr,tele), 0.6 MB",
     "update": "the paper's LSTM(update), 9 MB",
     "update-tele": "the paper's LSTM(update,tele), 18 MB",
@@ -23,10 +24,10 @@ _PACKAGE = Path(__file__).resolve().parent
 def named_checkpoint(name: str) -> Path:
     """Folder of a published checkpoint.
 
-    A wheel brings the small ones (``transfer``, ``lr-tele``); a copy of the repository has all.
+    A wheel brings the small ones (``general``, ``transfer``, ``lr-tele``); a copy of the repository has all.
 
     Args:
-        name: One of ``transfer``, ``lr-tele``, ``update``, ``update-tele``.
+        name: One of ``general``, ``transfer``, ``lr-tele``, ``update``, ``update-tele``.
 
     Returns:
         A folder with ``config.json`` and ``model.safetensors``, for :func:`metatele.load`.

@@ -84,11 +84,16 @@ _Came = tuple[_Pass, "_Live | None", list[Sums], "Tensor | None"]
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside of wrappers for several processes, devices, compilation or precision.
 
+    Raises:
+        TypeError: What is given is no module.
+
     Example:
         >>> inside = nn.Linear(3, 2)
         >>> unwrapped(nn.DataParallel(inside)) is inside
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     while (inside := _WRAPPERS.get(type(model).__name__)) is not None and isinstance(
         getattr(model, inside, None), nn.Module
     ):
@@ -325,11 +330,10 @@ class Watch:
         """Forget what was seen; ``ahead`` keeps passes made before, whose gradients may still come."""
         self._uncount()
         self._pending = {}
-        if ahead:
-            return
-        for passed in self._live:
-            passed.release()
-        self._live, self._inner, self._called = [], [], False
+        if not ahead:
+            for passed in self._live:
+                passed.release()
+            self._live, self._inner, self._called = [], [], False
 
     # --- what was seen
 
@@ -442,6 +446,5 @@ class Watch:
 
 
 def _remove(handles: dict[int, Any]) -> None:
-    for handle in handles.values():
-        handle.remove()
-    handles.clear()
+    while handles:
+        handles.popitem()[1].remove()

@@ -129,11 +129,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"lr must be zero or positive, got {lr}")
         if not max_drift > 0:
             raise ValueError(f"max_drift must be positive, got {max_drift}")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         refuse_sharded(unwrapped(model).parameters(), "LearnedOptimizer")
         if checkpoint is None:
-            checkpoint = checkpoints.load(named_checkpoint("transfer"))  # also where a folder has this name
+            checkpoint = checkpoints.load(named_checkpoint("general"))  # also where a folder has this name
         elif isinstance(checkpoint, str | Path):
             checkpoint = checkpoints.load(checkpoint)
         self.model = model

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from metatele.config import EvolutionTrainingConfig, GeneralRunConfig, ModulesCo
 from metatele.errors import CheckpointError, ConfigError, DivergedError
 from metatele.files import write_atomically
 from metatele.learned.families import learned_family
+from metatele.learned.general.optimizer import GeneralOptimizer
 from metatele.named import named_checkpoint
 from metatele.optim.learned import LearnedOptimizer
 from metatele.tasks.modules import Modules
@@ -77,8 +78,8 @@ def _flat(meta: nn.Module) -> Tensor:
 
 def _evolved(meta: nn.Module) -> list[nn.Parameter]:
     """What is changed of a meta-optimizer: what it says, else all parameters."""
-    found: list[nn.Parameter] = meta.evolved() if hasattr(meta, "evolved") else list(meta.parameters())
-    return found
+    evolved: Callable[[], list[nn.Parameter]] = getattr(meta, "evolved", lambda: list(meta.parameters()))
+    return evolved()
 
 
 @torch.no_grad()
@@ -365,7 +366,7 @@ class GeneralTrainer(EvolutionTrainer):
 
 
 def _built(config: GeneralRunConfig) -> nn.Module:
-    meta = learned_family("general").build(config.method, config.task, config.seed)
+    meta = cast("GeneralOptimizer", learned_family("general").build(config.method, config.task, config.seed))
     meta.repeated.load_state_dict(load(named_checkpoint("transfer")).optimizer.state_dict())
     return meta
 

@@ -39,7 +39,7 @@ from metatele.learned.equivariant.states import Bend, EquivariantStates
 from metatele.learned.equivariant.step import EquivariantStep, advance
 from metatele.learned.lstm import LSTMState, StackedLSTM
 from metatele.network.use import ONE_BATCH
-from metatele.perceptron.mlp import MLP
+from metatele.perceptron.mlp import MLP, Pass
 from metatele.random import generator
 
 
@@ -99,6 +99,10 @@ class EquivariantOptimizer(nn.Module):
     def opens(self, mlp: MLP) -> bool:
         """Whether the first step on such a network is a teleport."""
         return self.config.opening and any(k <= self.config.dense for k in mlp.hidden_widths)
+
+    def observed(self, done: Pass) -> Observation:
+        """What :meth:`step` is given of a pass."""
+        return Observation.of(done, self.config.dense, self.config.rank)
 
     def state_bytes(self, mlp: MLP) -> int:
         """Memory of one trajectory's states in float32, at most.

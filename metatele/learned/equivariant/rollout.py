@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from metatele.learned.equivariant.observation import Observation, parted
+from metatele.learned.equivariant.observation import parted
 from metatele.learned.equivariant.old_states import read_old
 from metatele.learned.equivariant.optimizer import EquivariantOptimizer
 from metatele.learned.equivariant.states import EquivariantStates
+from metatele.learned.general.optimizer import GeneralOptimizer
 from metatele.learned.unrolled import Observer
 from metatele.perceptron.mlp import Pass, attach_gradient
 from metatele.tasks import Fitting
@@ -59,7 +60,7 @@ class Rollout:
 
     def advanced(
         self,
-        optimizer: EquivariantOptimizer,
+        optimizer: EquivariantOptimizer | GeneralOptimizer,
         *,
         observe: Observer | None = None,
         remat: bool = False,
@@ -81,8 +82,7 @@ class Rollout:
             weights = optimizer.opening(mlp, self.weights, self.problems.batch(0)[0]).weights
             loss, done = self.problems.visit(weights, 1)
             return Rollout(self.problems, weights, loss, done, None, 1)
-        c = optimizer.config
-        stepped = optimizer.step(Observation.of(self.done, c.dense, c.rank), self.states, pauses)
+        stepped = optimizer.step(optimizer.observed(self.done), self.states, pauses)
         if observe is not None:
             observe(self, stepped)
         weights = self.weights + mlp.flatten(parted(stepped.changes, mlp.biases))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 WAYS = ("dense", "factor", "diagonal")  # how the second moments of a matrix's inputs are kept
@@ -55,6 +54,7 @@ class Layout:
         size: Of the flat tensor.
 
     Example:
+        >>> import torch
         >>> layout = Layout([(1, 2, 3), (1, 4, 4), (2, 2, 3)], ["dense"] * 3, [5])
         >>> [(bucket.shape, bucket.parts) for bucket in layout.buckets], layout.size
         ([((3, 2, 3), (0, 2)), ((1, 4, 4), (1,))], 39)

@@ -22,8 +22,13 @@ from __future__ import annotations
 from torch import nn
 
 from metatele.config import EquivariantConfig, GeneralConfig
+from metatele.learned.equivariant.observation import Observation
+from metatele.learned.equivariant.opening import Opening
 from metatele.learned.equivariant.optimizer import EquivariantOptimizer
+from metatele.learned.equivariant.states import EquivariantStates
+from metatele.learned.equivariant.step import EquivariantStep
 from metatele.learned.general.controller import Controller
+from metatele.perceptron.mlp import MLP, Pass
 
 
 class GeneralOptimizer(nn.Module):
@@ -48,6 +53,25 @@ class GeneralOptimizer(nn.Module):
         self.config = config
         self.controller = Controller(config.hidden, config.blind, seed)
         self.repeated = EquivariantOptimizer(EquivariantConfig(), seed)
+
+    @property
+    def opening(self) -> Opening:
+        """The teleport before the first of :meth:`step`."""
+        return self.repeated.opening
+
+    def opens(self, mlp: MLP) -> bool:
+        """Whether that is made on such a network."""
+        return self.repeated.opens(mlp)
+
+    def observed(self, done: Pass) -> Observation:
+        """What :meth:`step` is given of a pass."""
+        return self.repeated.observed(done)
+
+    def step(
+        self, seen: Observation, states: EquivariantStates | None, pauses: bool = True, spend: bool = False
+    ) -> EquivariantStep:
+        """A step of batched perceptrons on one batch, as :meth:`EquivariantOptimizer.step`: that of ``repeated``."""
+        return self.repeated.step(seen, states, pauses, spend)
 
     def evolved(self) -> list[nn.Parameter]:
         """The parameters that meta-training changes: the controller's."""
