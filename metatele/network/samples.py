@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def sample_hashes(batch: Tensor) -> Tensor:
         >>> one == again, one == other
         (True, False)
     """
-    x = batch.detach().reshape(len(batch), -1)
+    x = batch.detach().reshape(len(batch), prod(batch.shape[1:]))
     if x.is_floating_point():
         bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
         x = (x + 0.0).contiguous().view(bits)

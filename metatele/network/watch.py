@@ -326,12 +326,14 @@ class Watch:
     def _uncount(self) -> None:
         self._counted, self._totals, self._partial = [], {}, False
 
-    def clear(self) -> None:
-        """Forget what was seen."""
-        for passed in self._live:
-            passed.release()
+    def clear(self, ahead: bool = False) -> None:
+        """Forget what was seen; ``ahead`` keeps passes made before, whose gradients may still come."""
         self._uncount()
-        self._pending, self._live, self._inner, self._called = {}, [], [], False
+        self._pending = {}
+        if not ahead:
+            for passed in self._live:
+                passed.release()
+            self._live, self._inner, self._called = [], [], False
 
     # --- what was seen
 
@@ -444,6 +446,5 @@ class Watch:
 
 
 def _remove(handles: dict[int, Any]) -> None:
-    for handle in handles.values():
-        handle.remove()
-    handles.clear()
+    while handles:
+        handles.popitem()[1].remove()

@@ -5,34 +5,45 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metatele.errors import ShapeMismatchError, UnsupportedModelError
-from metatele.learned.general.course import Course, Glimpse, Piece, Scene
+from metatele.errors import MetateleError, ShapeMismatchError, UnsupportedModelError
+from metatele.learned.general.course import Course, Piece, Scene
 from metatele.learned.general.memory import laid_back, laid_out, read
 from metatele.learned.general.optimizer import GeneralOptimizer
-from metatele.network import ranks
 from metatele.network.parts import parts_of
 from metatele.network.reduced import Look
 from metatele.network.use import is_same_batch
 from metatele.network.wanted import NOTHING
 from metatele.network.watch import Watch, unwrapped
-from metatele.optim.equivariant import EquivariantStepper
+from metatele.optim.described import Row, rows_of
+from metatele.optim.equivariant import NETWORK, EquivariantStepper
+from metatele.optim.moving import Moves, apply, gather, real
 from metatele.optim.one_batch import OneBatch
+from metatele.optim.scenes import ends_of, scene_of
 from metatele.optim.steppers import Memory, Situation, Stepper
-from metatele.perceptron.losses import kind, level
+from metatele.perceptron.losses import kind
 
 COURSE = "course"  # key of the first parameter group: what belongs to no single parameter
+ONE_BATCH = "one_batch"  # key there of what belongs to none while one batch comes again and again
+_ONE = "one."  # what that mode remembers of a parameter begins so
 _STILL = 1e-8  # relative change below which a network does not move
 _ABOVE_FIRST, _ABOVE_LAST = math.log(1.5), math.log(3.0)  # how far a loss is above the first and the last, to go back
 _PATIENCE = 50  # looks of that before it is said
+_LOST = 3  # steps in a row whose gradients are not finite, to go back
+_MANY_LOST = 10  # of those, before it is said
 
 
 class GeneralStepper(Stepper):
     """Whitened momentum with a controller's settings; on a batch that comes again, the equivariant family's step.
+
+    A gradient or closure's loss that is not finite makes no step: ``skipped`` of the first group counts those. All that
+    a step depends on is saved, but the weights that a run goes back to when its loss leaves its range between two
+    looks: a resumed run has none until its next look.
 
     Attributes:
         course: Where the network is on its way; ``None`` before the first step.
@@ -45,17 +56,20 @@ class GeneralStepper(Stepper):
     def __init__(self, meta: GeneralOptimizer, model: nn.Module) -> None:
         self.meta, self.model = meta, model
         self.capture = Watch(model, *parts_of(unwrapped(model)))
+        self._inner = self._perceptron()
+        self._still, self._lost, self._warned = 0, 0, False
+        self._begin()
+        self._watch()
+
+    def _begin(self) -> None:
+        """Remember nothing."""
         self.course: Course | None = None
         self.repeating = False
-        self._read = False
-        self._last: Tensor | None = None  # fingerprint of the last batch
-        self._still = 0
-        self._safe: tuple[float, list[Tensor]] | None = None  # log of the loss at a look, and the weights there
-        self._warned = False
-        self._inner = self._perceptron()
         self._one_batch: OneBatch | None = None
+        self._last: Tensor | None = None  # fingerprint of the last batch
         self._to_fit: bool | None = None  # as the first batches that came again told
-        self._watch()
+        self._by_gradient: set[int] = set()  # parts whose moments are of their gradients
+        self._safe: tuple[float, list[Tensor]] | None = None  # log of the loss at a look, and the weights there
 
     def _perceptron(self) -> EquivariantStepper | None:
         """What steps on one batch, if the model is a perceptron."""
@@ -78,6 +92,12 @@ class GeneralStepper(Stepper):
         if self._inner is not None:
             self._inner.capture.clear()
 
+    def zeroed(self) -> None:
+        """See the base class."""
+        self.capture.clear(ahead=True)
+        if self._inner is not None:
+            self._inner.capture.clear()
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All of the model's, each once."""
@@ -94,208 +114,156 @@ class GeneralStepper(Stepper):
 
     def advance(self, at: Situation) -> bool:
         """Look where that is due, and step."""
-        if self.repeating and self._one_batch is None and self._advance_repeated(at):
-            return True
         course = self._known(at)
-        live = self._gather(course, at)
+        if self.repeating and self._one_batch is None:
+            done = self._advance_repeated(course, at)
+            if done is not None:
+                return done
+        parts, vectors = self.capture.parts, self.capture.vectors
+        moves = gather(course.gradient, course.velocity, course.layout, parts, vectors, at)
+        if not self._is_finite(course.gradient.sum(), at):
+            return self._skip(course, at)
+        self._lost = 0
         at.decay_()
-        same = False
-        if course.looks or self.repeating:
-            same = self._compare()
-        elif self.capture.wanted.fingerprint:
-            self._compare()
-        if course.looks:
-            scene = self._scene(course, at, same)
+        looks = course.looks
+        same = self._compare() if looks or self.capture.wanted.fingerprint else False
+        if looks:
+            self._refuse_replaced()
+            scene = scene_of(course, self.capture, at, moves, self._by_gradient, same)
             if not self.repeating and self._recovers(course, scene, at):
                 self._watch()
                 return True
             course.look(scene, course.gradient, self.meta.controller)
         change, shares = course.step(at.momentum, self._cooled(course, at))
-        if self.repeating:
-            self._on_one_batch(course, change, shares, live, at)
-        self._apply(course, change, shares, live, at)
+        if self._one_batch is not None:
+            self._on_one_batch(self._one_batch, course, change, shares, moves, at)
+        apply(change, shares, course.layout, parts, vectors, moves, at)
         self._heed(course, at)
-        if same and self._to_fit is None:
-            self._to_fit = self._fits()
-        if same and not self.repeating and self._to_fit:
-            self._repeat()
+        if looks and same and not self.repeating:
+            if self._to_fit is None:
+                self._to_fit = self._fits(at)
+            if self._to_fit:
+                self._repeat()
         self._watch()
         return True
 
-    def _fits(self) -> bool:
+    def _is_finite(self, total: Tensor, at: Situation) -> bool:
+        """Whether a sum of all gradients is, and the closure's loss, which under several ranks is one of them."""
+        known = at.loss is None or self.capture.group is not None or math.isfinite(at.loss)
+        return known and bool(torch.isfinite(total))
+
+    def _skip(self, course: Course, at: Situation) -> bool:
+        """Make no step; after several in a row go back, as the weights themselves may have left their range."""
+        at.group["skipped"] += 1
+        self._lost += 1
+        if self._lost >= _LOST and self._safe is not None:
+            self._go_back(course, at)
+        if self._lost == _MANY_LOST:
+            warnings.warn(
+                f"the last {_MANY_LOST} gradients were not finite, and no step was made by them", stacklevel=7
+            )
+        self._watch()
+        return False
+
+    def _refuse_replaced(self) -> None:
+        known = {id(p) for p in self.parameters}
+        if any(p.grad is not None and id(p) not in known and p.numel() for p in self.capture.root.parameters()):
+            raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
+
+    def _fits(self, at: Situation) -> bool:
         """Whether a batch that comes again is there to be fitted: a squared error of several outputs, say.
 
         What is learned of few samples that carry noise is worst learned by whoever fits them fastest.
         """
-        ends, least = self.capture.outputs(), self.meta.config.repeats
-        if not least or ends is None or ends[0].dim() < 2 or ends[0].shape[-1] < least or _is_random(self.model):
+        least, ends = self.meta.config.repeats, ends_of(self.capture)
+        if not least or ends is None or ends[0].shape[0] < least or _is_random(self.model):
             return False
-        outputs, gradient = (t.detach().float().reshape(-1, t.shape[-1]).mT for t in ends)
-        return kind(outputs, gradient) == "squared"
+        return kind(ends[0], at.signed(ends[1])) == "squared"
+
+    # --- one batch that comes again
 
     def _repeat(self) -> None:
         """From the next step on, as on a batch that comes again and again."""
         self.repeating = True
         if self._inner is None:
             self._one_batch = OneBatch(self.meta.repeated, self.capture)
+        else:
+            self._inner.forget()
+
+    def _repeat_no_more(self, at: Situation) -> None:
+        """The next batch is stepped on as one of many."""
+        self.repeating, self._one_batch, self._last, self._to_fit = False, None, None, None
+        at.group.pop(NETWORK, None)
+        at.group.pop(ONE_BATCH, None)
+        for entry in at.memory.values():
+            for name in [name for name in entry if name.split(".")[0] == "one" or ".one." in name]:
+                del entry[name]
+        if self._inner is not None:
+            self._inner.forget()
 
     @torch.no_grad()
     def _on_one_batch(
-        self, course: Course, change: Tensor, shares: Tensor, live: list[bool], at: Situation
+        self, one: OneBatch, course: Course, change: Tensor, shares: Tensor, moves: Moves, at: Situation
     ) -> None:
         """Changes of the matrices by the equivariant family in place of the course's."""
-        one, layout = self._one_batch, course.layout
-        assert one is not None
-        gradients = [layout.part(course.gradient, number) for number in range(len(self.capture.parts))]
+        layout, parts = course.layout, self.capture.parts
+        gradients = [layout.part(course.gradient, number) for number in range(len(parts))]
         weights = [
             part.matrix(part.weight.detach(), None if part.bias is None else part.bias.detach()).to(course.usual)
-            for part in self.capture.parts
+            for part in parts
         ]
         vectors = [
-            (g, p.detach().flatten().to(g))
+            (g, real(p.detach()).flatten().to(g))
             for g, (_, p) in zip(layout.vector_parts(course.gradient), self.capture.vectors, strict=True)
         ]
         done = one.step(gradients, weights, vectors, at.sign)
         if done is None or not done.same:
-            self.repeating, self._one_batch, self._last, self._to_fit = False, None, None, None
+            self._repeat_no_more(at)
             return
         at.group["rolled_back"] += int(done.shortened)
         for number, D in done.changes.items():
-            if live[number]:
-                layout.part(change, number).copy_(D)
-                shares[layout.rows(number)] = 0.0
-        for moved, mine, moves in zip(done.vectors, layout.vector_parts(change), live[len(gradients) :], strict=True):
-            if moves:
-                mine.copy_(moved)
+            layout.part(change, number).copy_(D)
+            shares[layout.rows(number)] = 0.0
+        for moved, mine in zip(done.vectors, layout.vector_parts(change), strict=True):
+            mine.copy_(moved)
 
-    def _advance_repeated(self, at: Situation) -> bool:
-        """As the equivariant family steps; whether the batch was the same once more."""
+    def _advance_repeated(self, course: Course, at: Situation) -> bool | None:
+        """As the equivariant family steps; ``None`` if it cannot."""
         inner = self._inner
         assert inner is not None
         if not inner.capture.ended:
-            self.repeating = False
-            return False
-        before = inner._states
-        done = inner.advance(at)
+            self._repeat_no_more(at)
+            return None
+        total = torch.stack(torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])).sum()
+        if not self._is_finite(total, at):
+            return self._skip(course, at)
+        self._lost = 0
+        own = replace(at, memory=_under(at.memory))
+        before = inner._known(own)
+        done = inner.advance(own)
         after = inner._states
         if after is not None and before is not None and before.age >= 1 and not after.same:
-            self.repeating = False  # the next batch is stepped on as one of many
-            if self.course is not None:
-                self.course.velocity.zero_()
-                self.course.change.zero_()
-            inner.forget()
-            self._last = self._to_fit = None
-        if self.course is not None:
-            self.course.age += 1
+            course.velocity.zero_()
+            course.change.zero_()
+            self._repeat_no_more(at)
+        course.age += 1
         self._watch()
-        return done or True
+        return done
 
     def _known(self, at: Situation) -> Course:
         """The memories, on the parameters' device."""
-        parts, vectors = self.capture.parts, self.capture.vectors
-        weight = next(self.meta.parameters())
-        like = torch.empty(0, dtype=weight.dtype, device=at.parameters[0].device)
-        if self.course is None and not self._read:
-            self._read = True
-            if at.group.get(COURSE):
-                self.capture.parts, self.capture.vectors = parts, vectors = laid_back(at.group[COURSE], parts, vectors, self._named)
-                self.capture.settled = True
+        device = at.parameters[0].device
+        if self.course is not None and self.course.usual.device != device:
+            self.store(at.memory, at.group)
+            self.loaded(at.memory, at.group)
         if self.course is None:
-            pieces = [Piece(part.shape, part.kind, part.kind == "embedding") for part in parts]
-            self.course = Course(self.meta.config, pieces, [p.numel() for _, p in vectors], like)
-            if at.group.get(COURSE):
-                stored = at.group[COURSE]
-                read(self.course, stored, at.memory, parts, vectors)
-                self.repeating, self._to_fit = stored["repeating"], stored["to_fit"]
-                self._last = None if stored["last"] is None else like.new_tensor(stored["last"])
-                # What is loaded between a pass and its step may ask for what was not kept of it.
-                self._loaded = True
+            self.course = self._new_course(device)
         return self.course
 
-    @torch.no_grad()
-    def _gather(self, course: Course, at: Situation) -> list[bool]:
-        """Copy the gradients into the course's flat tensor; which parts and vectors have one."""
-        layout, flat = course.layout, course.gradient
-        rates = {id(p): rate for p, rate in zip(at.parameters, at.rates, strict=True)}
-        targets, sources, live = [], [], []
-        for number, part in enumerate(self.capture.parts):
-            grad = part.weight.grad
-            moves = grad is not None and rates[id(part.weight)] > 0
-            live.append(moves)
-            mine = layout.part(flat, number)
-            if not moves:
-                mine.copy_(layout.part(course.velocity, number))  # as it is, the running gradient stays
-                continue
-            assert grad is not None
-            piece = part.of(grad).reshape(part.groups, -1, part.width)
-            targets.append(mine[..., : part.inputs])
-            sources.append(piece.mT if part.transposed else piece)
-            if part.bias is not None:
-                column = mine[..., -1]
-                if part.bias.grad is not None and rates[id(part.bias)] > 0:
-                    targets.append(column)
-                    sources.append(part.of_bias(part.bias.grad).reshape(part.groups, -1))
-                else:
-                    column.zero_()
-        for (_, p), mine, old in zip(
-            self.capture.vectors, layout.vector_parts(flat), layout.vector_parts(course.velocity), strict=True
-        ):
-            moves = p.grad is not None and rates[id(p)] > 0
-            live.append(moves)
-            if moves:
-                assert p.grad is not None
-                targets.append(mine)
-                sources.append(p.grad.reshape(-1))
-            else:
-                mine.copy_(old)
-        if targets:
-            torch._foreach_copy_(targets, sources)
-        if at.sign < 0:
-            flat.neg_()
-        return live
-
-    @torch.no_grad()
-    def _apply(self, course: Course, change: Tensor, shares: Tensor, live: list[bool], at: Situation) -> None:
-        """Move the parameters."""
-        layout = course.layout
-        rates = {id(p): rate for p, rate in zip(at.parameters, at.rates, strict=True)}
-        even = len(set(at.rates)) == 1
-        pieces, changes, keeps = [], [], []
-        keep = (1 - shares * (at.rates[0] if even else 1.0)).unbind()
-        for number, part in enumerate(self.capture.parts):
-            if not live[number]:
-                layout.part(change, number).zero_()
-                continue
-            rate = rates[id(part.weight)]
-            mine = layout.part(change, number)
-            if not even or rate != 1:
-                mine.mul_(rate)
-            first = layout.rows(number).start
-            left = keep[first] if even else 1 - rate * shares[first]
-            weight = part.of(part.weight).view(part.groups, -1, part.width)
-            D = mine[..., : part.inputs]
-            pieces.append(weight.mT if part.transposed else weight)
-            changes.append(D)
-            keeps.append(left)
-            if part.bias is not None and rates[id(part.bias)] > 0:
-                pieces.append(part.of_bias(part.bias).view(part.groups, -1))
-                changes.append(mine[..., -1])
-                keeps.append(left)
-        torch._foreach_mul_(pieces, keeps)
-        torch._foreach_add_(pieces, changes)
-        offset = len(self.capture.parts)
-        vectors, moves = [], []
-        for k, ((_, p), mine) in enumerate(zip(self.capture.vectors, layout.vector_parts(change), strict=True)):
-            if not live[offset + k]:
-                mine.zero_()
-                continue
-            rate = rates[id(p)]
-            if rate != 1:
-                mine.mul_(rate)
-            vectors.append(p)
-            moves.append(mine.view_as(p))
-        if vectors:
-            torch._foreach_add_(vectors, moves)
+    def _new_course(self, device: torch.device) -> Course:
+        like = torch.empty(0, dtype=next(self.meta.parameters()).dtype, device=device)
+        pieces = [Piece(part.shape, part.kind, part.kind == "embedding") for part in self.capture.parts]
+        return Course(self.meta.config, pieces, [real(p).numel() for _, p in self.capture.vectors], like)
 
     def _cooled(self, course: Course, at: Situation) -> float:
         """Factor on the length, where the number of steps is known."""
@@ -311,10 +279,10 @@ class GeneralStepper(Stepper):
         """Say what the next passes are to be asked for."""
         config, course = self.meta.config, self.course
         age = 0 if course is None else course.age
-        looks, next_ = course is None or course.looks, age + 1 >= config.warm and (age + 1) % config.hold == 0
+        next_ = age + 1 >= config.warm and (age + 1) % config.hold == 0
         if self.repeating:
             self.capture.wanted = Look() if self._one_batch is None else self._one_batch.look()
-        elif looks:
+        elif course is None or course.looks:
             everything = frozenset(range(len(self.capture.parts)))
             self.capture.wanted = Look(
                 moments=everything,
@@ -328,7 +296,7 @@ class GeneralStepper(Stepper):
             )
         else:
             self.capture.wanted = Look(fingerprint=next_)
-        if self._inner is not None and not self.repeating and age >= 2:
+        if self._inner is not None and not self.repeating:
             self._inner.capture.wanted = NOTHING
 
     def _compare(self) -> bool:
@@ -338,84 +306,6 @@ class GeneralStepper(Stepper):
         same = numbers is not None and self._last is not None and is_same_batch(numbers, self._last)
         self._last = numbers
         return same
-
-    @torch.no_grad()
-    def _scene(self, course: Course, at: Situation, same: bool) -> Scene:
-        """What a look shows."""
-        parts, layout, like = self.capture.parts, course.layout, course.usual
-        pieces: dict[int, Glimpse] = {}
-        for number, seen in self.capture.seen().items():
-            if seen.columns:
-                half = None if seen.half is None else at.signed(seen.half)
-                pieces[number] = Glimpse(seen.inputs, half, seen.columns, seen.positions)
-        for number, part in enumerate(parts):
-            if number not in pieces or pieces[number].inputs is None:
-                pieces[number] = self._unseen(course, number, pieces.get(number))
-        sizes = like.new_zeros(layout.matrices)
-        squares = torch._foreach_norm([part.of(part.weight) for part in parts]) if parts else []
-        for number, (part, norm) in enumerate(zip(parts, squares, strict=True)):
-            if part.groups > 1:
-                table = part.of(part.weight).reshape(part.groups, -1)
-                sizes[layout.rows(number)] = torch.linalg.vector_norm(table, dim=1).to(like)
-            else:
-                sizes[layout.rows(number)] = norm.to(like)
-        vectors = [p.detach().float().square().mean().sqrt() for _, p in self.capture.vectors]
-        samples = self.capture.samples_seen
-        known = self._recognise(course)
-        total = at.group.get("total_steps")
-        return Scene(
-            pieces,
-            sizes,
-            torch.stack(vectors).to(like) if vectors else like.new_zeros(0),
-            samples * ranks.size(self.capture.group),
-            known,
-            self._loss(at),
-            course.age / total if total else -1.0,
-            same,
-        )
-
-    def _unseen(self, course: Course, number: int, glimpse: Glimpse | None) -> Glimpse:
-        """A piece whose inputs are not known: by the moments of its gradient."""
-        G = course.layout.part(course.gradient, number)
-        columns = G.shape[1]
-        if course.layout.ways[number] == "diagonal":
-            inputs: Any = G.square().sum((0, 1))[None]
-        else:
-            from metatele.network.use import Moment
-
-            inputs = Moment.of(G.mT, self.meta.config.dense, self.meta.config.rank)
-        trace = inputs.trace.sum() if not isinstance(inputs, Tensor) else inputs.sum()
-        if float(trace) > 0:
-            inputs = inputs.scaled(1 / trace) if not isinstance(inputs, Tensor) else inputs / trace
-        else:
-            inputs = None
-        if glimpse is None:
-            return Glimpse(inputs, None, columns, 1.0)
-        return Glimpse(inputs, glimpse.half, glimpse.columns, glimpse.positions)
-
-    def _recognise(self, course: Course) -> tuple[int, int, int]:
-        """Samples of the batch that were seen before, on all ranks."""
-        hashes = self.capture.samples()
-        known, compared, before = course.remember([] if hashes is None else hashes.tolist())
-        if self.capture.group is not None:
-            counts = torch.tensor([known, compared, before], dtype=torch.float64, device=course.usual.device)
-            ranks.sum_([counts], self.capture.group)
-            known, compared, before = map(int, counts.tolist())
-        return known, compared, before
-
-    def _loss(self, at: Situation) -> Tensor | None:
-        """Log of the loss: of the closure, else as the outputs and their gradient tell; the same on all ranks."""
-        if at.loss is not None and self.capture.group is None:
-            return torch.tensor(at.loss).clamp_min(1e-30).log().to(at.parameters[0].device)
-        ends = self.capture.outputs()
-        if ends is None or self.capture.group is not None:
-            return None
-        outputs, gradient = (t.detach().float() for t in ends)
-        if outputs.dim() == 0 or outputs.numel() == 1:
-            return outputs.reshape(()).abs().clamp_min(1e-30).log()
-        if outputs.dim() != 2:
-            outputs, gradient = (t.reshape(-1, t.shape[-1]) for t in (outputs, gradient))
-        return level(outputs.mT, gradient.mT).reshape(())
 
     # --- recovery
 
@@ -427,15 +317,21 @@ class GeneralStepper(Stepper):
         loss = float(scene.loss)
         far = loss > float(course.start_loss) + _ABOVE_FIRST or not math.isfinite(loss)
         if self._safe is not None and far and not loss <= self._safe[0] + _ABOVE_LAST:
-            for p, kept in zip(self.parameters, self._safe[1], strict=True):
-                p.copy_(kept)
-            course.recover()
-            at.group["rolled_back"] += 1
-            self._safe = None  # if it rises again from there, the steps were not to blame
+            self._go_back(course, at)
             return True
         if not far:
             self._safe = loss, [p.detach().clone() for p in self.parameters]
         return False
+
+    @torch.no_grad()
+    def _go_back(self, course: Course, at: Situation) -> None:
+        assert self._safe is not None
+        for p, kept, rate in zip(at.parameters, self._safe[1], at.rates, strict=True):
+            if rate:
+                p.copy_(kept)
+        course.recover()
+        at.group["rolled_back"] += 1
+        self._safe = None  # if it rises again from there, the steps were not to blame
 
     # --- warnings
 
@@ -460,26 +356,61 @@ class GeneralStepper(Stepper):
 
     def store(self, memory: Memory, group: dict[str, Any]) -> None:
         """See the base class."""
-        if self.course is not None:
-            group[COURSE] = laid_out(self.course, memory, self.capture.parts, self.capture.vectors, self._named)
-            last = None if self._last is None else self._last.tolist()
-            group[COURSE] |= {"repeating": self.repeating and self._one_batch is None, "to_fit": self._to_fit, "last": last}
-        if self._inner is not None and self.repeating:
-            self._inner.store(memory, group)
+        course = self.course
+        if course is None:
+            return
+        parts, vectors = self.capture.parts, self.capture.vectors
+        group[COURSE] = laid_out(course, memory, parts, vectors, self._named) | {
+            "repeating": self.repeating,
+            "to_fit": self._to_fit,
+            "last": None if self._last is None else self._last.tolist(),
+            "by_gradient": sorted(self._by_gradient),
+        }
+        if self._one_batch is not None:
+            group[ONE_BATCH] = self._one_batch.laid_out(memory)
+        elif self._inner is not None and self.repeating:
+            homes: dict[Any, dict[str, Any]] = {p: {} for p in memory}
+            self._inner._stored = False
+            self._inner.store(homes, group)
+            for p, entry in homes.items():
+                memory[p].update({_ONE + name: value for name, value in entry.items()})
 
-    def forget(self) -> None:
+    def loaded(self, memory: Memory, group: Mapping[str, Any]) -> None:
         """See the base class."""
-        self.course, self._read, self._last, self.repeating = None, False, None, False
-        self._one_batch, self._to_fit, self._safe = None, None, None
+        self._begin()
+        stored = group.get(COURSE)
+        if stored:
+            self.capture.parts, self.capture.vectors = laid_back(stored, self.capture.parts, self._named)
+            self.capture.settled = True
+            self.course = self._new_course(self.parameters[0].device)
+            read(self.course, stored, memory, self.capture.parts, self.capture.vectors, self._named)
+            self.repeating, self._to_fit = stored["repeating"], stored["to_fit"]
+            self._last = None if stored["last"] is None else self.course.usual.new_tensor(stored["last"])
+            self._by_gradient = set(stored["by_gradient"])
+            if group.get(ONE_BATCH):
+                self._one_batch = OneBatch(self.meta.repeated, self.capture)
+                self._one_batch.read(group[ONE_BATCH], memory)
         if self._inner is not None:
             self._inner.forget()
         self._watch()
 
     def checked(self, state_dict: dict[str, Any], parameters: Mapping[Any, nn.Parameter]) -> dict[str, Any]:
         """See the base class."""
-        for number, stored in state_dict["state"].items():
-            momentum = stored.get("momentum")
-            if number in parameters and momentum is not None and momentum.shape != parameters[number].shape:
+        stored = state_dict["param_groups"][0].get(COURSE) if state_dict["param_groups"] else None
+        steps = [float(entry["step"]) for entry in state_dict["state"].values() if "step" in entry]
+        if any(steps) and not stored:
+            raise ShapeMismatchError(
+                "the state counts steps and holds no memories of them: it is of another optimizer, or was read into "
+                "the state of one that had made none; load it whole, by torch.load and load_state_dict"
+            )
+        if stored and len(stored["layouts"]) != len(self.capture.parts):
+            raise ShapeMismatchError(
+                f"the state does not belong to this model: expected {len(self.capture.parts)} matrices, got "
+                f"{len(stored['layouts'])}"
+            )
+        for number, entry in state_dict["state"].items():
+            momentum = entry.get("momentum")
+            if number in parameters and momentum is not None and momentum.shape != real(parameters[number]).shape:
                 raise ShapeMismatchError(
                     f"the state does not belong to this model: expected momentum of shape "
                     f"{tuple(parameters[number].shape)}, got {tuple(momentum.shape)}"
@@ -488,11 +419,29 @@ class GeneralStepper(Stepper):
 
     def __getstate__(self) -> dict[str, Any]:
         """The memories travel as the optimizer's state."""
-        return {**self.__dict__, "course": None, "_read": False, "_last": None, "_safe": None}
+        gone = ("course", "repeating", "_one_batch", "_last", "_to_fit", "_by_gradient", "_safe")
+        return {name: value for name, value in self.__dict__.items() if name not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._watch()
+        self._begin()
+
+    # --- what is told
+
+    def rows(self) -> list[Row]:
+        """See the base class."""
+        layers = () if self._one_batch is None else self._one_batch.layers
+        once = [self.repeating and (self._inner is not None or n in layers) for n in range(len(self.capture.parts))]
+        moments = None if self.course is None else [m is not None for m in self.course.moments]
+        return rows_of(self.capture, moments, self._by_gradient, once)
+
+
+def _under(memory: Memory) -> dict[Any, dict[str, Any]]:
+    """What the mode for one batch remembers."""
+    return {
+        p: {name.removeprefix(_ONE): value for name, value in entry.items() if name.startswith(_ONE)}
+        for p, entry in memory.items()
+    }
 
 
 def _is_random(model: nn.Module) -> bool:

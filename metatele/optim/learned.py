@@ -17,6 +17,7 @@ from metatele.learned import EquivariantOptimizer, MetaOptimizer, family_of
 from metatele.named import named_checkpoint
 from metatele.network.ranks import refuse_sharded
 from metatele.network.watch import unwrapped
+from metatele.optim.described import Description, described
 from metatele.optim.equivariant import EquivariantStepper
 from metatele.optim.flat import FlatStepper
 from metatele.optim.general import GeneralStepper
@@ -185,7 +186,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         try:
             for name in group:
                 if name not in self.defaults and name not in _OF_OTHERS:
-                    settings = ", ".join(n for n in self.defaults if n not in ("drift", "rolled_back"))
+                    settings = ", ".join(n for n in self.defaults if n not in ("drift", "rolled_back", "skipped"))
                     raise ConfigError(f"a parameter group has no setting {name!r}; it has {settings}")
             if not 0 <= float(group["weight_decay"]) < math.inf:
                 raise ConfigError(f"weight_decay must be zero or positive, got {group['weight_decay']}")
@@ -205,7 +206,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and forget the layer inputs they came from."""
-        self.stepper.clear()
+        self.stepper.zeroed()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -222,6 +223,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self.stepper.clear()
         return loss
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # of a step that is compiled this runs as it is
     def _advance(self, loss: Any = None) -> None:
         found = {id(p): group for group in self.param_groups for p in group["params"]}
         parameters = self.stepper.parameters
@@ -244,7 +246,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         sign = -1.0 if first["maximize"] else 1.0
         decays = [0.0 if group is None else float(group["weight_decay"]) for group in groups]
         momentum = first.get("momentum", 1.0)
-        value = sign * float(loss) if isinstance(loss, Tensor | float) and torch.as_tensor(loss).numel() == 1 else None
+        value = loss.detach() if isinstance(loss, Tensor) else loss
+        known = isinstance(value, float) or (isinstance(value, Tensor) and value.numel() == 1)
+        value = sign * float(value) if known else None
         at = Situation(parameters, rates, decays, sign, momentum, self._memory, first, weight.dtype, value)
         if not any(rates):
             self._count(advance=0)
@@ -261,6 +265,23 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if "step" not in entry:
                 entry["step"] = torch.zeros(())
         torch._foreach_add_([entry["step"] for entry in entries], float(advance))
+
+    def describe(self) -> Description:
+        """A table of every parameter, or piece of one: how it is stepped, and why.
+
+        What passes show is known after a step; the table says so where none was made yet.
+
+        Example:
+            >>> from metatele.config import EquivariantConfig
+            >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> meta = EquivariantOptimizer(EquivariantConfig())
+            >>> optimizer = LearnedOptimizer(model, meta, params=model[0].parameters())
+            >>> [(row.name, row.shape, row.how) for row in optimizer.describe().rows]
+            [('0.weight', (1, 4, 4), 'linear: inputs seen'), ('2.weight', (1, 2, 5), 'in no group')]
+        """
+        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        begun = any(float(entry.get("step", 0)) for entry in self._memory.values())
+        return described(self.stepper.rows(), rates, begun)
 
     # --- saving and loading
 
@@ -291,7 +312,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 # Copies: steps are made in place, and what was loaded belongs to the caller.
                 where = value.device if name == "step" else p.device
                 self._memory[p][name] = value.detach().to(where, copy=True)
-        self.stepper.forget()
+        self.stepper.loaded(self._memory, self.param_groups[0] if self.param_groups else {})
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry: the model too, so that both halves stay together."""
@@ -309,3 +330,4 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, self.defaults[name])
         if "stepper" in state:
             self.stepper.attach(self)
+            self.stepper.loaded(self._memory, self.param_groups[0])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from metatele.network.reduced import Look
 from metatele.network.totals import PartSeen
 from metatele.network.use import Fingerprint, Moment, Use
 from metatele.network.watch import Watch
+from metatele.optim.scenes import ends_of
+from metatele.optim.steppers import Memory
 
 _COLUMNS = 8192  # of a part, up to which its moments are exact
 
@@ -83,14 +85,18 @@ class OneBatch:
             vectors: Gradient and value of each vector, which is a matrix with one input that is always 1.
             sign: -1 where the objective is maximized.
         """
-        seen, ends, fingerprint = self.watch.seen(), self.watch.outputs(), self.watch.fingerprint()
-        if ends is None or fingerprint is None or self.watch.group is not None:
+        dtype = next(self.meta.parameters()).dtype
+        seen, ends, fingerprint = self.watch.seen(), ends_of(self.watch, dtype), self.watch.fingerprint()
+        if ends is None or fingerprint is None:
             return None
         if self.states is None:
             self.layers = [
                 number
                 for number, one in seen.items()
-                if one.columns and isinstance(one.inputs, Moment) and one.errors is not None and len(gradients[number]) == 1
+                if isinstance(one.inputs, Moment)
+                and one.errors is not None
+                and one.columns
+                and len(gradients[number]) == 1
             ]
         if not self.layers or any(number not in seen for number in self.layers):
             return None
@@ -101,6 +107,49 @@ class OneBatch:
         changes = dict(zip(self.layers, done.changes, strict=False))
         moved = [change.flatten() for change in done.changes[len(self.layers) :]]
         return Stepped(changes, moved, first or done.states.age < 3 or done.states.same, bool(done.shortened.any()))
+
+    # --- memories
+
+    def laid_out(self, memory: Memory) -> dict[str, Any]:
+        """Put what belongs to parameters into their entries; returns the rest, all of it to the bit.
+
+        Args:
+            memory: Entries by parameter.
+        """
+        if self.states is None:
+            return {"layers": list(self.layers)}
+        joint, layers = self.states.parts()
+        elsewhere: dict[str, dict[str, Tensor]] = {}
+        for number, ((p, prefix), layer) in enumerate(zip(self._homes(), layers, strict=True)):
+            if p in memory:
+                memory[p].update({prefix + name: t for name, t in layer.items()})
+            else:  # it is in no group
+                elsewhere[str(number)] = dict(layer)
+        return {"layers": list(self.layers), "joint": joint, "elsewhere": elsewhere}
+
+    def read(self, stored: Mapping[str, Any], memory: Memory) -> None:
+        """The inverse of :meth:`laid_out`."""
+        self.layers = list(stored["layers"])
+        if "joint" not in stored:
+            return
+        layers = []
+        like = torch.empty(0, dtype=next(self.meta.parameters()).dtype, device=self.watch.parts[0].weight.device)
+        for number, (p, prefix) in enumerate(self._homes()):
+            entry = memory.get(p, {})
+            mine = {name.removeprefix(prefix): t for name, t in entry.items() if name.startswith(prefix)}
+            mine = stored["elsewhere"].get(str(number)) or mine
+            layers.append({name: t.detach().to(like.device) for name, t in mine.items()})
+        self.states = EquivariantStates.from_parts(dict(stored["joint"]), layers, like)
+
+    def _homes(self) -> list[tuple[Tensor, str]]:
+        """Whose entry each layer's memories lie in, and what their names begin with there."""
+        parts, places = self.watch.parts, dict[int, int]()
+        names = []
+        for part in parts:
+            place = places[id(part.weight)] = places.get(id(part.weight), -1) + 1
+            names.append(f"{place}.one.")
+        homes: list[tuple[Tensor, str]] = [(parts[n].weight, names[n]) for n in self.layers]
+        return homes + [(p, "one.") for _, p in self.watch.vectors]
 
     def _observation(
         self,
@@ -113,9 +162,8 @@ class OneBatch:
         sign: float,
     ) -> Observation:
         dtype = next(self.meta.parameters()).dtype
-        outputs, error = (t.detach().to(dtype) for t in ends)
-        if outputs.dim() != 2:
-            outputs, error = (t.reshape(-1, t.shape[-1]) for t in (outputs, error))
+        outputs, error = ends
+        samples = outputs.shape[-1]
         mine = [gradients[number] for number in self.layers]
         uses = []
         for number in self.layers:
@@ -126,10 +174,14 @@ class OneBatch:
 
         for gradient, value in vectors:
             n = value.numel()
-            one = value.new_ones(1, 1, 1)
+            always = value.new_ones(1, 1, 1)
             mine.append(gradient.reshape(1, n, 1))
-            even = Moment(torch.eye(n, dtype=dtype, device=value.device)[None]) if n <= self.meta.config.dense else Moment(one.new_zeros(1, n, 1), one)
-            uses.append(Use(Moment(one), even, value.square().mean().reshape(1), outputs.shape[0]))
+            even = (
+                Moment(torch.eye(n, dtype=dtype, device=value.device)[None])
+                if n <= self.meta.config.dense
+                else Moment(value.new_zeros(1, n, 1), always)
+            )
+            uses.append(Use(Moment(always), even, value.square().mean().reshape(1), samples))
 
         def used(wanted: Collection[int]) -> list[Use]:
             return uses
@@ -138,9 +190,7 @@ class OneBatch:
             squares = [weights[number].square().sum() for number in self.layers]
             return torch.stack([*squares, *(value.square().sum() for _, value in vectors)])[None]
 
-        return Observation(
-            mine, outputs.shape[0], lambda: fingerprint, outputs.mT[None], sign * error.mT[None], used, sizes
-        )
+        return Observation(mine, samples, lambda: fingerprint, outputs[None], sign * error[None], used, sizes)
 
 
 def _first(moment: Moment | Tensor | None) -> Moment | None:

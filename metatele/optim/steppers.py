@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from metatele.errors import MetateleError
 from metatele.network.capture import Capture
 from metatele.network.sequential import parameters_of, read_sequential
+from metatele.optim.described import Row
 
 _T = TypeVar("_T")
 Memory = MutableMapping[Any, dict[str, Any]]  # a torch optimizer's state
@@ -98,6 +99,7 @@ class Stepper(ABC):
 
     Attributes:
         meta: The meta-optimizer.
+        model: The model.
         capture: What the model's passes show. A stepper sets beforehand what the next ones are to be asked for.
         defaults: Settings of parameter groups that this family has beside those of all.
 
@@ -107,6 +109,7 @@ class Stepper(ABC):
     """
 
     meta: nn.Module
+    model: nn.Module
     capture: Any
     defaults: Mapping[str, Any] = {}
 
@@ -120,6 +123,10 @@ class Stepper(ABC):
     def clear(self) -> None:
         """Forget what the passes showed."""
         self.capture.clear()
+
+    def zeroed(self) -> None:
+        """Forget what came; passes made before gradients are zeroed may still get theirs."""
+        self.clear()
 
     @property
     @abstractmethod
@@ -138,6 +145,15 @@ class Stepper(ABC):
 
     def forget(self) -> None:  # noqa: B027 (nothing is kept by default)
         """What is kept beside the optimizer's memory is out of date: that was replaced."""
+
+    def loaded(self, memory: Memory, group: Mapping[str, Any]) -> None:
+        """What :meth:`store` wrote was put back, from a file or into a copy."""
+        self.forget()
+
+    def rows(self) -> list[Row]:
+        """How each parameter is stepped, as if all moved."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return [Row(names.get(id(p), "?"), tuple(p.shape), "as its family does", "", (p,)) for p in self.parameters]
 
     @abstractmethod
     def checked(self, state_dict: dict[str, Any], parameters: Mapping[Any, nn.Parameter]) -> dict[str, Any]:
@@ -168,12 +184,22 @@ class SequentialStepper(Stepper):
 
     def __init__(self, meta: Any, model: nn.Module) -> None:
         linears, self.mlp = read_sequential(model, framed=self.framed)
-        self.meta, self.capture = meta, Capture(linears)
+        self.meta, self.model, self.capture = meta, model, Capture(linears)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """See the base class."""
         return parameters_of(self.capture.linears)
+
+    def rows(self) -> list[Row]:
+        """See the base class."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        found = []
+        for linear in self.capture.linears:
+            owners = tuple(p for p in linear._parameters.values() if p is not None)
+            shape = (1, linear.out_features, linear.in_features + len(owners) - 1)
+            found.append(Row(names.get(id(linear.weight), "?"), shape, "linear: inputs seen", "a perceptron", owners))
+        return found
 
     def missing(self, what: str) -> MetateleError:
         """The error of a step without what the passes would have shown."""

@@ -16,6 +16,7 @@ from metatele.network.use import Moment
 Memory = MutableMapping[Any, dict[str, Any]]
 _FLAT = {"momentum": "velocity", "change": "change"}  # as large as the parameters
 _ROWS = ("usual", "agreement", "positions", "sizes", "start_sizes")  # a number of each matrix
+_PLAIN = ("log_rate", "slopes", "slopes_long", "agreement_all", "calm")
 _APART = [s.name for s in SET if not s.joint]
 _JOINT = [s.name for s in SET if s.joint]
 
@@ -37,19 +38,24 @@ def laid_out(
     """
     layout, controls = course.layout, course.controls
     names = {id(p): name for name, p in named.items()}
+    elsewhere: dict[str, dict[str, Any]] = {}  # of what is in no group
+    memory = {
+        p: memory[p] if p in memory else elsewhere.setdefault(names[id(p)], {}) for p in _parameters(parts, vectors)
+    }
     for key, name in _FLAT.items():
         flat = getattr(course, name)
         for p in {id(p): p for p in _parameters(parts, vectors)}.values():
-            memory[p].setdefault(key, torch.zeros_like(p, dtype=flat.dtype, memory_format=torch.contiguous_format))
+            like = torch.view_as_real(p.detach()) if p.is_complex() else p
+            memory[p].setdefault(key, torch.zeros_like(like, dtype=flat.dtype, memory_format=torch.contiguous_format))
         for number, part in enumerate(parts):
             piece, column = part.split(layout.part(flat, number))
             part.of(memory[part.weight][key]).copy_(piece)
             if column is not None and part.bias is not None:
                 part.of_bias(memory[part.bias][key]).copy_(column)
         for (_, p), mine in zip(vectors, layout.vector_parts(flat), strict=True):
-            memory[p][key].copy_(mine.view_as(p))
+            memory[p][key].copy_(mine.view_as(memory[p][key]))
     for (_, p), second in zip(vectors, course.seconds.split(layout.sizes), strict=True):
-        memory[p]["second"] = second.view_as(p).clone()
+        memory[p]["second"] = second.view_as(memory[p]["momentum"]).clone()
     for number, prefix, part in _pieces(parts):
         entry, rows, moment = memory[part.weight], layout.rows(number), course.moments[number]
         for name in _ROWS:
@@ -67,11 +73,10 @@ def laid_out(
         bucket, kept = next((b, k) for b, k in zip(layout.buckets, course.kept, strict=True) if number in b.parts)
         if kept.factor is not None:
             entry[prefix + "factor"] = kept.factor[rows.start - bucket.first : rows.stop - bucket.first].clone()
-    joint = {
-        name: getattr(course, name).tolist() for name in ("log_rate", "slopes", "slopes_long", "agreement_all", "calm")
-    }
+    joint = {name: getattr(course, name).tolist() for name in _PLAIN}
     return {
         **joint,
+        "elsewhere": elsewhere,
         "age": course.age,
         "start_loss": None if course.start_loss is None else float(course.start_loss),
         "epochs": course.epochs,
@@ -88,11 +93,18 @@ def laid_out(
 
 
 def read(
-    course: Course, stored: Mapping[str, Any], memory: Memory, parts: Sequence[Part], vectors: Sequence[Vector]
+    course: Course,
+    stored: Mapping[str, Any],
+    memory: Memory,
+    parts: Sequence[Part],
+    vectors: Sequence[Vector],
+    named: Mapping[str, nn.Parameter],
 ) -> None:
     """The inverse of :func:`laid_out`, into a course at its beginning."""
-    layout, like = course.layout, course.usual
-    for name in ("log_rate", "slopes", "slopes_long", "agreement_all", "calm"):
+    layout, like, elsewhere = course.layout, course.usual, stored["elsewhere"]
+    names = {id(p): name for name, p in named.items()}
+    memory = {p: elsewhere.get(names[id(p)]) or memory[p] for p in _parameters(parts, vectors)}
+    for name in _PLAIN:
         setattr(course, name, like.new_tensor(stored[name]))
     course.age, course.epochs, course.hashes = stored["age"], stored["epochs"], set(stored["hashes"])
     course.columns, course.taken = list(stored["columns"]), list(stored["taken"])
@@ -127,10 +139,8 @@ def read(
             factors[number] = entry[prefix + "factor"].to(like)
     if stored["vectors"] is not None:
         apart[:, -1] = like.new_tensor(stored["vectors"])
-        values = dict(zip(_APART, apart, strict=True)) | dict(
-            zip(_JOINT, like.new_tensor(stored["joint"]), strict=True)
-        )
-        course.controls = Controls(**values)
+        joint = dict(zip(_JOINT, like.new_tensor(stored["joint"]), strict=True))
+        course.controls = Controls(**dict(zip(_APART, apart, strict=True)), **joint)
         course.resume(like.new_tensor(stored["vector_scale"]))
     for bucket, kept in zip(layout.buckets, course.kept, strict=True):
         found = [course.moments[number] for number in bucket.parts]
@@ -141,14 +151,13 @@ def read(
 
 
 def laid_back(
-    stored: Mapping[str, Any], parts: Sequence[Part], vectors: Sequence[Vector], named: Mapping[str, nn.Parameter]
+    stored: Mapping[str, Any], parts: Sequence[Part], named: Mapping[str, nn.Parameter]
 ) -> tuple[list[Part], list[Vector]]:
     """Parts and vectors as passes had shown them when a state was stored.
 
     Args:
         stored: What :func:`laid_out` returned.
         parts: As types of layers tell.
-        vectors: The same.
         named: The model's parameters by name.
     """
     found = []
@@ -156,8 +165,7 @@ def laid_back(
         kind, transposed, groups, width, rows, biased = layout
         home = None if bias is None else named[bias]
         found.append(part.laid_out((kind, transposed, groups, width, tuple(rows), biased), home))
-    loose = set(stored["loose"])
-    return found, [(name, p) for name, p in vectors if name in loose]
+    return found, [(name, named[name]) for name in stored["loose"]]
 
 
 def _plain(layout: tuple[Any, ...]) -> list[Any]:
