@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from metatele.errors import MetateleError, ShapeMismatchError, UnsupportedModelError
-from metatele.learned.general.course import Course, Piece, Scene
+from metatele.learned.general.course import Course
 from metatele.learned.general.memory import laid_back, laid_out, read
 from metatele.learned.general.optimizer import GeneralOptimizer
+from metatele.learned.general.scene import Piece, Scene
 from metatele.network.parts import parts_of
 from metatele.network.reduced import Look
 from metatele.network.use import is_same_batch

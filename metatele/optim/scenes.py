@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from metatele.learned.general.course import Course, Glimpse, Scene
+from metatele.learned.general.course import Course
+from metatele.learned.general.scene import Glimpse, Scene
 from metatele.network import ranks
 from metatele.network.use import Moment
 from metatele.network.watch import Watch

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from metatele.config import GeneralConfig
 from metatele.learned.general.controller import KINDS, Controller, Controls, Sight
 from metatele.learned.general.direction import Root, mixed, msign, norms, polar_factor
 from metatele.learned.general.layout import Bucket, Layout
+from metatele.learned.general.scene import Piece, Scene
 from metatele.network.use import TINY, Moment
 
 _HASHES = 4096  # samples that are remembered, to know them again
@@ -21,60 +21,6 @@ _OVERHEAD = 3e6  # operations that a layer's pass is at least as dear as
 _FAN_IN = 3.0  # weights of variance 1/(3 i) are what layers begin with
 _SECOND = 0.99  # decay of the squared gradients of vectors, as of the usual norms
 _TAME = 0.3  # share of a look in the running agreement
-
-
-class Piece(NamedTuple):
-    """What is known of a matrix-shaped piece beforehand.
-
-    Attributes:
-        shape: ``(g, o, i)``.
-        kind: One of the controller's kinds.
-        diagonal: Its inputs are look-ups, whose second moments are a diagonal.
-    """
-
-    shape: tuple[int, int, int]
-    kind: str
-    diagonal: bool
-
-
-class Glimpse(NamedTuple):
-    """What a look shows of a piece.
-
-    Attributes:
-        inputs: ``Σ hhᵀ/n``, or its diagonal ``[1, i]``; ``None`` if that is not known.
-        half: Gradient of the first half of the batch, ``[g, o, i]``.
-        columns: n.
-        positions: For each sample.
-    """
-
-    inputs: Moment | Tensor | None
-    half: Tensor | None
-    columns: int
-    positions: float
-
-
-class Scene(NamedTuple):
-    """What a look shows of the network.
-
-    Attributes:
-        pieces: Of those that were seen, by number.
-        sizes: ``‖W‖`` of all matrices, ``[L]``.
-        vectors: Root mean square of each vector, ``[V]``.
-        samples: Of the batch.
-        known: How many of them, of those that could be compared, were seen before: ``(known, compared, remembered)``.
-        loss: Log of the loss up to a constant, ``[]``; ``None`` if it is not known.
-        progress: Share of the run that is done; negative if not known.
-        same: Whether the batch is the last one again.
-    """
-
-    pieces: Mapping[int, Glimpse]
-    sizes: Tensor
-    vectors: Tensor
-    samples: int
-    known: tuple[int, int, int]
-    loss: Tensor | None
-    progress: float
-    same: bool
 
 
 @dataclass
