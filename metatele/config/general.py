@@ -44,7 +44,8 @@ class GeneralConfig:
 
     # length of a step
     start: float = setting(0.03, "first step, relative to the size of a matrix")
-    least: float = setting(1e-6, "least length of a step, relative to the first: from there it comes back at once")
+    least: float = setting(0.3, "least length of a step, relative to the first, by feedback alone; falls as 1/steps")
+    ageing: float = setting(40.0, "steps after which it has fallen to a half")
     feedback: float = setting(0.9, "decay of the slope along the last step, which lengthens or shortens the next")
     slow: float = setting(0.99, "decay of squared gradients, beside which the running gradient is measured")
     clip: float = setting(4.0, "times the usual norm, up to which a gradient counts whole")
@@ -56,7 +57,7 @@ class GeneralConfig:
     def __post_init__(self) -> None:
         """Check sizes and ranges."""
         check_types(self)
-        require_positive(self, "hold", "dense", "rank", "orthogonal", "share", "stale", "start", "least")
+        require_positive(self, "hold", "dense", "rank", "orthogonal", "share", "stale", "start", "least", "ageing")
         require_positive(self, "floor", "vector_floor", "clip")
         for name in ("momentum", "averaging", "feedback", "slow"):
             require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))

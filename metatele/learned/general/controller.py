@@ -94,6 +94,10 @@ def _logs(x: float) -> float:
     return math.log(max(x, 1.0))
 
 
+def _is_of(kind: int) -> Callable[[Sight], Tensor]:
+    return lambda s: (s.kinds == kind).to(s.kinds.dtype)
+
+
 SEEN: tuple[Measure, ...] = (
     Measure("slope along the last step, over its noise", "feedback", -1, 1, lambda s: s.slope),
     Measure("the same over ten times as long", "feedback", -2, 2, lambda s: 3 * s.slope_long),
@@ -116,10 +120,7 @@ SEEN: tuple[Measure, ...] = (
     Measure("log of the depth", "place", 0, 1.5, lambda s: _logs(s.depth) / 3),
     Measure("whether it is the first", "place", 0, 1, lambda s: s.first),
     Measure("whether it is the last", "place", 0, 1, lambda s: s.last),
-    *(
-        Measure(f"whether it is of kind {kind}", "place", 0, 1, lambda s, k=k: (s.kinds == k).float())
-        for k, kind in enumerate(KINDS[1:], 1)
-    ),
+    *(Measure(f"whether it is of kind {kind}", "place", 0, 1, _is_of(k)) for k, kind in enumerate(KINDS[1:], 1)),
 )
 SENSES = tuple(dict.fromkeys(measure.sense for measure in SEEN))
 
@@ -178,8 +179,8 @@ class Setting(NamedTuple):
 
 SET: tuple[Setting, ...] = (
     Setting("stretch", False, 0.0, 0.5, -3.0, 2.0, torch.exp, {LOOKED_UP: -3.0}),
-    Setting("decay", False, math.log(0.02), 1.5, -4.0, 4.0, torch.exp),
-    Setting("damping", False, math.log(0.5), 1.5, -9.0, 3.0, torch.exp, {AGREEMENT: -4.0}),
+    Setting("decay", False, math.log(0.09), 1.5, -4.0, 4.0, torch.exp),
+    Setting("damping", False, math.log(1.66), 1.5, -9.0, 3.0, torch.exp),
     Setting("spectral", False, 3.0, 2.0, -9.0, 3.0, torch.sigmoid, {AGREEMENT: -3.0}),
     Setting("anneal", False, 0.5, 0.3, -0.5, 1.0, lambda x: x),
     Setting("longest", True, math.log(0.06), 0.5, -3.0, 2.0, torch.exp),
@@ -234,7 +235,9 @@ class Controller(nn.Module):
         """The numbers that are read, ``[L, numbers]``."""
         like = sight.positions
         columns = [
-            torch.as_tensor(m.formula(sight), dtype=like.dtype, device=like.device).clamp(m.least, m.most).expand_as(like)
+            torch.as_tensor(m.formula(sight), dtype=like.dtype, device=like.device)
+            .clamp(m.least, m.most)
+            .expand_as(like)
             for m in SEEN
         ]
         return torch.stack(columns, -1).nan_to_num(0.0, 0.0, 0.0) * self.visible

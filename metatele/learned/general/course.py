@@ -144,7 +144,8 @@ class Course:
         self.decays = new(layout.matrices + 1)
         self.spread = new(sum(sizes))  # the same of each number of the vectors
         self.owner = torch.repeat_interleave(
-            torch.arange(len(sizes), device=like.device), torch.tensor(list(sizes), device=like.device, dtype=torch.long)
+            torch.arange(len(sizes), device=like.device),
+            torch.tensor(list(sizes), device=like.device, dtype=torch.long),
         )
         self.hashes: set[float] = set()
         self.epochs = 0.0
@@ -225,7 +226,10 @@ class Course:
                 continue
             G = bucket.of(gradients)
             H = torch.cat(
-                [torch.zeros_like(self.layout.part(gradients, n)) if h is None else h for n, h in zip(bucket.parts, halves, strict=True)]
+                [
+                    torch.zeros_like(self.layout.part(gradients, n)) if h is None else h
+                    for n, h in zip(bucket.parts, halves, strict=True)
+                ]
             )
             rest = G - H
             if kept.root is not None:
@@ -238,7 +242,9 @@ class Course:
         cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
         known = (one > 0) & (two > 0)
         self.agreement = torch.where(known, self.agreement.lerp(2 * cosine / (1 + cosine), share), self.agreement)
-        weight = torch.where(known, 1 / (one + two).clamp_min(TINY), 0.0).nan_to_num(0.0, 0.0, 0.0)  # layers count alike
+        weight = torch.where(known, 1 / (one + two).clamp_min(TINY), 0.0).nan_to_num(
+            0.0, 0.0, 0.0
+        )  # layers count alike
         one, two, across = ((t * weight).sum() for t in (one, two, across))
         cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
         if bool(known.any()):
@@ -274,7 +280,9 @@ class Course:
             same=scene.same,
             samples=scene.samples,
             parameters=self.layout.size,
-            fallen=like.new_zeros(()) if scene.loss is None or self.start_loss is None else scene.loss - self.start_loss,
+            fallen=like.new_zeros(())
+            if scene.loss is None or self.start_loss is None
+            else scene.loss - self.start_loss,
             positions=all_(self.positions, 1.0),
             aspect=self._aspect,
             depth=len(self.pieces),
@@ -336,7 +344,8 @@ class Course:
             cooled: Factor on the length.
 
         Returns:
-            The change, flat; and the shares that the weights of each matrix, and of all vectors, lose first ``[L + 1]``.
+            The change, flat; and the shares that the weights of each matrix, and of all vectors, lose first,
+            ``[L + 1]``.
         """
         c, layout, G, V = self.config, self.layout, self.gradient, self.velocity
         assert self.controls is not None
@@ -423,7 +432,10 @@ class Course:
         if self.age >= 2:
             grown = self.log_rate + controls.gain * (controls.target - slope(self.slopes))
             most = controls.longest.log() - self.calm.log()
-            self.log_rate = torch.minimum(grown, most).clamp_min(math.log(c.least * c.start))
+            # Batches of one epoch lean against each other, which looks like a slope that rises: without a bound steps
+            # would shorten for ever.
+            least = math.log(c.least * c.start / (1 + self.age / c.ageing))
+            self.log_rate = torch.minimum(grown, most).clamp_min(least)
 
 
 def slope(sums: Tensor) -> Tensor:

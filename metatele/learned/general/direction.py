@@ -154,7 +154,7 @@ class Root(NamedTuple):
 
     def _symmetric(self, X: Tensor) -> Tensor:
         assert self.rest is not None
-        if self.vectors is None:
+        if self.vectors is None or self.along is None:
             return X * self.rest
         return torch.baddbmm(self.rest * X, torch.bmm(X, self.vectors) * self.along, self.vectors.mT)
 

@@ -67,7 +67,9 @@ def laid_out(
         bucket, kept = next((b, k) for b, k in zip(layout.buckets, course.kept, strict=True) if number in b.parts)
         if kept.factor is not None:
             entry[prefix + "factor"] = kept.factor[rows.start - bucket.first : rows.stop - bucket.first].clone()
-    joint = {name: getattr(course, name).tolist() for name in ("log_rate", "slopes", "slopes_long", "agreement_all", "calm")}
+    joint = {
+        name: getattr(course, name).tolist() for name in ("log_rate", "slopes", "slopes_long", "agreement_all", "calm")
+    }
     return {
         **joint,
         "age": course.age,
@@ -125,7 +127,9 @@ def read(
             factors[number] = entry[prefix + "factor"].to(like)
     if stored["vectors"] is not None:
         apart[:, -1] = like.new_tensor(stored["vectors"])
-        values = dict(zip(_APART, apart, strict=True)) | dict(zip(_JOINT, like.new_tensor(stored["joint"]), strict=True))
+        values = dict(zip(_APART, apart, strict=True)) | dict(
+            zip(_JOINT, like.new_tensor(stored["joint"]), strict=True)
+        )
         course.controls = Controls(**values)
         course.resume(like.new_tensor(stored["vector_scale"]))
     for bucket, kept in zip(layout.buckets, course.kept, strict=True):
