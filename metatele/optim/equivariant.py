@@ -91,7 +91,7 @@ class EquivariantStepper(SequentialStepper):
             warnings.warn(
                 f"batches of {samples} samples are too noisy for a learned optimizer of this family, which may "
                 f"come to stand still: take at least {fewest} samples, or step after several backward passes",
-                stacklevel=7,
+                stacklevel=9,
             )
 
     def _open(self, at: Situation) -> None:

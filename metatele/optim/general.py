@@ -161,7 +161,7 @@ class GeneralStepper(Stepper):
             self._go_back(course, at)
         if self._lost == _MANY_LOST:
             warnings.warn(
-                f"the last {_MANY_LOST} gradients were not finite, and no step was made by them", stacklevel=7
+                f"the last {_MANY_LOST} gradients were not finite, and no step was made by them", stacklevel=9
             )
         self._watch()
         return False
@@ -346,7 +346,7 @@ class GeneralStepper(Stepper):
             self._warned = True
             warnings.warn(
                 "the weights hardly move any more: gradients are zero or not finite, or their loss is at its minimum",
-                stacklevel=6,
+                stacklevel=9,
             )
 
     # --- memories
