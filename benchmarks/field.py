@@ -5,7 +5,7 @@ python benchmarks/field.py --only "BatchNorm" "LSTM, adding" --method sgd:0.1
 python benchmarks/field.py --redraw results/benchmarks/field.json   # print it again
 python benchmarks/field.py --list
 
-The situations are those of ``field_situations.py``. Adam is the better, by held-out loss, of the rates 1e-3 and 1e-2;
+Situations are those of ``field_situations.py``. Adam is the better, by held-out loss, of the rates 1e-3 and 1e-2;
 its runs are kept in the file of ``--baseline`` and made again where the situation has changed. Costs are comparable if
 no other program ran and both arms are new. Some situations need MNIST, Fashion-MNIST or CIFAR-10 under
 ``--data-root``; without the files they are skipped.
@@ -246,17 +246,17 @@ class Baseline:
             write_atomically(self.path, json.dumps({"runs": finite(self.results)}, indent=0).encode())
 
 
-def measure(names: Sequence[str], seeds: int, text: str, processes: int, baseline: Baseline) -> dict[str, Any]:
+def measure(names: Sequence[str], seeds: range, text: str, processes: int, baseline: Baseline) -> dict[str, Any]:
     """Rows of all situations, and which were skipped."""
     ours: dict[tuple[str, int], Result] = {}
     for done, ((name, seed, _), result) in enumerate(
-        run_all([(n, s, text) for n, s in itertools.product(names, range(seeds))], processes), 1
+        run_all([(n, s, text) for n, s in itertools.product(names, seeds)], processes), 1
     ):
         ours[name, seed] = result
-        _progress(done, len(names) * seeds, text)
-    skipped = {name: ours[name, 0]["skipped"] for name in names if "skipped" in ours[name, 0]}
+        _progress(done, len(names) * len(seeds), text)
+    skipped = {name: ours[name, seeds[0]]["skipped"] for name in names if "skipped" in ours[name, seeds[0]]}
     rated = [f"adam:{lr}" for lr in RATES]
-    wanted = [(n, s, a) for n, s, a in itertools.product(names, range(seeds), rated) if n not in skipped]
+    wanted = [(n, s, a) for n, s, a in itertools.product(names, seeds, rated) if n not in skipped]
     missing = [task for task in wanted if not baseline.known(task, ours[task[0], task[1]])]
     for done, (task, result) in enumerate(run_all(missing, processes), 1):
         if "error" in result:
@@ -265,8 +265,8 @@ def measure(names: Sequence[str], seeds: int, text: str, processes: int, baselin
         _progress(done, len(missing), "Adam")
     rows = []
     for name in (n for n in names if n not in skipped):
-        arms = {lr: [baseline.results[f"{name}|{s}|adam:{lr}"] for s in range(seeds)] for lr in RATES}
-        rows.append(row(name, [ours[name, s] for s in range(seeds)], arms))
+        arms = {lr: [baseline.results[f"{name}|{s}|adam:{lr}"] for s in seeds] for lr in RATES}
+        rows.append(row(name, [ours[name, s] for s in seeds], arms))
     return {"rows": rows, "summary": summary(rows), "skipped": skipped}
 
 
@@ -412,6 +412,7 @@ def main(arguments: Sequence[str]) -> None:
     p.add_argument("--method", default="ours", help="ours, a checkpoint's name or folder, adam:RATE, sgd:RATE")
     p.add_argument("--only", nargs="+", metavar="NAME", help="these situations alone")
     p.add_argument("--seeds", type=whole_number(1), default=3)
+    p.add_argument("--first-seed", type=whole_number(0), default=0, metavar="N")
     p.add_argument("--processes", type=whole_number(1, 256), default=1, help="of one thread each")
     p.add_argument("--data-root", type=Path, help="folder with the image sets; METATELE_DATA otherwise")
     p.add_argument("--baseline", type=Path, metavar="FILE", help="Adam's runs, read and added to")
@@ -433,8 +434,14 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--only: there is no situation {unknown[0]!r}; --list prints them")
     method(args.method)
     began = time.perf_counter()
-    result = measure(names, args.seeds, args.method, args.processes, Baseline(args.baseline))
-    more = {"seeds": args.seeds, "method": args.method, "seconds": round(time.perf_counter() - began)}
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    result = measure(names, seeds, args.method, args.processes, Baseline(args.baseline))
+    more = {
+        "seeds": args.seeds,
+        "first_seed": args.first_seed,
+        "method": args.method,
+        "seconds": round(time.perf_counter() - began),
+    }
     result = finite({**result, "environment": environment(**more)})
     save(args.json, result)
     table(result)

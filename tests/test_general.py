@@ -13,9 +13,11 @@ from torch import nn
 from torch.nn import functional
 
 import metatele
-from metatele.config import EquivariantConfig
+from metatele.config import EquivariantConfig, GeneralConfig
+from metatele.config.general import SENSES
 from metatele.errors import ConfigError, MetateleError, UnsupportedModelError
 from metatele.learned import EquivariantOptimizer
+from metatele.learned.general.controller import SEEN, Controller, Sight
 
 # --- any module
 
@@ -534,3 +536,34 @@ def test_describe_works_for_other_families():
     model = nn.Sequential(model[0], nn.LeakyReLU(0.1), model[1])
     optimizer = metatele.LearnedOptimizer(model, small_optimizer(dtype=torch.float32))
     assert [row.name for row in optimizer.describe().rows] == ["0.weight", "2.weight"]
+
+
+def test_senses_are_those_of_the_controller_s_table_and_no_other_is_hidden():
+    assert tuple(dict.fromkeys(measure.sense for measure in SEEN)) == SENSES
+    with pytest.raises(ConfigError, match="blind must be among feedback, noise"):
+        GeneralConfig(blind=("nonsense",))
+
+
+def a_sight(layers: int = 5) -> Sight:
+    g = torch.Generator().manual_seed(0)
+    row = {name: torch.rand(layers, generator=g) for name in ("agreement", "momentum", "grown", "aspect", "positions")}
+    number = {
+        name: torch.rand((), generator=g) for name in ("slope", "slope_long", "agreement_all", "length", "fallen")
+    }
+    plain = {"known": 0.4, "epochs": 2.0, "age": 30, "progress": 0.3, "same": True, "samples": 32, "parameters": 900}
+    ends = {"first": torch.eye(layers)[0], "last": torch.eye(layers)[-1]}
+    return Sight(**row, **number, **plain, **ends, depth=layers, kinds=torch.arange(layers).float())
+
+
+@pytest.mark.parametrize("sense", SENSES)
+def test_a_sense_that_is_hidden_has_no_part_in_what_the_controller_sets(sense):
+    blind, seeing, without = Controller(0, (sense,)), Controller(0), Controller(0)
+    weights = torch.randn(blind.direct.shape, generator=torch.Generator().manual_seed(1))
+    hidden = torch.tensor([measure.sense == sense for measure in SEEN])
+    with torch.no_grad():
+        blind.direct.copy_(weights)
+        seeing.direct.copy_(weights)
+        without.direct.copy_(weights.masked_fill(hidden, 0.0))
+    given = [torch.cat([t.flatten() for t in controller(a_sight())]) for controller in (blind, seeing, without)]
+    assert torch.equal(given[0], given[2])
+    assert not torch.allclose(given[0], given[1], rtol=1e-3)

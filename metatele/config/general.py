@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from metatele.config.base import check_types, require, require_positive, setting
 
+# Kinds of numbers that the controller reads; which there are, its own table says.
+SENSES = ("feedback", "noise", "sizes", "repeats", "data", "clock", "loss", "place")
+
 
 @dataclass(frozen=True)
 class GeneralConfig:
     """A meta-optimizer for any module. Enough to rebuild it.
 
-    What is not said to be learned is a constant of the algorithm: the shipped checkpoint was meta-trained with the
-    defaults, and others change what it does on every network.
+    These are constants of the algorithm: others than the defaults change what the shipped checkpoint does on every
+    network.
 
     Example:
         >>> GeneralConfig(hold=5).hold
@@ -25,6 +28,7 @@ class GeneralConfig:
     blind: tuple[str, ...] = setting((), "numbers the controller does not see, to find out what they are worth")
     hold: int = setting(10, "steps between two looks, at which moments are taken in and the controller is asked")
     warm: int = setting(10, "first steps, each of which is a look")
+    remembered: int = setting(4096, "samples that are remembered, to tell how often they come again")
     repeats: int = setting(
         4,
         "outputs of a squared error from which a batch that comes again and again is there to be fitted, as the "
@@ -33,6 +37,7 @@ class GeneralConfig:
 
     # the direction
     momentum: float = setting(0.9, "decay of the running gradient")
+    agreeing: float = setting(0.3, "share of a look in the running agreement of half batches")
     averaging: float = setting(0.9, "decay of the inputs' second moments, by looks")
     dense: int = setting(128, "inputs up to which second moments are matrices; of more, factors of a few columns")
     rank: int = setting(32, "columns of such a factor")
@@ -40,6 +45,7 @@ class GeneralConfig:
     share: float = setting(
         0.5, "of the operations of a pass that making a direction may take; dearer ones are made now and then"
     )
+    overhead: float = setting(3e6, "operations that a layer's pass is at least as dear as, for small ones")
     stale: int = setting(2, "steps that a direction is kept for where making it is dear")
 
     # length of a step
@@ -51,19 +57,27 @@ class GeneralConfig:
     clip: float = setting(4.0, "times the usual norm, up to which a gradient counts whole")
     floor: float = setting(0.5, "least size of a matrix that steps are relative to, of what its fan-in gives")
     vector_floor: float = setting(0.1, "the same of vectors, root mean square")
+    above_first: float = setting(1.5, "times the first loss, above which one has left its range")
+    above_last: float = setting(3.0, "times that of the last look, which it has to be above too")
     back: float = setting(4.0, "steps are this much shorter after the loss had left its range")
     cool: float = setting(0.4, "share of the run over which steps fall to nothing where its length is known")
 
     def __post_init__(self) -> None:
         """Check sizes and ranges."""
         check_types(self)
-        require_positive(self, "hold", "dense", "rank", "orthogonal", "share", "stale", "start", "least", "ageing")
+        require_positive(self, "hold", "dense", "rank", "orthogonal", "share", "overhead", "stale")
+        require_positive(self, "start", "least", "ageing")
         require_positive(self, "floor", "vector_floor", "clip")
         for name in ("momentum", "averaging", "feedback", "slow"):
             require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         require(0 < self.cool <= 1, "cool", "above 0 and at most 1", self.cool)
         require(self.hidden >= 0, "hidden", "zero or more", self.hidden)
-        require(self.back > 1, "back", "above 1", self.back)
+        for name in ("back", "above_first", "above_last"):
+            require(1 < getattr(self, name) < math.inf, name, "above 1", getattr(self, name))
+        require(0 < self.agreeing <= 1, "agreeing", "above 0 and at most 1", self.agreeing)
+        require(self.remembered >= 0, "remembered", "zero or more", self.remembered)
+        require(self.repeats >= 0, "repeats", "zero or more", self.repeats)
+        require(set(self.blind) <= set(SENSES), "blind", f"among {', '.join(SENSES)}", self.blind)
         require(0 <= self.warm < math.inf, "warm", "zero or more", self.warm)
 
     @property

@@ -114,6 +114,10 @@ def family_of(optimizer: object) -> LearnedFamily:
     )
 
 
+def _rollout(optimizer: Any, problems: Any) -> Unrolled:
+    return Rollout.begin(problems.fitting())
+
+
 register_learned(
     LearnedFamily("flat", MetaOptimizer, MetaOptimizer, Trajectories.begin, lambda optimizer: optimizer.task)
 )
@@ -122,7 +126,7 @@ register_learned(
         "equivariant",
         EquivariantOptimizer,
         lambda method, task, seed: EquivariantOptimizer(method, seed),
-        lambda optimizer, problems: Rollout.begin(problems.fitting()),
+        _rollout,
     )
 )
 register_learned(
@@ -130,6 +134,6 @@ register_learned(
         "general",
         GeneralOptimizer,
         lambda method, task, seed: GeneralOptimizer(method, seed),
-        lambda optimizer, problems: Rollout.begin(problems.fitting()),
+        _rollout,
     )
 )

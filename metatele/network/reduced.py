@@ -134,23 +134,31 @@ def reduced(
     ]
     if not targets or not gradient.numel():
         return []
+    asked = _Asked(parts, samples, wanted, whole)
     with torch.autocast(gradient.device.type, enabled=False):
         if use.kind == "conv":
-            return _convolved(use, gradient.to(wanted.dtype), targets, parts, samples, wanted, whole)
+            return _convolved(use, gradient.to(wanted.dtype), targets, asked)
         if use.kind == "embedding":
-            return _looked_up(use, gradient.to(wanted.dtype), targets, parts, samples, wanted, whole)
-        return _multiplied(use, gradient, targets, parts, samples, wanted, whole)
+            return _looked_up(use, gradient.to(wanted.dtype), targets, asked)
+        return _multiplied(use, gradient, targets, asked)
+
+
+class _Asked(NamedTuple):
+    """The arguments of :func:`reduced` that say what is asked for."""
+
+    parts: Sequence[Part]
+    samples: int
+    wanted: Look
+    whole: int | None
 
 
 def _multiplied(
     use: Use,
     gradient: Tensor,
     targets: list[Target],
-    parts: Sequence[Part],
-    samples: int,
-    wanted: Look,
-    whole: int | None,
+    asked: _Asked,
 ) -> list[Sums]:
+    parts, samples, wanted, whole = asked
     h, delta = _rows(use, gradient)
     h, delta = h.to(wanted.dtype), delta.to(wanted.dtype)
     n = h.shape[1]
@@ -242,12 +250,10 @@ def _looked_up(
     use: Use,
     gradient: Tensor,
     targets: list[Target],
-    parts: Sequence[Part],
-    samples: int,
-    wanted: Look,
-    whole: int | None,
+    asked: _Asked,
 ) -> list[Sums]:
     """Inputs are one-hot: their second moment is diagonal, and what a product would be is a sum by index."""
+    parts, samples, wanted, whole = asked
     indices, padding = use.node._saved_indices.reshape(-1), int(use.node._saved_padding_idx)
     delta = gradient.reshape(1, len(indices), -1)
     if 0 <= padding < 2**63:
@@ -283,11 +289,9 @@ def _convolved(
     use: Use,
     gradient: Tensor,
     targets: list[Target],
-    parts: Sequence[Part],
-    samples: int,
-    wanted: Look,
-    whole: int | None,
+    asked: _Asked,
 ) -> list[Sums]:
+    parts, samples, wanted, whole = asked
     node, (t, *_) = use.node, targets
     part = parts[t.part]
     x = node._saved_input.detach().to(wanted.dtype)

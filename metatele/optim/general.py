@@ -24,16 +24,14 @@ from metatele.network.watch import Watch, unwrapped
 from metatele.optim.described import Row, rows_of
 from metatele.optim.equivariant import NETWORK, EquivariantStepper
 from metatele.optim.moving import Moves, apply, gather, real
-from metatele.optim.one_batch import OneBatch
+from metatele.optim.one_batch import PREFIX, OneBatch
 from metatele.optim.scenes import ends_of, scene_of
 from metatele.optim.steppers import Memory, Situation, Stepper
 from metatele.perceptron.losses import kind
 
 COURSE = "course"  # key of the first parameter group: what belongs to no single parameter
 ONE_BATCH = "one_batch"  # key there of what belongs to none while one batch comes again and again
-_ONE = "one."  # what that mode remembers of a parameter begins so
 _STILL = 1e-8  # relative change below which a network does not move
-_ABOVE_FIRST, _ABOVE_LAST = math.log(1.5), math.log(3.0)  # how far a loss is above the first and the last, to go back
 _PATIENCE = 50  # looks of that before it is said
 _LOST = 3  # steps in a row whose gradients are not finite, to go back
 _MANY_LOST = 10  # of those, before it is said
@@ -315,9 +313,9 @@ class GeneralStepper(Stepper):
         """Go back to where the last looks were, with shorter steps, if the loss has left its range since."""
         if scene.loss is None or course.start_loss is None:
             return False
-        loss = float(scene.loss)
-        far = loss > float(course.start_loss) + _ABOVE_FIRST or not math.isfinite(loss)
-        if self._safe is not None and far and not loss <= self._safe[0] + _ABOVE_LAST:
+        loss, config = float(scene.loss), self.meta.config
+        far = loss > float(course.start_loss) + math.log(config.above_first) or not math.isfinite(loss)
+        if self._safe is not None and far and not loss <= self._safe[0] + math.log(config.above_last):
             self._go_back(course, at)
             return True
         if not far:
@@ -374,7 +372,7 @@ class GeneralStepper(Stepper):
             self._inner._stored = False
             self._inner.store(homes, group)
             for p, entry in homes.items():
-                memory[p].update({_ONE + name: value for name, value in entry.items()})
+                memory[p].update({PREFIX + name: value for name, value in entry.items()})
 
     def loaded(self, memory: Memory, group: Mapping[str, Any]) -> None:
         """See the base class."""
@@ -440,7 +438,7 @@ class GeneralStepper(Stepper):
 def _under(memory: Memory) -> dict[Any, dict[str, Any]]:
     """What the mode for one batch remembers."""
     return {
-        p: {name.removeprefix(_ONE): value for name, value in entry.items() if name.startswith(_ONE)}
+        p: {name.removeprefix(PREFIX): value for name, value in entry.items() if name.startswith(PREFIX)}
         for p, entry in memory.items()
     }
 

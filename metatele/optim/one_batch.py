@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metatele.learned import EquivariantOptimizer, EquivariantStates, Observation
+from metatele.learned.general.memory import places
 from metatele.network.reduced import Look
 from metatele.network.totals import PartSeen
 from metatele.network.use import Fingerprint, Moment, Use
@@ -16,6 +17,7 @@ from metatele.network.watch import Watch
 from metatele.optim.scenes import ends_of
 from metatele.optim.steppers import Memory
 
+PREFIX = "one."  # names of what is remembered of a parameter here begin so, behind the place of a part
 _COLUMNS = 8192  # of a part, up to which its moments are exact
 
 
@@ -143,13 +145,10 @@ class OneBatch:
 
     def _homes(self) -> list[tuple[Tensor, str]]:
         """Whose entry each layer's memories lie in, and what their names begin with there."""
-        parts, places = self.watch.parts, dict[int, int]()
-        names = []
-        for part in parts:
-            place = places[id(part.weight)] = places.get(id(part.weight), -1) + 1
-            names.append(f"{place}.one.")
-        homes: list[tuple[Tensor, str]] = [(parts[n].weight, names[n]) for n in self.layers]
-        return homes + [(p, "one.") for _, p in self.watch.vectors]
+        every: list[tuple[Tensor, str]] = [
+            (part.weight, f"{prefix}{PREFIX}") for _, prefix, part in places(self.watch.parts)
+        ]
+        return [every[n] for n in self.layers] + [(p, PREFIX) for _, p in self.watch.vectors]
 
     def _observation(
         self,

@@ -1,6 +1,6 @@
 """The controller: what it sees of each matrix and what it sets, each declared once.
 
-A small network, the same for every matrix, reads the numbers of :data:`SEEN` and gives those of :data:`SET`. None
+One function, the same for every matrix, reads the numbers of :data:`SEEN` and gives those of :data:`SET`. None
 depends on the units of the loss, nor on the order of hidden units.
 """
 
@@ -122,7 +122,6 @@ SEEN: tuple[Measure, ...] = (
     Measure("whether it is the last", "place", 0, 1, lambda s: s.last),
     *(Measure(f"whether it is of kind {kind}", "place", 0, 1, _is_of(k)) for k, kind in enumerate(KINDS[1:], 1)),
 )
-SENSES = tuple(dict.fromkeys(measure.sense for measure in SEEN))
 
 
 def _ratio(s: Sight) -> float:

@@ -16,11 +16,7 @@ from metatele.learned.general.layout import Bucket, Layout
 from metatele.learned.general.scene import Piece, Scene
 from metatele.network.use import TINY, Moment
 
-_HASHES = 4096  # samples that are remembered, to know them again
-_OVERHEAD = 3e6  # operations that a layer's pass is at least as dear as
 _FAN_IN = 3.0  # weights of variance 1/(3 i) are what layers begin with
-_SECOND = 0.99  # decay of the squared gradients of vectors, as of the usual norms
-_TAME = 0.3  # share of a look in the running agreement
 
 
 @dataclass
@@ -121,7 +117,7 @@ class Course:
     def remember(self, hashes: Sequence[float]) -> tuple[int, int, int]:
         """Take in a batch's samples; how many were known, of how many, and how many are remembered."""
         known = sum(h in self.hashes for h in hashes) if self.hashes else 0
-        room = _HASHES - len(self.hashes)
+        room = self.config.remembered - len(self.hashes)
         before = len(self.hashes)
         if room > 0:
             self.hashes.update(hashes[:room])
@@ -184,13 +180,12 @@ class Course:
                 squares[row, bucket.rows] = (a * b).sum((-2, -1))
         squares = squares.nan_to_num(0.0, 0.0, 0.0)
         one, two, across = squares
-        share = _TAME if self.age else 1.0
+        share = self.config.agreeing if self.age else 1.0
         cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
         known = (one > 0) & (two > 0)
         self.agreement = torch.where(known, self.agreement.lerp(2 * cosine / (1 + cosine), share), self.agreement)
-        weight = torch.where(known, 1 / (one + two).clamp_min(TINY), 0.0).nan_to_num(
-            0.0, 0.0, 0.0
-        )  # layers count alike
+        # Layers count alike.
+        weight = torch.where(known, 1 / (one + two).clamp_min(TINY), 0.0).nan_to_num(0.0, 0.0, 0.0)
         one, two, across = ((t * weight).sum() for t in (one, two, across))
         cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
         if bool(known.any()):
@@ -208,8 +203,7 @@ class Course:
 
         assert self.start_sizes is not None
         z, long = (slope(s) for s in (self.slopes, self.slopes_long))
-        usual = (self.usual / (1 - self.config.slow ** max(self.age, 1))).clamp_min(TINY).sqrt()
-        momentum = self._by_matrix(self.velocity) / usual
+        momentum = self._by_matrix(self.velocity) / self._usual_norms()
         mean = self.agreement_all
         return Sight(
             slope=z,
@@ -267,7 +261,7 @@ class Course:
         c, (_, o, i) = self.config, bucket.shape
         k, wide = min(o, i), max(o, i)
         columns = max((self.columns[n] for n in bucket.parts), default=0)
-        room = c.share * (6 * columns * o * i + _OVERHEAD)
+        room = c.share * (6 * columns * o * i + c.overhead)
         turn = 0 if kept.root is None else 2 * kept.root.products(o, i)
         exact = c.orthogonal * (4 * k * k * wide + 2 * k**3) + turn
         kept.exact = exact <= c.stale * room
@@ -281,6 +275,10 @@ class Course:
         """``‖·‖`` of each matrix, ``[L]``."""
         found = [norms(bucket.of(flat)) for bucket in self.layout.buckets]
         return torch.cat(found) if found else self.usual
+
+    def _usual_norms(self) -> Tensor:
+        """Root mean square of each matrix's gradients, ``[L]``."""
+        return (self.usual / (1 - self.config.slow ** max(self.age, 1))).clamp_min(TINY).sqrt()
 
     def step(self, momentum: float = 1.0, cooled: float = 1.0) -> tuple[Tensor, Tensor]:
         """Make the next change, of the flat gradient that lies in :attr:`gradient`.
@@ -298,12 +296,11 @@ class Course:
         if self.age:
             self._feel(torch.dot(G, self.change))
         sizes = self._by_matrix(G)
-        count = 1 - c.slow**self.age if self.age else 1.0
-        before = (self.usual / count).sqrt() if self.age else sizes
+        before = torch.where(self.usual > 0, self._usual_norms(), sizes)  # of a first gradient nothing is known
         limit = c.clip * before
-        clipped = torch.where((sizes > limit) & (before > 0), limit / sizes.clamp_min(TINY), 1.0)
+        clipped = torch.where(sizes > limit, limit / sizes.clamp_min(TINY), 1.0)
         finite = torch.isfinite(sizes.sum() + G[layout.vectors :].sum())
-        if not bool(finite):
+        if not bool(finite):  # numbers too large to be squared: others were skipped before
             self.change.zero_()
             return self.change, torch.zeros_like(self.decays)
         if bool((clipped < 1).any()):
@@ -312,7 +309,7 @@ class Course:
             sizes = sizes * clipped
         self.usual = self.usual.lerp(sizes.square(), 1 - c.slow)
         self.age += 1
-        usual = (self.usual / (1 - c.slow**self.age)).clamp_min(TINY).sqrt()
+        usual = self._usual_norms()
         beta = c.momentum * momentum
         V.lerp_(G, 1 - beta)
         rate = self.log_rate.exp() * cooled
@@ -332,8 +329,8 @@ class Course:
                 D.mul_((lengths[bucket.rows] / size.clamp_min(TINY))[:, None, None])
         if layout.sizes:
             g = G[layout.vectors :]
-            self.seconds.lerp_(g.square(), 1 - _SECOND)
-            root = (self.seconds / (1 - _SECOND**self.age)).sqrt_().add_(TINY)
+            self.seconds.lerp_(g.square(), 1 - c.slow)
+            root = (self.seconds / (1 - c.slow**self.age)).sqrt_().add_(TINY)
             moved = V[layout.vectors :] / root / begun
             torch.mul(moved, self.spread * (-rate * self.lengths[-1]), out=self.change[layout.vectors :])
         shares = rate * torch.cat([calm, calm.new_ones(1)]) * self.decays

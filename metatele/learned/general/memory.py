@@ -56,7 +56,7 @@ def laid_out(
             memory[p][key].copy_(mine.view_as(memory[p][key]))
     for (_, p), second in zip(vectors, course.seconds.split(layout.sizes), strict=True):
         memory[p]["second"] = second.view_as(memory[p]["momentum"]).clone()
-    for number, prefix, part in _pieces(parts):
+    for number, prefix, part in places(parts):
         entry, rows, moment = memory[part.weight], layout.rows(number), course.moments[number]
         for name in _ROWS:
             value = getattr(course, name)
@@ -122,7 +122,7 @@ def read(
         second.copy_(memory[p]["second"].reshape(-1))
     apart = like.new_zeros(len(_APART), layout.matrices + 1)
     factors: dict[int, Tensor] = {}
-    for number, prefix, part in _pieces(parts):
+    for number, prefix, part in places(parts):
         entry, rows = memory[part.weight], layout.rows(number)
         for name in _ROWS:
             if prefix + name in entry:
@@ -172,7 +172,7 @@ def _plain(layout: tuple[Any, ...]) -> list[Any]:
     return [list(value) if isinstance(value, tuple) else value for value in layout]
 
 
-def _pieces(parts: Sequence[Part]) -> Iterator[tuple[int, str, Part]]:
+def places(parts: Sequence[Part]) -> Iterator[tuple[int, str, Part]]:
     """Number of each part, what its names begin with in its parameter's entry, and the part."""
     counts: dict[int, int] = {}
     for number, part in enumerate(parts):
