@@ -434,8 +434,13 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--only: there is no situation {unknown[0]!r}; --list prints them")
     method(args.method)
     began = time.perf_counter()
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    result = measure(names, seeds, args.method, args.processes, Baseline(args.baseline))
+    result = measure(
+        names,
+        range(args.first_seed, args.first_seed + args.seeds),
+        args.method,
+        args.processes,
+        Baseline(args.baseline),
+    )
     more = {
         "seeds": args.seeds,
         "first_seed": args.first_seed,

@@ -9,9 +9,9 @@ One η for the whole network follows the slope along the last step: with ``q = �
 ``z = avg(q)/√avg(q²)``, ``log η ← log η + k (τ - z)`` up to a longest step. ρ is the running gradient's norm over the
 usual norm of gradients, so steps shrink where gradients do. Vectors are stepped as Adam does, by the same η.
 
-What stands in these formulas beside the gradient (s, p, w, λ, r, τ, k, the longest step) is set by a small function, the
-same for every matrix, of what is seen at looks (:mod:`.controller`): the agreement of the gradients of half batches, the
-feedback, samples that come again, sizes, places. Its few hundred numbers are what meta-training changes.
+What stands in these formulas beside the gradient (s, p, w, λ, r, τ, k, the longest step) is set by a small function,
+the same for every matrix, of what is seen at looks (:mod:`.controller`): the agreement of the gradients of half
+batches, the feedback, samples that come again, sizes, places. Its few hundred numbers are what meta-training changes.
 
 Where the batch is the same again and again there is no noise, and the matrices are stepped as the equivariant family
 does (:mod:`metatele.learned.equivariant`), whose controller is part of the checkpoint.
