@@ -7,8 +7,7 @@ python benchmarks/field.py --list
 
 Situations are those of ``field_situations.py``. Adam is the better, by held-out loss, of the rates 1e-3 and 1e-2;
 its runs are kept in the file of ``--baseline`` and made again where the situation has changed. Costs are comparable if
-no other program ran and both arms are new. Some situations need MNIST, Fashion-MNIST or CIFAR-10 under
-``--data-root``; without the files they are skipped.
+no other program ran and both arms are new. Without MNIST, Fashion-MNIST or CIFAR-10 some are skipped.
 
 A situation is *fine* if the best held-out loss is at most 1.05 of Adam's; and the training loss at the end is at most
 1.1 of Adam's, or below a thousandth (of the first loss, where that is below 1), or the held-out loss at the end is no
@@ -434,13 +433,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--only: there is no situation {unknown[0]!r}; --list prints them")
     method(args.method)
     began = time.perf_counter()
-    result = measure(
-        names,
-        range(args.first_seed, args.first_seed + args.seeds),
-        args.method,
-        args.processes,
-        Baseline(args.baseline),
-    )
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    result = measure(names, seeds, args.method, args.processes, Baseline(args.baseline))
     more = {
         "seeds": args.seeds,
         "first_seed": args.first_seed,
