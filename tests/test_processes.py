@@ -90,13 +90,17 @@ def test_torchrun_restarts_a_run_where_it_was(tmp_path):
 def test_no_thread_of_the_group_outlives_it(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, torch\n"
+        "import os, time, torch\n"
         "from metatele.training.processes import joined\n"
         "before = len(os.listdir('/proc/self/task'))\n"
         "with joined() as processes:\n"
         "    torch.optim.Adam([torch.ones(1, requires_grad=True)])\n"
         "    processes.gathered(torch.ones(1))\n"
         "    assert len(os.listdir('/proc/self/task')) > before\n"
+        # A thread that was joined is in the kernel's list until it has gone, a moment later; one that is kept, for ever.
+        "end = time.monotonic() + 10\n"
+        "while len(os.listdir('/proc/self/task')) > before and time.monotonic() < end:\n"
+        "    time.sleep(0.01)\n"
         "assert len(os.listdir('/proc/self/task')) == before\n"
     )
     done = started(2, tmp_path / "unused", program=str(program))
