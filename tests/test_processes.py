@@ -97,7 +97,7 @@ def test_no_thread_of_the_group_outlives_it(tmp_path):
         "    torch.optim.Adam([torch.ones(1, requires_grad=True)])\n"
         "    processes.gathered(torch.ones(1))\n"
         "    assert len(os.listdir('/proc/self/task')) > before\n"
-        # A thread that was joined is in the kernel's list until it has gone, a moment later; one that is kept, for ever.
+        # A thread that was joined is in the kernel's list for a moment longer; one that is kept is there for ever.
         "end = time.monotonic() + 10\n"
         "while len(os.listdir('/proc/self/task')) > before and time.monotonic() < end:\n"
         "    time.sleep(0.01)\n"
