@@ -142,7 +142,9 @@ def test_evolution_finds_a_better_rate():
         trainer.step()
     after, details = trainer.validate()
     assert after < before - 0.2
-    assert set(details) == {"fine", "held_out_ratio", "twice_adams", "not_finite", "lost"}
+    behind = {"fine", "held_out_ratio", "twice_adams", "not_finite", "lost"}
+    assert set(details) == behind | {f"beginning/{name}" for name in (*behind, "score")}
+    assert details["beginning/score"] == before
 
 
 def test_results_do_not_depend_on_the_number_of_workers_and_go_on_to_the_same_bits():
@@ -150,18 +152,59 @@ def test_results_do_not_depend_on_the_number_of_workers_and_go_on_to_the_same_bi
     for trainer in (alone, shared):
         trainer.step()
         trainer.step()
-    assert torch.equal(alone.evolution.mean, shared.evolution.mean)
+    assert torch.equal(alone.evolutions[0].mean, shared.evolutions[0].mean)
     shared.close()
     state = alone.state_dict()
     again = evolving.trainer(stored_config(state["config"]))
     again.load_state_dict(state)
     for trainer in (alone, again):
         trainer.step()
-    assert torch.equal(alone.evolution.mean, again.evolution.mean)
+    assert torch.equal(alone.evolutions[0].mean, again.evolutions[0].mean)
     assert torch.equal(alone.optimizer.log_rate, again.optimizer.log_rate)
     assert alone.started == again.started == 9
     with pytest.raises(CheckpointError, match="does not fit its configuration"):
-        again.load_state_dict({**state, "evolution": {**state["evolution"], "mean": torch.zeros(2)}})
+        again.load_state_dict({**state, "evolutions": [{**state["evolutions"][0], "mean": torch.zeros(2)}]})
+
+
+def test_evolutions_side_by_side_are_those_of_their_seeds_and_their_mean_is_published(tmp_path):
+    """Seeds 2 and 3 in one run are the runs of seed 2 and of seed 3, and Adam runs once for both."""
+    config = replace(small(meta_seeds=2, pool=4, meta_lr=0.1), seed=2)
+    trainer = train(config, tmp_path / "run", quiet=True)
+    alone = [evolving.trainer(replace(small(pool=4, meta_lr=0.1), seed=seed)) for seed in (2, 3)]
+    for one in alone:
+        while not one.finished:
+            one.step()
+    for evolution, one in zip(trainer.evolutions, alone, strict=True):
+        assert torch.equal(evolution.averaged, one.averaged)
+    assert not torch.equal(*(one.averaged for one in alone))
+    torch.testing.assert_close(trainer.averaged, sum(one.averaged for one in alone) / 2)
+    assert torch.equal(trainer.optimizer.log_rate.double(), trainer.averaged[:1].float().double())
+    assert len([name for name in trainer.references if name.startswith("train")]) == 4
+    scores = checkpoint.load(tmp_path / "run").scores
+    behind = scores["validation_loss_at"]
+    assert {"seed_2/score", "seed_3/score", "beginning/score", "seed_3/fine"} <= set(behind)
+    first = evolving.trainer(small(pool=4))
+    assert behind["beginning/score"] == first.validate()[0]
+    kept = [checkpoint.load(tmp_path / "run" / "seeds" / str(seed)).optimizer for seed in (2, 3)]
+    mean = sum(one.log_rate for one in kept) / 2
+    torch.testing.assert_close(mean, checkpoint.load(tmp_path / "run").optimizer.log_rate)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["meta_loss"] == pytest.approx((lines[0]["meta_loss/2"] + lines[0]["meta_loss/3"]) / 2)
+
+
+def test_several_evolutions_go_on_to_the_same_bits():
+    trainer = evolving.trainer(small(meta_seeds=2))
+    trainer.step()
+    trainer.validate()
+    state = trainer.state_dict()
+    again = evolving.trainer(stored_config(state["config"]))
+    again.load_state_dict(state)
+    for one in (trainer, again):
+        one.step()
+    assert torch.equal(trainer.averaged, again.averaged)
+    assert trainer.validate() == again.validate()
+    with pytest.raises(CheckpointError, match="does not fit its configuration"):
+        evolving.trainer(small()).load_state_dict(state)
 
 
 def test_a_pool_comes_round_by_round_and_adam_runs_once_on_each(tmp_path):

@@ -66,9 +66,12 @@ class EvolutionTrainingConfig(CommonTrainingConfig):
     """
 
     # the strategy
-    generations: int = setting(1000, "meta-updates, unless minutes end the run before")
+    meta_seeds: int = setting(
+        1, "evolutions side by side, each with directions of its own; the mean of their weights is the checkpoint"
+    )
+    generations: int = setting(1000, "meta-updates, one of every evolution each, unless minutes end the run before")
     minutes: float = setting(
-        0.0, "wall time within which the run ends, its last validation included; 0: by generations alone"
+        0.0, "wall time within which all of it ends, its last validation included; 0: by generations alone"
     )
     pairs: int = setting(12, "antithetic pairs in a generation, each on problems of its own")
     problems: int = setting(1, "problems of a pair; more pairs tell more than more problems of each")
@@ -105,7 +108,9 @@ class EvolutionTrainingConfig(CommonTrainingConfig):
     def __post_init__(self) -> None:
         """Check sizes and ranges."""
         super().__post_init__()
-        require_positive(self, "generations", "pairs", "problems", "sigma", "sigma_end", "meta_lr", "timeout_s")
+        require_positive(
+            self, "meta_seeds", "generations", "pairs", "problems", "sigma", "sigma_end", "meta_lr", "timeout_s"
+        )
         require_positive(self, "validation_problems", "limit", "lost_score", "least_train")
         require(0 <= self.average < 1, "average", "in [0, 1)", self.average)
         require(1 <= self.harm < math.inf, "harm", "at least 1", self.harm)

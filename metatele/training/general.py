@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -92,6 +93,9 @@ def _set_flat(meta: nn.Module, values: Tensor) -> None:
 class EvolutionTrainer(MetaTrainer):
     """Meta-training by evolution strategies over whole runs; both of a pair see the same problem.
 
+    Several evolutions go on side by side, from one beginning, each with directions of its own: those of the seeds
+    ``seed`` to ``seed + meta_seeds - 1``. The mean of their weights is what is validated and published.
+
     Args:
         config: What to train and how.
         device: Where published weights lie; inner runs are on the CPU, where small ones are fastest.
@@ -116,13 +120,16 @@ class EvolutionTrainer(MetaTrainer):
         super().__init__(config, build(), device, processes)
         self.optimizer.requires_grad_(False)
         self.modules = Modules(config.task)
-        self.evolution = Evolution(_flat(self.optimizer), config.training, config.seed)
+        self.begin = _flat(self.optimizer)
+        seeds = range(config.seed, config.seed + config.training.meta_seeds)
+        self.evolutions = [Evolution(self.begin, config.training, seed) for seed in seeds]
         arguments = (config.task, build, make)
         self.workers = Workers(config.training.workers, worker, arguments, config.training.timeout_s)
         self.references: dict[str, Outcome] = {}
         self.elapsed_s, self._since_s = 0.0, time.monotonic()
         self._generation_s = self._job_s = 0.0  # what the last generation took, and a run of it
         self._late = False
+        self._began: dict[str, float] = {}  # validation of the beginning, known from the first one on
         self._warned: set[str] = set()
         self._read_references()
 
@@ -130,6 +137,21 @@ class EvolutionTrainer(MetaTrainer):
     def c(self) -> EvolutionTrainingConfig:
         """How it is trained."""
         found: EvolutionTrainingConfig = self.config.training
+        return found
+
+    @property
+    def averaged(self) -> Tensor:
+        """The published weights: the mean of the evolutions', flat."""
+        return torch.stack([evolution.averaged for evolution in self.evolutions]).mean(0)
+
+    @property
+    def beside(self) -> dict[str, nn.Module]:
+        """Every evolution's own result, where there are several."""
+        if len(self.evolutions) == 1:
+            return {}
+        found = {f"seeds/{evolution.seed}": copy.deepcopy(self.optimizer) for evolution in self.evolutions}
+        for optimizer, evolution in zip(found.values(), self.evolutions, strict=True):
+            _set_flat(optimizer, evolution.averaged)
         return found
 
     @property
@@ -148,11 +170,12 @@ class EvolutionTrainer(MetaTrainer):
 
     def _too_late(self) -> bool:
         missing = sum(_name(key) not in self.references for key in self._validated())
-        last = self._job_s * (self.c.validation_problems + len(REFERENCE_RATES) * missing)
+        runs = self.c.validation_problems * len(self._validated_weights()) + len(REFERENCE_RATES) * missing
+        last = self._job_s * runs
         return self.c.minutes > 0 and self._seconds() + self._generation_s + last >= 60 * self.c.minutes
 
     def step(self, measure: bool = False) -> dict[str, float]:
-        """One generation.
+        """One generation of every evolution.
 
         Args:
             measure: Nothing more is measured; all is known.
@@ -164,20 +187,26 @@ class EvolutionTrainer(MetaTrainer):
             DivergedError: ``max_skipped`` generations in a row told nothing.
         """
         begin_s, c, progress = time.perf_counter(), self.c, self.progress
-        noise, sigma = self.evolution.asked(progress)
-        first, known_before = self.started, len(self.references)
-        problems = [self._key(first + i) for i in range(c.pairs * c.problems)]
-        self.started += len(problems)
-        center = self.evolution.mean
-        signed = [center + sign * sigma * noise[i // c.problems] for i in range(len(problems)) for sign in (1, -1)]
+        first, known_before, number = self.started, len(self.references), c.pairs * c.problems
+        self.started += number
+        problems: list[tuple[int, str, int]] = []
+        signed: list[Tensor] = []
+        asked = [evolution.asked(progress) for evolution in self.evolutions]
+        for evolution, (noise, sigma) in zip(self.evolutions, asked, strict=True):
+            problems += [self._key(evolution.seed, first + i) for i in range(number)]
+            center = evolution.mean
+            signed += [center + sign * sigma * noise[i // c.problems] for i in range(number) for sign in (1, -1)]
         scores, outcomes = self._scores([key for key in problems for _ in range(2)], signed)
-        table = torch.tensor(scores, dtype=torch.float64).view(c.pairs, c.problems, 2)
-        differences = (table[..., 0] - table[..., 1]).nanmean(-1)
-        norm = self.evolution.told(noise, differences, sigma, rate_share(progress, c.decay))
-        _set_flat(self.optimizer, self.evolution.averaged)
+        table = torch.tensor(scores, dtype=torch.float64).view(len(self.evolutions), c.pairs, c.problems, 2)
+        differences, rate = (table[..., 0] - table[..., 1]).nanmean(-1), rate_share(progress, c.decay)
+        norms = [
+            evolution.told(noise, told, sigma, rate)
+            for evolution, (noise, sigma), told in zip(self.evolutions, asked, differences, strict=True)
+        ]
+        _set_flat(self.optimizer, self.averaged)
         self.update += 1
-        self.skipped_in_row = 0 if norm else self.skipped_in_row + 1
-        self.skipped += not norm
+        self.skipped_in_row = 0 if any(norms) else self.skipped_in_row + 1
+        self.skipped += norms.count(0.0)
         if self.skipped_in_row >= c.max_skipped:
             raise DivergedError(f"{self.skipped_in_row} generations in a row told nothing (at {self.update})")
         self._generation_s = time.perf_counter() - begin_s
@@ -186,16 +215,21 @@ class EvolutionTrainer(MetaTrainer):
         self._late = self._too_late()
         if not c.pool:
             self._forget()
-        known = table[table.isfinite()]
+        means = table.flatten(1).nanmean(-1).tolist()
         runs = [outcome for outcome in outcomes if outcome is not None]
         steps = sum(self.modules.sample(*key).horizon for key in problems) * 2
         return {
-            "meta_loss": float(known.mean()) if len(known) else math.nan,
-            "meta_gradient_norm": norm,
+            "meta_loss": float(table.nanmean()),
+            **(
+                {f"meta_loss/{e.seed}": mean for e, mean in zip(self.evolutions, means, strict=True)}
+                if len(means) > 1
+                else {}
+            ),
+            "meta_gradient_norm": sum(norms) / len(norms),
             "skipped": float(self.skipped),
             "lost_trajectories": float(len(outcomes) - len(runs)),
             "not_finite": float(sum(not outcome.finite for outcome in runs)),
-            "sigma": sigma,
+            "sigma": asked[0][1],
             "difference": float(differences.abs().nanmean()),
             "run_s": sum(outcome.seconds for outcome in runs) / max(1, len(runs)),
             "generation_s": self._generation_s,
@@ -203,31 +237,52 @@ class EvolutionTrainer(MetaTrainer):
         }
 
     def validate(self) -> tuple[float, dict[Any, float]]:
-        """Mean score on problems that are never trained on, and shares and medians behind it."""
-        keys = self._validated()
-        scores, outcomes = self._scores(keys, [self.evolution.averaged] * len(keys))
+        """Mean score on problems that are never trained on, and shares and medians behind it.
+
+        The same is told of the beginning, and of every evolution on its own where there are several.
+        """
+        keys, weights = self._validated(), self._validated_weights()
+        of = [theta for theta in weights.values() for _ in keys]
+        scores, outcomes = self._scores(keys * len(weights), of)
         self._write_references()
+        found: dict[str, dict[str, float]] = {}
+        for i, name in enumerate(weights):
+            part = slice(i * len(keys), (i + 1) * len(keys))
+            found[name] = self._summary(keys, scores[part], outcomes[part])
+        self._began = found.setdefault("beginning", self._began)
+        ours = found.pop("")
+        others = {f"{name}/{key}": value for name, summary in found.items() for key, value in summary.items()}
+        return ours.pop("score"), {**ours, **others}
+
+    def _validated_weights(self) -> dict[str, Tensor]:
+        """Whose weights the next validation is of, by name; the published ones have none."""
+        weights = {"": self.averaged}
+        if len(self.evolutions) > 1:
+            weights.update({f"seed_{evolution.seed}": evolution.averaged for evolution in self.evolutions})
+        return weights if self._began else {**weights, "beginning": self.begin}
+
+    def _summary(
+        self, keys: list[tuple[int, str, int]], scores: list[float], outcomes: list[Outcome | None]
+    ) -> dict[str, float]:
         pairs = [
             (ours, self.references[_name(key)])
             for key, ours in zip(keys, outcomes, strict=True)
             if ours is not None and _name(key) in self.references
         ]
         known = [value for value in scores if math.isfinite(value)]
-        if not known:
-            return math.inf, {}
         ratios = [ours.best / max(theirs.best, 1e-30) for ours, theirs in pairs if ours.finite and theirs.finite]
-        details = {
+        return {
+            "score": sum(known) / len(known) if known else math.inf,
             "fine": sum(fine(ours, theirs, self.c) for ours, theirs in pairs) / max(1, len(pairs)),
             "held_out_ratio": float(torch.tensor(ratios or [math.inf]).median()),
             "twice_adams": sum(ratio > 2 for ratio in ratios) / max(1, len(pairs)),
             "not_finite": float(sum(not ours.finite for ours, _ in pairs)),
             "lost": float(len(scores) - len(known)),
         }
-        return sum(known) / len(known), details
 
     def shown(self, measured: dict[Any, float]) -> str:
         """The last validation, for whoever watches."""
-        return "".join(f"  {name} {value:.3g}" for name, value in measured.items())
+        return "".join(f"  {name} {value:.3g}" for name, value in measured.items() if "/" not in name)
 
     def gradients(self) -> Tensor:
         """None are taken."""
@@ -242,7 +297,8 @@ class EvolutionTrainer(MetaTrainer):
         return {
             "format": 1,
             "config": to_dict(self.config),
-            "evolution": self.evolution.state_dict(),
+            "evolutions": [evolution.state_dict() for evolution in self.evolutions],
+            "began": self._began,
             "counters": [self.update, self.skipped, self.skipped_in_row, self.started],
             "best": self.best,
             "elapsed_s": self._seconds(),
@@ -257,13 +313,15 @@ class EvolutionTrainer(MetaTrainer):
             CheckpointError: The state does not belong to this configuration.
         """
         try:
-            self.evolution.load_state_dict(state["evolution"])
+            for evolution, saved in zip(self.evolutions, state["evolutions"], strict=True):
+                evolution.load_state_dict(saved)
+            self._began = state["began"]
             self.update, self.skipped, self.skipped_in_row, self.started = state["counters"]
             self.best = state["best"]
             self._late = state["late"]
             self.elapsed_s, self._since_s = state["elapsed_s"], time.monotonic()
             self.references.update({name: from_plain(values) for name, values in state["references"].items()})
-            _set_flat(self.optimizer, self.evolution.averaged)
+            _set_flat(self.optimizer, self.averaged)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise CheckpointError(f"the training state does not fit its configuration: {error}") from error
 
@@ -273,12 +331,12 @@ class EvolutionTrainer(MetaTrainer):
     def _validated(self) -> list[tuple[int, str, int]]:
         return [(_SHARED_SEED, "validation", i) for i in range(self.c.validation_problems)]
 
-    def _key(self, number: int) -> tuple[int, str, int]:
-        """The training problem of a number: a new one, or one of the pool, each once in every round."""
+    def _key(self, seed: int, number: int) -> tuple[int, str, int]:
+        """A seed's training problem of a number: a new one, or one of the pool, each once in every round."""
         if not self.c.pool:
-            return self.config.seed, "train", number
+            return seed, "train", number
         turn, place = divmod(number, self.c.pool)
-        g = torch.Generator().manual_seed(1000 * self.config.seed + turn)
+        g = torch.Generator().manual_seed(1000 * seed + turn)
         return _SHARED_SEED, "train", int(torch.randperm(self.c.pool, generator=g)[place])
 
     def _scores(

@@ -247,6 +247,8 @@ def _validate(trainer: MetaTrainer, folder: Path, log: _Log) -> None:
         checkpoint.save(
             folder / CHECKPOINT_NAME, trainer.evaluated, run=trainer.config, progress=progress, scores=scores
         )
+        for name, optimizer in trainer.beside.items():
+            checkpoint.save(folder / name, optimizer, run=trainer.config, progress=progress)
 
 
 class _Log:

@@ -76,6 +76,11 @@ class MetaTrainer(ABC):
         """The weights that are validated and published."""
         return self.optimizer
 
+    @property
+    def beside(self) -> dict[str, nn.Module]:
+        """What is saved beside the checkpoint, by the name of its folder: nothing for most."""
+        return {}
+
     @abstractmethod
     def step(self, measure: bool = False) -> dict[str, float]:
         """One meta-update; numbers to log."""
