@@ -10,6 +10,7 @@ import torch
 from metatele.config import KINDS, ModulesConfig
 from metatele.errors import ConfigError
 from metatele.tasks.modules import Modules
+from metatele.tasks.modules.sequences import Language
 
 SMALL = ModulesConfig(budget_ms=60.0, held_out_samples=64)
 
@@ -49,13 +50,24 @@ def test_problems_are_of_every_kind_and_stay_within_their_limits():
     assert kinds["classification"] > kinds["signals"]
     assert {p.change for p in problems} == {"none", "freed", "inputs", "targets", "classes"}
     networks = {p.network.kind for p in problems}
-    assert networks >= {"perceptron", "convolution", "attention", "gru", "lstm", "rnn", "mean", "flat", "autoencoder"}
+    assert networks >= {
+        "patches",
+        "perceptron",
+        "convolution",
+        "attention",
+        "gru",
+        "lstm",
+        "rnn",
+        "mean",
+        "flat",
+        "autoencoder",
+    }
     assert {p.source.loss for p in problems} >= {"mse", "huber", "ce", "bce", "smoothed"}
     assert all(SMALL.shortest <= p.horizon <= SMALL.longest for p in problems)
     assert all(p.samples == 0 or p.batch <= p.samples <= SMALL.most_samples for p in problems)
     assert all(p.network.width <= SMALL.broadest and p.network.depth < SMALL.deepest for p in problems)
     for share, some in (
-        (0.1, [p.whole for p in problems]),
+        (0.05, [p.whole for p in problems]),
         (0.1, [p.samples == 0 for p in problems]),
         (0.3, [p.known for p in problems]),
         (0.03, [p.trained > 0 for p in problems]),
@@ -118,6 +130,44 @@ def test_noise_is_left_out_of_honest_held_out_data():
     )
     changed = (clean.targets != noisy.targets).float().mean()
     assert 0.3 * table.flips < changed < table.flips
+
+
+def test_a_language_asks_for_the_next_token_and_repeats_itself_where_looking_back_pays():
+    text = Language("induction", 32, 32, 3).draw(400, torch.Generator().manual_seed(0))
+    assert torch.equal(text.inputs[:, 1:], text.targets[:, :-1])
+    agree = torch.stack([(text.targets[:, back:] == text.targets[:, :-back]).float().mean(1) for back in range(8, 16)])
+    # In its second half, every sequence is nearly the same as some distance before.
+    assert (agree.amax(0) > 0.6).float().mean() > 0.9
+    plain = Language("markov", 32, 32, 3).draw(400, torch.Generator().manual_seed(0))
+    again = torch.stack(
+        [(plain.targets[:, back:] == plain.targets[:, :-back]).float().mean(1) for back in range(8, 16)]
+    )
+    assert (again.amax(0) > 0.6).float().mean() < 0.1
+    problems = [
+        found(lambda p, tied=t: p.kind == "language" and p.network.tied == tied and p.trained == 0) for t in (0, 1)
+    ]
+    for problem in problems:
+        problem = replace(problem, network=replace(problem.network, start="gpt"))
+        model, data = problem.model(), problem.held_out()
+        assert model(data.inputs).shape == (*data.targets.shape, problem.source.tokens)
+        assert (model.first.weight is model.last.weight) == problem.network.tied
+        assert 0.017 < float(model.first.weight.detach().std()) < 0.023
+        late = data.inputs.clone()
+        late[:, -1] = (late[:, -1] + 1) % problem.source.tokens
+        model.eval()
+        before, after = model(data.inputs), model(late)
+        torch.testing.assert_close(before[:, :-1], after[:, :-1])  # no position sees what comes after it
+
+
+def test_prototypes_of_a_class_are_alike_and_sets_of_them_are_small():
+    problem = found(lambda p: p.kind == "prototypes" and p.samples and p.horizon * p.batch > 2000)
+    assert 1000 <= problem.samples <= 2000
+    images = replace(problem.source, noise=0.0, flips=0.0, channels=1, brightest=1.0)
+    x, y = images.draw(1000, torch.Generator().manual_seed(0))
+    x = x.flatten(1) / x.flatten(1).amax(1, keepdim=True)
+    centres = torch.stack([x[y == c].mean(0) for c in range(images.outputs)])
+    nearest = torch.cdist(x, centres).argmin(1)
+    assert (nearest == y).float().mean() > 0.8
 
 
 def test_settings_out_of_range_are_refused():

@@ -9,7 +9,10 @@ from metatele.config.base import check_types, require, require_positive, setting
 from metatele.config.training import CommonTrainingConfig
 
 # Kinds of inner problems.
-KINDS = ("regression", "classification", "images", "tokens", "signals", "autoencoder")
+KINDS = (
+    *("regression", "classification", "images", "tokens", "signals", "autoencoder"),
+    *("prototypes", "language", "patches"),  # small image sets, small GPTs, small ViTs
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class ModulesConfig:
     """
 
     kinds: tuple[str, ...] = setting(
-        (*2 * ("regression",), *3 * ("classification",), *2 * ("images",), *2 * ("tokens",), "signals", "autoencoder"),
+        (*2 * ("regression",), *3 * ("classification",), *2 * ("images",), *2 * ("tokens",), *KINDS[4:]),
         f"kinds of problems, drawn evenly: {', '.join(KINDS)}; tables come first in what people do",
     )
     shortest: int = setting(20, "least steps of a run; they are log-uniform")
@@ -34,7 +37,9 @@ class ModulesConfig:
     most_samples: int = setting(10_000, "most training samples")
     broadest: int = setting(256, "largest width; widths are log-uniform from 8")
     deepest: int = setting(16, "most layers of a perceptron")
-    fresh_share: float = setting(0.2, "share of problems whose batches never repeat")
+    fresh_share: float = setting(
+        0.2, "share of problems whose batches never repeat; 3.5 times it of those with a language"
+    )
     whole_share: float = setting(0.1, "share of problems whose batch is the whole training set")
     event_share: float = setting(0.15, "share of problems in which something changes in mid-run")
     trained_share: float = setting(0.1, "share of problems that go on from a state that Adam has trained")

@@ -10,10 +10,10 @@ from metatele.config import ModulesConfig
 from metatele.random import generator
 from metatele.tasks.modules.data import Source
 from metatele.tasks.modules.draws import Draws
-from metatele.tasks.modules.images import drawn_images
-from metatele.tasks.modules.networks import Network, built, drawn_network
+from metatele.tasks.modules.images import drawn_images, drawn_prototypes
+from metatele.tasks.modules.networks import Network, built, drawn_network, patch_side
 from metatele.tasks.modules.problem import Problem
-from metatele.tasks.modules.sequences import drawn_signals, drawn_tokens
+from metatele.tasks.modules.sequences import drawn_language, drawn_signals, drawn_tokens
 from metatele.tasks.modules.tables import drawn_table
 
 # Time of a training step with Adam on one core, fitted to a few hundred problems: a fixed part, a part for each module
@@ -49,14 +49,24 @@ class Modules:
             source = drawn_tokens(draws)
         elif kind == "signals":
             source = drawn_signals(draws)
+        elif kind == "language":
+            source = drawn_language(draws)
+        elif kind == "prototypes" or (kind == "patches" and draws.chance(0.7)):  # what a short run can learn
+            source = drawn_prototypes(draws)
         else:
             source = drawn_images(draws, kind)
         network = drawn_network(draws, kind, c.broadest, c.deepest)
-        samples = draws.whole(c.fewest_samples, c.most_samples if kind != "images" else min(4000, c.most_samples))
+        fewest, most = {
+            "images": (0, 4000),
+            "patches": (0, 4000),
+            "prototypes": (1000, 2000),
+        }.get(kind, (0, c.most_samples))
+        most = min(most, c.most_samples)
+        samples = draws.whole(min(max(fewest, c.fewest_samples), most), most)
         batch = min(samples, draws.whole(4, 256))
         if whole := draws.chance(c.whole_share):
             samples = batch = min(samples, 512)
-        elif draws.chance(c.fresh_share):
+        elif draws.chance(min(1.0, 3.5 * c.fresh_share) if kind == "language" else c.fresh_share):
             samples = 0
         passes = draws.choice((1,) * 24 + (2,))
         wanted, smaller = draws.whole(c.shortest, c.longest), draws.chance(0.5)
@@ -80,7 +90,8 @@ class Modules:
             change_at=change_at,
             trained=trained,
             clip=draws.choice((0.0,) * 9 + (1.0,)),
-            held_out_samples=c.held_out_samples,
+            # Passes of attention are dear, and of a language every position is judged.
+            held_out_samples=c.held_out_samples // (2 if kind in ("language", "patches") else 1),
             cost_ms=(horizon + trained) * step_ms,
             seed=draws.seed() // 2,
         )
@@ -106,6 +117,7 @@ def estimated_step_ms(network: Network, source: Source, batch: int) -> float:
     positions = source.shape[0] if network.kind in ("attention", "convolution", "gru", "lstm", "rnn", "mean") else 1
     if len(source.shape) == 3:
         positions = source.shape[1] * source.shape[2] if network.kind == "convolution" else 1
+        positions = (source.shape[1] // patch_side(source.shape[1])) ** 2 if network.kind == "patches" else positions
     operations = 6.0 * batch * positions * sum(math.prod(p.shape) for p in model.parameters())
     recurrent = network.kind in ("gru", "lstm", "rnn") and len(source.shape) < 3
     steps = source.shape[0] * network.depth if recurrent else 0

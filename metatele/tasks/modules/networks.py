@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,8 @@ class Network:
     """What a network is like; :func:`built` makes it.
 
     Attributes:
-        kind: ``"perceptron"``, ``"convolution"``, ``"autoencoder"``, or one of :data:`READERS`.
+        kind: ``"perceptron"``, ``"convolution"``, ``"autoencoder"``, ``"patches"`` (a small ViT), or one of
+            :data:`READERS`.
         depth: Hidden layers or blocks.
         width: Of hidden layers; channels of convolutions.
         activation: One of :data:`ACTIVATIONS`.
@@ -43,9 +44,11 @@ class Network:
         dropout: Share of hidden units that are left out.
         residual: Whether hidden layers are added to what they read.
         bias: Whether layers have one.
-        start: How weights begin: ``"default"`` (torch's), ``"orthogonal"``, ``"kaiming"``, ``"xavier"`` or ``"small"``.
-        tied: Whether tokens are written by the matrix that reads them.
+        start: How weights begin: ``"default"`` (torch's), ``"orthogonal"``, ``"kaiming"``, ``"xavier"``, ``"small"``,
+            or ``"gpt"``: with standard deviation 0.02, what is added to a stream less by its depth, biases at zero.
+        tied: Whether tokens are written by the matrix that reads them; of a ViT, whether a class token is read.
         seed: Of the first weights.
+        expansion: Hidden units of a block of attention, for each of its width.
     """
 
     kind: str
@@ -59,6 +62,7 @@ class Network:
     start: str = "default"
     tied: bool = False
     seed: int = 0
+    expansion: int = 2
 
 
 def _norm(name: str, width: int, dimensions: int = 0) -> list[nn.Module]:
@@ -148,9 +152,9 @@ class Attention(nn.Module):
         self.read = nn.Identity() if fused else nn.Linear(width, 3 * width, bias=network.bias)
         self.write = nn.Identity() if fused else nn.Linear(width, width, bias=network.bias)
         self.layers = nn.Sequential(
-            nn.Linear(width, 2 * width, bias=network.bias),
+            nn.Linear(width, network.expansion * width, bias=network.bias),
             ACTIVATIONS[network.activation](),
-            nn.Linear(2 * width, width, bias=network.bias),
+            nn.Linear(network.expansion * width, width, bias=network.bias),
             nn.Dropout(network.dropout),
         )
 
@@ -236,7 +240,66 @@ class Reader(nn.Module):
         return out
 
 
+class Patches(nn.Module):
+    """A small ViT: patches of an image, blocks of attention, and their mean or a class token.
+
+    Args:
+        network: Its description.
+        shape: ``[channels, size, size]`` of an image.
+        outputs: Numbers for each.
+    """
+
+    def __init__(self, network: Network, shape: tuple[int, ...], outputs: int) -> None:
+        super().__init__()
+        (channels, size, _), width = shape, network.width
+        side = patch_side(size)
+        self.first = nn.Conv2d(channels, width, side, side, bias=network.bias)
+        count = (size // side) ** 2 + int(network.tied)
+        self.places = nn.Parameter(0.02 * torch.randn(count, width))
+        self.token = nn.Parameter(0.02 * torch.randn(width)) if network.tied else None
+        heads, fused = 4 if width >= 32 else 2, bool(network.seed % 2)
+        blocks = [Attention(network, heads, False, fused) for _ in range(network.depth)]
+        self.body = nn.Sequential(*blocks, nn.LayerNorm(width))
+        self.last = nn.Linear(width, outputs, bias=network.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, channels, size, size]`` to ``[n, outputs]``."""
+        h = self.first(x).flatten(2).transpose(1, 2)
+        if self.token is not None:
+            h = torch.cat([self.token.expand(len(h), 1, -1), h], 1)
+        h = self.body(h + self.places)
+        out: Tensor = self.last(h.mean(1) if self.token is None else h[:, 0])
+        return out
+
+
+def patch_side(size: int) -> int:
+    """Of patches, in pixels: 16 or 25 of them.
+
+    Example:
+        >>> [patch_side(size) for size in (8, 10, 12, 16)]
+        [2, 2, 3, 4]
+    """
+    return size // 4 if size % 4 == 0 else 2
+
+
+def _as_gpt(model: nn.Module) -> None:
+    """Standard deviation 0.02; of what is added to a stream less by its depth, so that the sum stays as large."""
+    blocks = [m for m in model.modules() if isinstance(m, Attention)]
+    for name, p in model.named_parameters():
+        if p.dim() >= 2:
+            nn.init.normal_(p, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+    for block in blocks:
+        added = block.write if block.together is None else block.together.out_proj
+        for layer in (added, block.layers[2]):
+            nn.init.normal_(cast("nn.Linear", layer).weight, std=0.02 / (2 * len(blocks)) ** 0.5)
+
+
 def _begin(model: nn.Module, start: str) -> None:
+    if start == "gpt":
+        _as_gpt(model)
+        return
     for p in model.parameters():
         if start == "default" or p.dim() < 2:
             continue
@@ -268,6 +331,8 @@ def built(network: Network, source: Source) -> nn.Module:
                 model = nn.Sequential(nn.Flatten(), *model.children())
         elif network.kind == "autoencoder":
             model = autoencoder(network, source.shape[0])
+        elif network.kind == "patches":
+            model = Patches(network, source.shape, source.outputs)
         elif network.kind == "convolution" and len(source.shape) == 3:
             model = convolutional(network, source.shape, source.outputs)
         else:
@@ -287,13 +352,19 @@ def drawn_network(draws: Draws, kind: str, broadest: int, deepest: int) -> Netwo
         "seed": draws.seed(),
     }
     norm, residual = draws.choice(("none",) * 4 + ("layer", "batch", "batch", "rms")), draws.chance(0.3)
+    if kind in ("language", "patches"):
+        shared["activation"] = draws.choice(("gelu", "gelu", "gelu", "relu", "silu"))
+        shared["start"], shared["tied"] = draws.choice(("gpt", "gpt", "default")), draws.chance(0.5)
+        shared["expansion"], layer = draws.choice((2, 4, 4)), draws.choice(("layer", "layer", "layer", "rms"))
+        depth, width = draws.choice((1, 1, 2, 2, 3)), draws.choice((16, 16, 24, 32, 32, 48))
+        return Network("attention" if kind == "language" else "patches", depth, width, norm=layer, **shared)
     if kind in ("tokens", "signals"):
         reader = draws.choice(READERS)
         depth, width = draws.choice((1, 1, 2, 3)), draws.choice((8, 16, 16, 32, 32, 64))
         if reader == "flat":
             width = 8
         return Network(reader, depth, width, norm=norm, residual=residual, **shared)
-    if kind == "images" and draws.chance(0.8):
+    if kind in ("images", "prototypes") and draws.chance(0.8 if kind == "images" else 0.5):
         depth, width = draws.choice((1, 2, 2, 3, 4)), draws.choice((4, 8, 8, 16, 32))
         return Network("convolution", depth, width, norm=norm, residual=residual, **shared)
     depth = draws.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 4, 6, draws.whole(4, deepest)))

@@ -94,6 +94,65 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Language:
+    """Text of a random language, whose next token is asked for at every position.
+
+    Attributes:
+        sort: ``"markov"`` (a token depends on the last one) or ``"induction"`` (such text that repeats itself, at a
+            distance of its own for each sequence, so that looking back pays).
+        tokens: How many different ones; some are frequent and most are rare.
+        length: Of a sequence.
+        seed: Of the language.
+
+    Example:
+        >>> data = Language("markov", 32, 16, 0).draw(3, torch.Generator().manual_seed(0))
+        >>> bool((data.inputs[:, 1:] == data.targets[:, :-1]).all())
+        True
+    """
+
+    sort: str
+    tokens: int
+    length: int
+    seed: int
+
+    loss = "ce"
+    positions = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input."""
+        return (self.length,)
+
+    @property
+    def outputs(self) -> int:
+        """Classes: the tokens."""
+        return self.tokens
+
+    @cached_property
+    def _chain(self) -> Tensor:
+        draws = Draws(seeded(self.seed))
+        sharpness = draws.uniform(0.5, 3.0)
+        rarity = draws.uniform(0.3, 1.2) * torch.arange(1, self.tokens + 1).log()  # Zipf's law
+        logits = sharpness * torch.randn(self.tokens, self.tokens, generator=draws.generator) - rarity
+        return logits.softmax(-1).cumsum(-1)
+
+    def draw(self, count: int, generator: torch.Generator, clean: bool = False) -> Data:
+        """New samples; none has noise of its own."""
+        text = [torch.randint(self.tokens, (count,), generator=generator)]
+        for u in torch.rand(self.length, count, 1, generator=generator):
+            text.append((self._chain[text[-1]] < u).sum(-1).clamp(max=self.tokens - 1))
+        if self.sort == "induction":
+            near, far = max(2, self.length // 4), max(3, self.length // 2)
+            back = torch.randint(near, far, (count,), generator=generator)
+            rows = torch.arange(count)
+            for t in range(near, self.length + 1):
+                again = (back <= t) & (torch.rand(count, generator=generator) < 0.95)
+                text[t] = torch.where(again, torch.stack(text, 1)[rows, (t - back).clamp_min(0)], text[t])
+        whole = torch.stack(text, 1)
+        return Data(whole[:, :-1], whole[:, 1:])
+
+
+@dataclass(frozen=True)
 class Signals:
     """Sums of waves in noise ``[length, channels]``: which class of frequency, or how they go on.
 
@@ -155,6 +214,12 @@ def drawn_tokens(draws: Draws) -> Tokens:
     reach = min(draws.choice((1, 2, 3)), length - 1)
     flips = draws.choice((0.0, 0.0, draws.uniform(0, 0.4)))
     return Tokens(game, tokens, length, max(2, reach) if game == "sum" else reach, flips, draws.seed())
+
+
+def drawn_language(draws: Draws) -> Language:
+    """A language for a small GPT."""
+    sort, tokens = draws.choice(("markov", "markov", "induction")), draws.choice((16, 24, 32, 48))
+    return Language(sort, tokens, draws.choice((12, 16, 24, 32)), draws.seed())
 
 
 def drawn_signals(draws: Draws) -> Signals:
