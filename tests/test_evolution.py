@@ -84,6 +84,12 @@ def test_score_is_zero_for_adams_own_run_and_falls_with_each_loss():
     assert doubled == pytest.approx(math.log(2) + 2 * math.log(2 / 1.05))
 
 
+def test_a_score_without_held_out_loss_is_that_of_training_loss_alone():
+    blind = replace(CONFIG, held_best_weight=0.0, harm_weight=0.0, held_end_weight=0.0)
+    assert score(ADAM._replace(best=9.0, end=9.0), ADAM, blind) == 0
+    assert score(ADAM._replace(best=9.0, train=0.2), ADAM, blind) == pytest.approx(-0.3 * math.log(2))
+
+
 def test_no_problem_outweighs_the_others_and_what_is_next_to_nothing_does_not_count():
     lost = ADAM._replace(end=math.inf)
     worst = ADAM._replace(best=1e30, end=1e30, train=1e30)

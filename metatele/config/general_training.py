@@ -97,8 +97,9 @@ class EvolutionTrainingConfig(CommonTrainingConfig):
 
     # the score of a run
     held_best_weight: float = setting(1.0, "of the log of our least held-out loss over Adam's: what a user is after")
-    end_weight: float = setting(
-        0.3, "of the same of training loss and of held-out loss at the end: a run should not need to be stopped early"
+    end_weight: float = setting(0.3, "of the same of training loss at the end")
+    held_end_weight: float = setting(
+        0.3, "of the same of held-out loss at the end: a run should not need to be stopped early"
     )
     harm: float = setting(1.05, "ratio of least held-out losses from which ours counts as worse than Adam's")
     harm_weight: float = setting(2.0, "of the log of what exceeds it: no worse anywhere comes before better somewhere")
@@ -119,7 +120,16 @@ class EvolutionTrainingConfig(CommonTrainingConfig):
         require_positive(self, "validation_problems", "limit", "lost_score", "least_train")
         require(0 <= self.average < 1, "average", "in [0, 1)", self.average)
         require(1 <= self.harm < math.inf, "harm", "at least 1", self.harm)
-        for name in ("minutes", "workers", "pool", "held_best_weight", "end_weight", "harm_weight", "least_held"):
+        for name in (
+            "minutes",
+            "workers",
+            "pool",
+            "held_best_weight",
+            "end_weight",
+            "held_end_weight",
+            "harm_weight",
+            "least_held",
+        ):
             require(0 <= getattr(self, name) < math.inf, name, "zero or positive", getattr(self, name))
 
     @property

@@ -117,7 +117,7 @@ def score(ours: Outcome, reference: Outcome, c: EvolutionTrainingConfig) -> floa
 
     .. math::
 
-        s = w_b \log r_b + w_h \log_+ (r_b / 1.05) + w_e (\log r_t + \log r_e)
+        s = w_b \log r_b + w_h \log_+ (r_b / 1.05) + w_t \log r_t + w_e \log r_e
 
     with ratios r of ours to Adam's in the least held-out loss, training loss at the end and held-out loss at the end,
     their logarithms cut to what counts. A share of the first held-out loss is added to held-out losses.
@@ -148,9 +148,9 @@ def score(ours: Outcome, reference: Outcome, c: EvolutionTrainingConfig) -> floa
 
     best = held(ours.best, reference.best)
     train = math.log(max(ours.train, 1e-30) / max(reference.train, c.least_train))
-    ends = cut(train, c.gain) + cut(held(ours.end, reference.end), c.gain)
+    ends = c.end_weight * cut(train, c.gain) + c.held_end_weight * cut(held(ours.end, reference.end), c.gain)
     harm = max(0.0, cut(best, c.limit) - math.log(c.harm))
-    return c.held_best_weight * cut(best, c.limit) + c.harm_weight * harm + c.end_weight * ends
+    return c.held_best_weight * cut(best, c.limit) + c.harm_weight * harm + ends
 
 
 def fine(ours: Outcome, reference: Outcome, c: EvolutionTrainingConfig) -> bool:
