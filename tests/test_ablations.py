@@ -52,12 +52,12 @@ def test_results_are_kept_and_drawn_again(tmp_path, capsys):
     where = ["--json", str(file), "--runs", str(tmp_path / "runs")]
     ablations.main([*TINY, *where, "--variants", "checkpoint", "whitened"])
     first = json.loads(file.read_text())
-    ablations.main([*TINY, *where, "--variants", "checkpoint", "whitened", "trained", "no-held-out"])
+    ablations.main([*TINY, *where, "--variants", "checkpoint", "whitened", "no-held-out"])
     result = json.loads(file.read_text())
-    assert set(result["rows"]) == {"checkpoint", "whitened", "trained", "no-held-out"}
+    assert set(result["rows"]) == {"checkpoint", "whitened", "no-held-out"}
     assert result["adam"] == first["adam"]
     assert result["rows"]["whitened"] == first["rows"]["whitened"]
-    assert len(result["rows"]["trained"]["seeds"]) == 2
+    assert len(result["rows"]["no-held-out"]["seeds"]) == 2
     stored = json.loads((tmp_path / "runs" / "no-held-out" / "checkpoint" / "config.json").read_text())
     assert stored["training"]["training"]["held_end_weight"] == 0
     capsys.readouterr()
