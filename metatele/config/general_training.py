@@ -80,6 +80,13 @@ class EvolutionTrainingConfig(CommonTrainingConfig):
     )
     pairs: int = setting(12, "antithetic pairs in a generation, each on problems of its own")
     problems: int = setting(1, "problems of a pair; more pairs tell more than more problems of each")
+    disturb: str = setting(
+        "weights",
+        "what is disturbed: the weights, or what the controller asks for, by which a run tells what each setting is "
+        "worth where such numbers are seen",
+        ("weights", "settings"),
+    )
+    step: str = setting("adam", "how the estimated gradient is followed", ("adam", "momentum"))
     sigma: float = setting(0.1, "standard deviation of what is added to the parameters")
     sigma_end: float = setting(0.03, "the same at the end: smaller steps see finer differences")
     meta_lr: float = setting(0.02, "Adam's rate on the estimated gradient")

@@ -52,6 +52,7 @@ class Evolution:
         begin: Parameters ``[n]`` to begin with.
         config: Sizes and rates.
         seed: Of the directions.
+        disturbed: Numbers that are disturbed; as many as parameters unless given.
 
     Attributes:
         mean: The parameters θ.
@@ -69,24 +70,25 @@ class Evolution:
         True
     """
 
-    def __init__(self, begin: Tensor, config: EvolutionTrainingConfig, seed: int) -> None:
+    def __init__(self, begin: Tensor, config: EvolutionTrainingConfig, seed: int, disturbed: int | None = None) -> None:
         self.config, self.seed, self.generation = config, seed, 0
         self.mean = begin.detach().clone()
+        self.disturbed = disturbed or len(begin)
         self.averaged = self.mean.clone()
         self._first, self._second, self._steps = torch.zeros_like(self.mean), torch.zeros_like(self.mean), 0
 
     def asked(self, progress: float) -> tuple[Tensor, float]:
-        """Directions ``[pairs, n]`` of the next generation, and their length σ at a share of the run that is done."""
+        """Directions ``[pairs, disturbed]`` of the next generation, and their length σ at a share of the run that is done."""
         c = self.config
         g = generator(self.seed, "exploration", self.generation)
-        noise = torch.randn(c.pairs, len(self.mean), generator=g, dtype=torch.float64).to(self.mean)
+        noise = torch.randn(c.pairs, self.disturbed, generator=g, dtype=torch.float64).to(self.mean)
         return noise, c.sigma * (c.sigma_end / c.sigma) ** min(1.0, progress)
 
     def told(self, noise: Tensor, differences: Tensor, sigma: float, rate: float) -> float:
         """Step by the scores' differences ``[pairs]``; NaN for a pair of which one was lost.
 
         Args:
-            noise: What :meth:`asked` gave.
+            noise: What :meth:`asked` gave, as directions of the parameters ``[pairs, n]``.
             differences: Score of the sum less that of the difference, for each pair.
             sigma: As :meth:`asked` gave it.
             rate: Share of the meta learning rate.
@@ -108,7 +110,7 @@ class Evolution:
         self._first.lerp_(gradient, 1 - 0.9)
         self._second.lerp_(gradient.square(), 1 - 0.99)
         first, second = self._first / (1 - 0.9**self._steps), self._second / (1 - 0.99**self._steps)
-        self.mean -= rate * c.meta_lr * first / (second.sqrt() + 1e-12)
+        self.mean -= rate * c.meta_lr * (first / (second.sqrt() + 1e-12) if c.step == "adam" else first)
         self.averaged.lerp_(self.mean, 1 - min(c.average, self._steps / (self._steps + 10)))
         return norm
 

@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -51,10 +52,12 @@ class Job(NamedTuple):
     Attributes:
         problem: Seed, stream and index.
         parameters: The meta-optimizer's, as plain numbers; without them Adam runs at its rates.
+        notes: Whether the mean of what the controller saw is told behind the outcome.
     """
 
     problem: tuple[int, str, int]
     parameters: Sequence[float] | None
+    notes: bool = False
 
 
 def worker(task: ModulesConfig, build: Callable[[], nn.Module], make: MakeOptimizer) -> Callable[[Job], list[Any]]:
@@ -68,7 +71,9 @@ def worker(task: ModulesConfig, build: Callable[[], nn.Module], make: MakeOptimi
             found = better(runs)
             return plain(found._replace(seconds=sum(one.seconds for one in runs)))
         _set_flat(meta, torch.tensor(job.parameters, dtype=torch.float64))
-        return plain(run(problem, lambda model, total_steps: make(meta, model, total_steps)))
+        with meta.noting() if job.notes else nullcontext([]) as noted:
+            found = run(problem, lambda model, total_steps: make(meta, model, total_steps))
+        return plain(found._replace(seen=tuple(torch.stack(noted).mean(0).tolist())) if noted else found)
 
     return work
 
@@ -122,7 +127,9 @@ class EvolutionTrainer(MetaTrainer):
         self.modules = Modules(config.task)
         self.begin = _flat(self.optimizer)
         seeds = range(config.seed, config.seed + config.training.meta_seeds)
-        self.evolutions = [Evolution(self.begin, config.training, seed) for seed in seeds]
+        self.disturbs = config.training.disturb == "settings"
+        count = self.optimizer.explored() if self.disturbs else None
+        self.evolutions = [Evolution(self.begin, config.training, seed, count) for seed in seeds]
         arguments = (config.task, build, make)
         self.workers = Workers(config.training.workers, worker, arguments, config.training.timeout_s)
         self.references: dict[str, Outcome] = {}
@@ -194,14 +201,18 @@ class EvolutionTrainer(MetaTrainer):
         asked = [evolution.asked(progress) for evolution in self.evolutions]
         for evolution, (noise, sigma) in zip(self.evolutions, asked, strict=True):
             problems += [self._key(evolution.seed, first + i) for i in range(number)]
-            center = evolution.mean
-            signed += [center + sign * sigma * noise[i // c.problems] for i in range(number) for sign in (1, -1)]
-        scores, outcomes = self._scores([key for key in problems for _ in range(2)], signed)
+            moved = self._directions(noise)
+            signed += [
+                evolution.mean + sign * sigma * moved[i // c.problems] for i in range(number) for sign in (1, -1)
+            ]
+        scores, outcomes = self._scores([key for key in problems for _ in range(2)], signed, self.disturbs)
         table = torch.tensor(scores, dtype=torch.float64).view(len(self.evolutions), c.pairs, c.problems, 2)
         differences, rate = (table[..., 0] - table[..., 1]).nanmean(-1), rate_share(progress, c.decay)
         norms = [
-            evolution.told(noise, told, sigma, rate)
-            for evolution, (noise, sigma), told in zip(self.evolutions, asked, differences, strict=True)
+            evolution.told(self._directions(noise, seen), told, sigma, rate)
+            for evolution, (noise, sigma), told, seen in zip(
+                self.evolutions, asked, differences, self._seen(outcomes), strict=True
+            )
         ]
         _set_flat(self.optimizer, self.averaged)
         self.update += 1
@@ -235,6 +246,22 @@ class EvolutionTrainer(MetaTrainer):
             "generation_s": self._generation_s,
             "ms_per_trajectory_step": 1e3 * self._generation_s / steps,
         }
+
+    def _directions(self, noise: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Directions of the parameters ``[pairs, n]``, from those that are disturbed and what was seen meanwhile."""
+        if not self.disturbs:
+            return noise
+        meta = cast("GeneralOptimizer", self.optimizer)
+        return meta.lifted(noise, noise.new_zeros(len(noise), 0) if seen is None else seen.to(noise))
+
+    def _seen(self, outcomes: list[Outcome | None]) -> list[Tensor | None]:
+        """Of every evolution the mean of what was seen in the runs of each pair ``[pairs, numbers]``."""
+        if not self.disturbs:
+            return [None] * len(self.evolutions)
+        known = [torch.tensor(o.seen if o is not None else ()) for o in outcomes]
+        zeros = torch.zeros(max((len(k) for k in known), default=0))
+        all_ = torch.stack([k if len(k) else zeros for k in known])  # the difference of a lost one counts nothing
+        return list(all_.view(len(self.evolutions), self.c.pairs, -1, len(zeros)).mean(2))
 
     def validate(self) -> tuple[float, dict[Any, float]]:
         """Mean score on problems that are never trained on, and shares and medians behind it.
@@ -340,12 +367,12 @@ class EvolutionTrainer(MetaTrainer):
         return _SHARED_SEED, "train", int(torch.randperm(self.c.pool, generator=g)[place])
 
     def _scores(
-        self, keys: list[tuple[int, str, int]], parameters: list[Tensor]
+        self, keys: list[tuple[int, str, int]], parameters: list[Tensor], notes: bool = False
     ) -> tuple[list[float], list[Outcome | None]]:
         """Score and outcome of a run for each problem and parameters; NaN and none for one that was lost."""
         missing = [key for key in dict.fromkeys(keys) if _name(key) not in self.references]
         jobs = [Job(key, None) for key in missing]
-        jobs += [Job(key, theta.tolist()) for key, theta in zip(keys, parameters, strict=True)]
+        jobs += [Job(key, theta.tolist(), notes) for key, theta in zip(keys, parameters, strict=True)]
         costs = {key: self.modules.sample(*key).cost_ms for key in dict.fromkeys(keys)}
         order = sorted(range(len(jobs)), key=lambda i: -costs[jobs[i].problem])
         answers: dict[int, Any] = dict(zip(order, self.workers.answers([jobs[i] for i in order]), strict=True))

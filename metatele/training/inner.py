@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
         end: Held-out loss at the end.
         train: Training loss at the end.
         seconds: Processor time of the run.
+        seen: Mean of what the controller saw, where it was noted.
     """
 
     first: float
@@ -37,6 +38,7 @@ class Outcome(NamedTuple):
     end: float
     train: float
     seconds: float = 0.0
+    seen: tuple[float, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -167,7 +169,7 @@ def fine(ours: Outcome, reference: Outcome, c: EvolutionTrainingConfig) -> bool:
 
 def plain(outcome: Outcome) -> list[float | None]:
     """As JSON and training states hold it."""
-    return [value if math.isfinite(value) else None for value in outcome]
+    return [value if math.isfinite(value) else None for value in (*outcome[:-1], *outcome.seen)]
 
 
 def from_plain(values: list[Any]) -> Outcome:
@@ -178,4 +180,5 @@ def from_plain(values: list[Any]) -> Outcome:
         inf
     """
     found: list[Any] = [math.inf if value is None else value for value in values]
-    return Outcome(*found)
+    count = len(Outcome._fields) - 1
+    return Outcome(*found[:count], seen=tuple(found[count:]))

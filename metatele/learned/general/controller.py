@@ -18,6 +18,8 @@ from metatele.random import generator
 
 AGREEMENT = "agreement of half batches, of the whole network"
 LOOKED_UP = "whether it is of kind embedding"
+KNOWN = "share of samples seen before"
+DEPTH = "log of the depth"
 CLOCK = "log of steps so far"
 KINDS = ("linear", "conv", "attention", "embedding", "recurrent", "unseen", "vectors")
 
@@ -106,7 +108,7 @@ SEEN: tuple[Measure, ...] = (
     Measure("log of momentum over usual gradients", "noise", -2, 0.5, lambda s: s.momentum.clamp_min(1e-8).log() / 2),
     Measure("log of the step length over the first", "sizes", -2, 1, lambda s: s.length / 3),
     Measure("log of the size over the first", "sizes", -2, 2, lambda s: s.grown),
-    Measure("share of samples seen before", "repeats", 0, 1, lambda s: s.known),
+    Measure(KNOWN, "repeats", 0, 1, lambda s: s.known),
     Measure("log of passes through the data", "repeats", 0, 2, lambda s: _logs(1 + s.epochs) / 2),
     Measure("whether the batch is the last one again", "repeats", 0, 1, lambda s: float(s.same)),
     Measure("log of samples seen, for each parameter", "data", -2, 2, lambda s: (_ratio(s)) / 4),
@@ -117,7 +119,7 @@ SEEN: tuple[Measure, ...] = (
     Measure("log of the loss over the first", "loss", -3, 1, lambda s: s.fallen / 3),
     Measure("log of positions for each sample", "place", 0, 2, lambda s: s.positions.clamp_min(1).log() / 4),
     Measure("log of outputs over inputs", "place", -2, 2, lambda s: s.aspect / 3),
-    Measure("log of the depth", "place", 0, 1.5, lambda s: _logs(s.depth) / 3),
+    Measure(DEPTH, "place", 0, 1.5, lambda s: _logs(s.depth) / 3),
     Measure("whether it is the first", "place", 0, 1, lambda s: s.first),
     Measure("whether it is the last", "place", 0, 1, lambda s: s.last),
     *(Measure(f"whether it is of kind {kind}", "place", 0, 1, _is_of(k)) for k, kind in enumerate(KINDS[1:], 1)),
@@ -177,13 +179,13 @@ class Setting(NamedTuple):
 
 
 SET: tuple[Setting, ...] = (
-    Setting("stretch", False, 0.0, 0.5, -3.0, 2.0, torch.exp, {LOOKED_UP: -3.0}),
+    Setting("stretch", False, 0.0, 0.5, -3.0, 2.0, torch.exp, {LOOKED_UP: -0.6}),
     Setting("decay", False, math.log(0.09), 1.5, -4.0, 4.0, torch.exp),
     Setting("damping", False, math.log(1.66), 1.5, -9.0, 3.0, torch.exp),
-    Setting("spectral", False, 3.0, 2.0, -9.0, 3.0, torch.sigmoid, {AGREEMENT: -3.0}),
+    Setting("spectral", False, 12.0, 2.0, -18.0, 3.0, torch.sigmoid, {AGREEMENT: -3.0, KNOWN: -4.5}),
     Setting("anneal", False, 0.5, 0.3, -0.5, 1.0, lambda x: x),
     Setting("longest", True, math.log(0.06), 0.5, -3.0, 2.0, torch.exp),
-    Setting("target", True, 0.0, 0.2, -0.5, 0.5, lambda x: x),
+    Setting("target", True, -0.3, 0.2, -0.5, 0.8, lambda x: x, {DEPTH: 4.0}),
     Setting("gain", True, math.log(0.3), 0.5, -3.0, 2.0, torch.exp, {CLOCK: -3.7}),
 )
 
@@ -200,6 +202,9 @@ class Controller(nn.Module):
         >>> controller = Controller(4)
         >>> sum(p.numel() for p in controller.parameters()) < 1000
         True
+
+    Attributes:
+        noted: What was seen, a mean over matrices ``[numbers]`` for each call; ``None`` where nobody asks.
     """
 
     visible: Tensor
@@ -223,6 +228,7 @@ class Controller(nn.Module):
                 direct[row, names.index(name)] = value
         self.direct = nn.Parameter(direct)
         self.offset = nn.Parameter(torch.zeros(k))
+        self.noted: list[Tensor] | None = None
         self.register_buffer("visible", torch.tensor([float(m.sense not in blind) for m in SEEN]), persistent=False)
         self.register_buffer("unit", torch.tensor([s.unit for s in SET]), persistent=False)
         self.register_buffer("joint", torch.tensor([s.joint for s in SET]), persistent=False)
@@ -244,6 +250,8 @@ class Controller(nn.Module):
     def forward(self, sight: Sight) -> Controls:
         """What it sets."""
         numbers = self.seen(sight)
+        if self.noted is not None:
+            self.noted.append(numbers.mean(0))
         asked = numbers @ self.direct.T + self.offset
         if self.outer.numel():
             asked = asked + torch.tanh(numbers @ self.inner.T + self.inner_bias) @ self.outer.T

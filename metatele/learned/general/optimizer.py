@@ -19,7 +19,11 @@ does (:mod:`metatele.learned.equivariant`), whose controller is part of the chec
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
 
 from metatele.config import EquivariantConfig, GeneralConfig
 from metatele.learned.equivariant.observation import Observation
@@ -27,7 +31,7 @@ from metatele.learned.equivariant.opening import Opening
 from metatele.learned.equivariant.optimizer import EquivariantOptimizer
 from metatele.learned.equivariant.states import EquivariantStates
 from metatele.learned.equivariant.step import EquivariantStep
-from metatele.learned.general.controller import Controller
+from metatele.learned.general.controller import SEEN, SET, Controller
 from metatele.perceptron.mlp import MLP, Pass
 
 
@@ -76,3 +80,34 @@ class GeneralOptimizer(nn.Module):
     def evolved(self) -> list[nn.Parameter]:
         """The parameters that meta-training changes: the controller's."""
         return list(self.controller.parameters())
+
+    def explored(self) -> int:
+        """Numbers that meta-training disturbs: one for each setting of the controller."""
+        return len(SET)
+
+    def lifted(self, asked: Tensor, seen: Tensor) -> Tensor:
+        """A change of :meth:`evolved`, flat, that asks for more of each setting where such numbers are seen.
+
+        Args:
+            asked: Of the settings ``[..., settings]``.
+            seen: Numbers ``[..., numbers]``; without any, ``[..., 0]``, the offsets alone change.
+
+        Returns:
+            ``[..., parameters]``; the outer product for what is linear, and zeros for a hidden layer.
+        """
+        c = self.controller
+        if not seen.shape[-1]:
+            seen = asked.new_zeros(*asked.shape[:-1], len(SEEN))
+        known = {id(c.direct): asked[..., :, None] * seen[..., None, :], id(c.offset): asked}
+        many = asked.shape[:-1]
+        parts = [known.get(id(p), asked.new_zeros(*many, *p.shape)).reshape(*many, -1) for p in self.evolved()]
+        return torch.cat(parts, -1)
+
+    @contextmanager
+    def noting(self) -> Iterator[list[Tensor]]:
+        """Within, what the controller sees is noted."""
+        self.controller.noted = found = []
+        try:
+            yield found
+        finally:
+            self.controller.noted = None
