@@ -23,7 +23,7 @@ from metatele.network.wanted import NOTHING
 from metatele.network.watch import Watch, unwrapped
 from metatele.optim.described import Row, rows_of
 from metatele.optim.equivariant import NETWORK, EquivariantStepper
-from metatele.optim.moving import Moves, apply, gather, real
+from metatele.optim.moving import Moves, Paths, real
 from metatele.optim.one_batch import PREFIX, OneBatch
 from metatele.optim.scenes import ends_of, scene_of
 from metatele.optim.steppers import Memory, Situation, Stepper
@@ -68,6 +68,8 @@ class GeneralStepper(Stepper):
         self._last: Tensor | None = None  # fingerprint of the last batch
         self._to_fit: bool | None = None  # as the first batches that came again told
         self._by_gradient: set[int] = set()  # parts whose moments are of their gradients
+        self._paths: Paths | None = None  # to and from its flat tensors
+        self._listed: tuple[object, object, list[nn.Parameter]] | None = None
         self._safe: tuple[float, list[Tensor]] | None = None  # log of the loss at a look, and the weights there
 
     def _perceptron(self) -> EquivariantStepper | None:
@@ -100,6 +102,9 @@ class GeneralStepper(Stepper):
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All of the model's, each once."""
+        parts, vectors = self.capture.parts, self.capture.vectors
+        if self._listed is not None and self._listed[0] is parts and self._listed[1] is vectors:
+            return self._listed[2]
         found: dict[int, nn.Parameter] = {}
         for part in self.capture.parts:
             found[id(part.weight)] = part.weight
@@ -107,7 +112,8 @@ class GeneralStepper(Stepper):
                 found[id(part.bias)] = part.bias
         for _, p in self.capture.vectors:
             found[id(p)] = p
-        return list(found.values())
+        self._listed = parts, vectors, list(found.values())
+        return self._listed[2]
 
     # --- a step
 
@@ -118,8 +124,9 @@ class GeneralStepper(Stepper):
             done = self._advance_repeated(course, at)
             if done is not None:
                 return done
-        parts, vectors = self.capture.parts, self.capture.vectors
-        moves = gather(course.gradient, course.velocity, course.layout, parts, vectors, at)
+        if self._paths is None or not self._paths.are_of(course, self.capture.parts):
+            self._paths = Paths(course, self.capture.parts, self.capture.vectors)
+        moves = self._paths.gather(at)
         if not self._is_finite(course.gradient.sum(), at):
             return self._skip(course, at)
         self._lost = 0
@@ -136,7 +143,7 @@ class GeneralStepper(Stepper):
         change, shares = course.step(at.momentum, self._cooled(course, at))
         if self._one_batch is not None:
             self._on_one_batch(self._one_batch, course, change, shares, moves, at)
-        apply(change, shares, course.layout, parts, vectors, moves, at)
+        self._paths.apply(shares)
         self._heed(course, at)
         if looks and same and not self.repeating:
             if self._to_fit is None:
@@ -418,7 +425,7 @@ class GeneralStepper(Stepper):
 
     def __getstate__(self) -> dict[str, Any]:
         """The memories travel as the optimizer's state."""
-        gone = ("course", "repeating", "_one_batch", "_last", "_to_fit", "_by_gradient", "_safe")
+        gone = ("course", "repeating", "_one_batch", "_last", "_to_fit", "_by_gradient", "_safe", "_paths", "_listed")
         return {name: value for name, value in self.__dict__.items() if name not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
