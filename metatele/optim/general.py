@@ -31,6 +31,7 @@ from metatele.perceptron.losses import kind
 
 COURSE = "course"  # key of the first parameter group: what belongs to no single parameter
 ONE_BATCH = "one_batch"  # key there of what belongs to none while one batch comes again and again
+_NOTHING, _BATCH = Look(), Look(fingerprint=True)  # what passes are asked for between looks, and before one
 _STILL = 1e-8  # relative change below which a network does not move
 _PATIENCE = 50  # looks of that before it is said
 _LOST = 3  # steps in a row whose gradients are not finite, to go back
@@ -285,12 +286,11 @@ class GeneralStepper(Stepper):
         """Say what the next passes are to be asked for."""
         config, course = self.meta.config, self.course
         age = 0 if course is None else course.age
-        next_ = age + 1 >= config.warm and (age + 1) % config.hold == 0
         if self.repeating:
-            self.capture.wanted = Look() if self._one_batch is None else self._one_batch.look()
+            wanted = _NOTHING if self._one_batch is None else self._one_batch.look()
         elif course is None or course.looks:
             everything = frozenset(range(len(self.capture.parts)))
-            self.capture.wanted = Look(
+            wanted = Look(
                 moments=everything,
                 halves=everything,
                 ends=True,
@@ -301,7 +301,9 @@ class GeneralStepper(Stepper):
                 rank=config.rank,
             )
         else:
-            self.capture.wanted = Look(fingerprint=next_)
+            next_ = age + 1 >= config.warm and (age + 1) % config.hold == 0
+            wanted = _BATCH if next_ else _NOTHING
+        self.capture.wanted = wanted
         if self._inner is not None and not self.repeating:
             self._inner.capture.wanted = NOTHING
 
