@@ -128,7 +128,7 @@ class GeneralStepper(Stepper):
         if self._paths is None or not self._paths.are_of(course, self.capture.parts):
             self._paths = Paths(course, self.capture.parts, self.capture.vectors)
         moves = self._paths.gather(at)
-        if not self._is_finite(course.gradient.sum(), at):
+        if not (course.measure() or bool(torch.isfinite(course.gradient.sum()))) or not self._is_known(at):
             return self._skip(course, at)
         self._lost = 0
         at.decay_()
@@ -154,10 +154,9 @@ class GeneralStepper(Stepper):
         self._watch()
         return True
 
-    def _is_finite(self, total: Tensor, at: Situation) -> bool:
-        """Whether a sum of all gradients is, and the closure's loss, which under several ranks is one of them."""
-        known = at.loss is None or self.capture.group is not None or math.isfinite(at.loss)
-        return known and bool(torch.isfinite(total))
+    def _is_known(self, at: Situation) -> bool:
+        """Whether the closure's loss is finite, if there is one; under several ranks it is one of them."""
+        return at.loss is None or self.capture.group is not None or math.isfinite(at.loss)
 
     def _skip(self, course: Course, at: Situation) -> bool:
         """Make no step; after several in a row go back, as the weights themselves may have left their range."""
@@ -242,7 +241,7 @@ class GeneralStepper(Stepper):
             self._repeat_no_more(at)
             return None
         total = torch.stack(torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])).sum()
-        if not self._is_finite(total, at):
+        if not (self._is_known(at) and bool(torch.isfinite(total))):
             return self._skip(course, at)
         self._lost = 0
         own = replace(at, memory=_under(at.memory))

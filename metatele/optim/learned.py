@@ -265,7 +265,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 self._settle()
 
     def _settle(self) -> None:
-        """Count the steps since the last time that somebody looked; counting at each takes as long as a layer's pass."""
+        """Count the steps since somebody looked last; counting at each takes as long as a layer's pass."""
         if self._uncounted:
             self._count(self._uncounted)
             self._uncounted = 0

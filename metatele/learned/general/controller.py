@@ -49,12 +49,12 @@ class Sight(NamedTuple):
         kinds: Numbers in :data:`KINDS`, ``[L]``.
     """
 
-    slope: Tensor
-    slope_long: Tensor
+    slope: Tensor | float
+    slope_long: Tensor | float
     agreement: Tensor
     agreement_all: Tensor
     momentum: Tensor
-    length: Tensor
+    length: Tensor | float
     grown: Tensor
     known: float
     epochs: float

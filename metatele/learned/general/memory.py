@@ -16,7 +16,7 @@ from metatele.network.use import Moment
 Memory = MutableMapping[Any, dict[str, Any]]
 _FLAT = {"momentum": "velocity", "change": "change"}  # as large as the parameters
 _ROWS = ("usual", "agreement", "positions", "sizes", "start_sizes")  # a number of each matrix
-_PLAIN = ("log_rate", "slopes", "slopes_long", "agreement_all", "calm")
+_PLAIN = ("agreement_all", "calm")
 _APART = [s.name for s in SET if not s.joint]
 _JOINT = [s.name for s in SET if s.joint]
 
@@ -74,6 +74,7 @@ def laid_out(
         if kept.factor is not None:
             entry[prefix + "factor"] = kept.factor[rows.start - bucket.first : rows.stop - bucket.first].clone()
     joint = {name: getattr(course, name).tolist() for name in _PLAIN}
+    joint |= {"log_rate": course.log_rate, "slopes": list(course.slopes), "slopes_long": list(course.slopes_long)}
     return {
         **joint,
         "elsewhere": elsewhere,
@@ -106,6 +107,11 @@ def read(
     memory = {p: elsewhere.get(names[id(p)]) or memory[p] for p in _parameters(parts, vectors)}
     for name in _PLAIN:
         setattr(course, name, like.new_tensor(stored[name]))
+    course.log_rate, course.slopes, course.slopes_long = (
+        stored["log_rate"],
+        tuple(stored["slopes"]),
+        tuple(stored["slopes_long"]),
+    )
     course.age, course.epochs, course.hashes = stored["age"], stored["epochs"], set(stored["hashes"])
     course.columns, course.taken = list(stored["columns"]), list(stored["taken"])
     course.start_loss = None if stored["start_loss"] is None else like.new_tensor(stored["start_loss"])
