@@ -203,6 +203,8 @@ class Controller(nn.Module):
     """
 
     visible: Tensor
+    lowest: Tensor
+    highest: Tensor
     least: Tensor
     most: Tensor
     begin: Tensor
@@ -224,6 +226,8 @@ class Controller(nn.Module):
         self.direct = nn.Parameter(direct)
         self.offset = nn.Parameter(torch.zeros(k))
         self.register_buffer("visible", torch.tensor([float(m.sense not in blind) for m in SEEN]), persistent=False)
+        self.register_buffer("lowest", torch.tensor([float(m.least) for m in SEEN]), persistent=False)
+        self.register_buffer("highest", torch.tensor([float(m.most) for m in SEEN]), persistent=False)
         self.register_buffer("unit", torch.tensor([s.unit for s in SET]), persistent=False)
         self.register_buffer("joint", torch.tensor([s.joint for s in SET]), persistent=False)
         self.register_buffer("least", torch.tensor([s.least for s in SET]), persistent=False)
@@ -233,13 +237,14 @@ class Controller(nn.Module):
     def seen(self, sight: Sight) -> Tensor:
         """The numbers that are read, ``[L, numbers]``."""
         like = sight.positions
-        columns = [
-            torch.as_tensor(m.formula(sight), dtype=like.dtype, device=like.device)
-            .clamp(m.least, m.most)
-            .expand_as(like)
-            for m in SEEN
-        ]
-        return torch.stack(columns, -1).nan_to_num(0.0, 0.0, 0.0) * self.visible
+        values = [m.formula(sight) for m in SEEN]
+        apart = [n for n, value in enumerate(values) if isinstance(value, Tensor)]
+        # Numbers of the host go to the device together.
+        plain = [float("nan") if isinstance(value, Tensor) else value for value in values]
+        seen = like.new_tensor(plain).repeat(len(like), 1)
+        seen[:, apart] = torch.stack([values[n].to(like).expand_as(like) for n in apart], -1)  # type: ignore[union-attr]
+        seen = torch.maximum(torch.minimum(seen, self.highest), self.lowest)
+        return seen.nan_to_num(0.0, 0.0, 0.0) * self.visible
 
     def forward(self, sight: Sight) -> Controls:
         """What it sets."""

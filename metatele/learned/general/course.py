@@ -165,13 +165,16 @@ class Course:
         self._set(controls, scene)
 
     def _take_in(self, scene: Scene) -> None:
-        c = self.config
+        c, seen = self.config, []
         for number, glimpse in scene.pieces.items():
-            rows = self.layout.rows(number)
+            rows, new = self.layout.rows(number), glimpse.inputs
             self.positions[rows] = max(glimpse.positions, 1.0)
             self.columns[number] = glimpse.columns
-            new = glimpse.inputs
-            if new is None or not bool(torch.isfinite(new.trace.sum() if isinstance(new, Moment) else new.sum())):
+            if new is not None:
+                seen.append((number, new, (new.trace if isinstance(new, Moment) else new).sum()))
+        sizes = torch.stack([size for _, _, size in seen]).tolist() if seen else []
+        for (number, new, _), size in zip(seen, sizes, strict=True):
+            if not math.isfinite(size):
                 continue
             old = self.moments[number]
             self.taken[number] += 1
@@ -185,24 +188,25 @@ class Course:
 
     def _agree(self, scene: Scene, gradients: Tensor) -> None:
         """How far the gradients of the two halves of the batch agree, in whitened coordinates."""
-        squares = self.usual.new_zeros(3, len(self.usual))
-        for bucket, kept in zip(self.layout.buckets, self.kept, strict=True):
+        products = self.usual.new_zeros(len(self.usual), 2, 2)
+        for bucket, kept, (G, _, _) in zip(self.layout.buckets, self.kept, self._views, strict=True):
             halves = [scene.pieces[n].half if n in scene.pieces else None for n in bucket.parts]
             if all(half is None for half in halves):
                 continue
-            G = bucket.of(gradients)
             H = torch.cat(
                 [
                     torch.zeros_like(self.layout.part(gradients, n)) if h is None else h
                     for n, h in zip(bucket.parts, halves, strict=True)
                 ]
             )
-            rest = G - H
+            m, o, i = bucket.shape
+            both = torch.stack([H, G - H], 1)
             if kept.root is not None:
-                H, rest = kept.root.right(H), kept.root.right(rest)
-            for row, (a, b) in enumerate(((H, H), (rest, rest), (H, rest))):
-                squares[row, bucket.rows] = (a * b).sum((-2, -1))
-        squares = squares.nan_to_num(0.0, 0.0, 0.0)
+                both = kept.root.right(both.view(m, 2 * o, i))
+            both = both.view(m, 2, o * i)
+            torch.bmm(both, both.mT, out=products[bucket.rows])
+        products = products.nan_to_num_(0.0, 0.0, 0.0)
+        squares = products[:, 0, 0], products[:, 1, 1], products[:, 0, 1]
         one, two, across = squares
         share = self.config.agreeing if self.age else 1.0
         cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
@@ -261,10 +265,8 @@ class Course:
         self.controls = controls
         self.sizes = scene.sizes
         self.resume(scene.vectors.clamp_min(c.vector_floor))
+        self.set_roots()
         for bucket, kept in zip(layout.buckets, self.kept, strict=True):
-            found = [self.moments[number] for number in bucket.parts]
-            if all(m is not None for m in found):
-                kept.root = root_of(bucket, found, controls.damping[:-1][bucket.rows], c.rank)
             self._plan(bucket, kept)
 
     def resume(self, vectors: Tensor) -> None:
@@ -284,6 +286,27 @@ class Course:
         self.pace = pace[0], pace[1], pace[2]
         if self.layout.sizes:
             self.spread = vectors[self.owner]
+
+    def set_roots(self) -> None:
+        """Make the roots of all matrices whose moments are known; dense ones of one size in one go."""
+        assert self.controls is not None
+        damping = self.controls.damping[:-1]
+        dense: dict[int, list[tuple[_Kept, Bucket]]] = {}
+        for bucket, kept in zip(self.layout.buckets, self.kept, strict=True):
+            found = [self.moments[number] for number in bucket.parts]
+            if any(m is None for m in found):
+                continue
+            if bucket.way == "dense":
+                dense.setdefault(bucket.shape[2], []).append((kept, bucket))
+            else:
+                kept.root = _root_of(bucket, found, damping[bucket.rows], self.config.rank)
+        for mine in dense.values():
+            moments = [self.moments[number] for _, bucket in mine for number in bucket.parts]
+            A = torch.cat([m.dense for m in moments if isinstance(m, Moment)])
+            R = Root.of_dense(A, torch.cat([damping[bucket.rows] for _, bucket in mine])).dense
+            assert R is not None
+            for (kept, _), root in zip(mine, R.split([bucket.shape[0] for _, bucket in mine]), strict=True):
+                kept.root = Root(root)
 
     def _plan(self, bucket: Bucket, kept: _Kept) -> None:
         """How often a bucket's directions are made anew, by what they cost beside a pass."""
@@ -449,14 +472,11 @@ def slope(sums: _Pair) -> float:
     return mean / math.sqrt(square) if square > 0 else 0.0
 
 
-def root_of(bucket: Bucket, found: Sequence[Moment | Tensor | None], damping: Tensor, rank: int) -> Root:
-    """Of all matrices of a bucket."""
+def _root_of(bucket: Bucket, found: Sequence[Moment | Tensor | None], damping: Tensor, rank: int) -> Root:
+    """Of all matrices of a bucket whose moments are no dense ones."""
     if bucket.way == "diagonal":
         return Root.of_diagonal(torch.cat([m for m in found if isinstance(m, Tensor)]), damping)
-    moments = [m for m in found if isinstance(m, Moment)]
-    if bucket.way == "dense":
-        return Root.of_dense(torch.cat([m.dense for m in moments]), damping)
-    moments = [m.factored(rank) for m in moments]  # one with a bias may be a row too wide
+    moments = [m.factored(rank) for m in found if isinstance(m, Moment)]  # one with a bias may be a row too wide
     columns = max(m.tensor.shape[-1] for m in moments)
     F = torch.cat([torch.nn.functional.pad(m.tensor, (0, columns - m.tensor.shape[-1])) for m in moments])
     rest = torch.cat([m.rest.flatten() for m in moments if m.rest is not None])

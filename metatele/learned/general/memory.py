@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metatele.learned.general.controller import SET, Controls
-from metatele.learned.general.course import Course, root_of
+from metatele.learned.general.course import Course
 from metatele.network.parts import Part, Vector
 from metatele.network.use import Moment
 
@@ -148,10 +148,8 @@ def read(
         joint = dict(zip(_JOINT, like.new_tensor(stored["joint"]), strict=True))
         course.controls = Controls(**dict(zip(_APART, apart, strict=True)), **joint)
         course.resume(like.new_tensor(stored["vector_scale"]))
+        course.set_roots()
     for bucket, kept in zip(layout.buckets, course.kept, strict=True):
-        found = [course.moments[number] for number in bucket.parts]
-        if course.controls is not None and all(m is not None for m in found):
-            kept.root = root_of(bucket, found, course.controls.damping[:-1][bucket.rows], course.config.rank)
         if all(number in factors for number in bucket.parts):
             kept.factor = torch.cat([factors[number] for number in bucket.parts])
 
