@@ -24,7 +24,7 @@ from metatele.network.watch import Watch, unwrapped
 from metatele.optim.described import Row, rows_of
 from metatele.optim.equivariant import NETWORK, EquivariantStepper
 from metatele.optim.moving import Moves, Paths, real
-from metatele.optim.one_batch import PREFIX, OneBatch
+from metatele.optim.one_batch import PREFIX, OneBatch, is_random, under
 from metatele.optim.scenes import ends_of, scene_of
 from metatele.optim.steppers import Memory, Situation, Stepper
 from metatele.perceptron.losses import kind
@@ -182,7 +182,7 @@ class GeneralStepper(Stepper):
         What is learned of few samples that carry noise is worst learned by whoever fits them fastest.
         """
         least, ends = self.meta.config.repeats, ends_of(self.capture)
-        if not least or ends is None or ends[0].shape[0] < least or _is_random(self.model):
+        if not least or ends is None or ends[0].shape[0] < least or is_random(self.model):
             return False
         return kind(ends[0], at.signed(ends[1])) == "squared"
 
@@ -244,7 +244,7 @@ class GeneralStepper(Stepper):
         if not (self._is_known(at) and bool(torch.isfinite(total))):
             return self._skip(course, at)
         self._lost = 0
-        own = replace(at, memory=_under(at.memory))
+        own = replace(at, memory=under(at.memory))
         before = inner._known(own)
         done = inner.advance(own)
         after = inner._states
@@ -441,16 +441,3 @@ class GeneralStepper(Stepper):
         once = [self.repeating and (self._inner is not None or n in layers) for n in range(len(self.capture.parts))]
         moments = None if self.course is None else [m is not None for m in self.course.moments]
         return rows_of(self.capture, moments, self._by_gradient, once)
-
-
-def _under(memory: Memory) -> dict[Any, dict[str, Any]]:
-    """What the mode for one batch remembers."""
-    return {
-        p: {name.removeprefix(PREFIX): value for name, value in entry.items() if name.startswith(PREFIX)}
-        for p, entry in memory.items()
-    }
-
-
-def _is_random(model: nn.Module) -> bool:
-    """Whether two passes of one batch differ."""
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in model.modules())

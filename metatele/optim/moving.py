@@ -39,6 +39,13 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+_Read = Callable[[Tensor], Tensor]
+
+
+def _of(tensor: Tensor, read: _Read | None) -> Tensor:
+    return tensor if read is None else read(tensor)
+
+
 class _Place(NamedTuple):
     """Where the numbers of a parameter, or of a piece of it, lie in a flat tensor.
 
@@ -50,7 +57,7 @@ class _Place(NamedTuple):
     """
 
     p: nn.Parameter
-    read: Callable[[Tensor], Tensor] | None
+    read: _Read | None
     where: Callable[[Tensor], Tensor]
     row: int
 
@@ -103,7 +110,7 @@ class Paths:
         self._still = [(place.where(gradient), place.where(velocity)) for place in still]
         self._zeros = [place.where(change) for place in still]
         # Views of a parameter or, where there are none of the right shape, what makes them by a copy.
-        self._homes = [real(p.detach()) if read is None else read(p.detach()) for p, read in self._sources]
+        self._homes = [_of(p.detach(), read) for p, read in self._sources]
         self._changes = [place.where(change) for place in moving]
         scaled = [(place.where(change), rates[id(place.p)]) for place in moving if rates[id(place.p)] != 1]
         self._scaled, self._by = [one for one, _ in scaled], [rate for _, rate in scaled]
@@ -126,7 +133,7 @@ class Paths:
             self._plan(at)
             self._key = key
         if self._targets:
-            grads = [p.grad if read is None else read(p.grad) for p, read in self._sources]  # type: ignore[arg-type]
+            grads = [_of(p.grad, read) for p, read in self._sources if p.grad is not None]
             torch._foreach_copy_(self._targets, grads)
         if at.sign < 0:
             self._flat[0].neg_()
@@ -162,8 +169,8 @@ def _places(layout: Layout, parts: Sequence[Part], vectors: Sequence[Vector]) ->
         row = layout.rows(number).start
         yield _matrix(layout, part, number, row)
         if part.bias is not None:
-            read = None if part.bias_rows == (0, part.bias.numel()) else part.of_bias
-            yield _Place(part.bias, read, partial(_column, layout, number), row)
+            piece = None if part.bias_rows == (0, part.bias.numel()) else part.of_bias
+            yield _Place(part.bias, piece, partial(_column, layout, number), row)
     for number, (_, p) in enumerate(vectors):
         read = torch.view_as_real if p.is_complex() else None
         yield _Place(p, read, partial(_vector, layout, number, real(p.detach()).shape), -1)

@@ -237,12 +237,12 @@ class Controller(nn.Module):
     def seen(self, sight: Sight) -> Tensor:
         """The numbers that are read, ``[L, numbers]``."""
         like = sight.positions
-        values = [m.formula(sight) for m in SEEN]
-        apart = [n for n, value in enumerate(values) if isinstance(value, Tensor)]
+        values = dict(enumerate(m.formula(sight) for m in SEEN))
+        tensors = {n: value.to(like).expand_as(like) for n, value in values.items() if isinstance(value, Tensor)}
         # Numbers of the host go to the device together.
-        plain = [float("nan") if isinstance(value, Tensor) else value for value in values]
-        seen = like.new_tensor(plain).repeat(len(like), 1)
-        seen[:, apart] = torch.stack([values[n].to(like).expand_as(like) for n in apart], -1)  # type: ignore[union-attr]
+        seen = like.new_tensor([0.0 if n in tensors else float(value) for n, value in values.items()])
+        seen = seen.repeat(len(like), 1)
+        seen[:, list(tensors)] = torch.stack(list(tensors.values()), -1)
         seen = torch.maximum(torch.minimum(seen, self.highest), self.lowest)
         return seen.nan_to_num(0.0, 0.0, 0.0) * self.visible
 

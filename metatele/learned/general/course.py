@@ -14,7 +14,9 @@ from metatele.config import GeneralConfig
 from metatele.learned.general.controller import KINDS, Controller, Controls, Sight
 from metatele.learned.general.direction import Root, drawn, norms, polar_factor
 from metatele.learned.general.layout import Bucket, Layout
+from metatele.learned.general.roots import roots_of
 from metatele.learned.general.scene import Piece, Scene
+from metatele.learned.general.slopes import averaged, slope
 from metatele.network.use import TINY, Moment
 
 _FAN_IN = 3.0  # weights of variance 1/(3 i) are what layers begin with
@@ -288,25 +290,11 @@ class Course:
             self.spread = vectors[self.owner]
 
     def set_roots(self) -> None:
-        """Make the roots of all matrices whose moments are known; dense ones of one size in one go."""
+        """Make the roots of all matrices whose moments are known."""
         assert self.controls is not None
-        damping = self.controls.damping[:-1]
-        dense: dict[int, list[tuple[_Kept, Bucket]]] = {}
-        for bucket, kept in zip(self.layout.buckets, self.kept, strict=True):
-            found = [self.moments[number] for number in bucket.parts]
-            if any(m is None for m in found):
-                continue
-            if bucket.way == "dense":
-                dense.setdefault(bucket.shape[2], []).append((kept, bucket))
-            else:
-                kept.root = _root_of(bucket, found, damping[bucket.rows], self.config.rank)
-        for mine in dense.values():
-            moments = [self.moments[number] for _, bucket in mine for number in bucket.parts]
-            A = torch.cat([m.dense for m in moments if isinstance(m, Moment)])
-            R = Root.of_dense(A, torch.cat([damping[bucket.rows] for _, bucket in mine])).dense
-            assert R is not None
-            for (kept, _), root in zip(mine, R.split([bucket.shape[0] for _, bucket in mine]), strict=True):
-                kept.root = Root(root)
+        found = roots_of(self.layout, self.moments, self.controls.damping[:-1], self.config.rank)
+        for kept, root in zip(self.kept, found, strict=True):
+            kept.root = kept.root if root is None else root
 
     def _plan(self, bucket: Bucket, kept: _Kept) -> None:
         """How often a bucket's directions are made anew, by what they cost beside a pass."""
@@ -448,8 +436,8 @@ class Course:
         """The length of steps follows the slope ``q = ⟨G, last change⟩``."""
         c, (longest, target, gain) = self.config, self.pace
         both = (q, q * q) if math.isfinite(q) else (0.0, 0.0)
-        self.slopes = _lerp(self.slopes, both, 1 - c.feedback)
-        self.slopes_long = _lerp(self.slopes_long, both, (1 - c.feedback) / 10)
+        self.slopes = averaged(self.slopes, both, 1 - c.feedback)
+        self.slopes_long = averaged(self.slopes_long, both, (1 - c.feedback) / 10)
         if self.age >= 2:
             grown = self.log_rate + gain * (target - slope(self.slopes))
             most = math.log(longest) - math.log(self._calm_now)
@@ -457,27 +445,3 @@ class Course:
             # would shorten for ever.
             least = math.log(c.least * c.start / (1 + self.age / c.ageing))
             self.log_rate = max(min(grown, most), least)
-
-
-_Pair = tuple[float, float]
-
-
-def _lerp(old: _Pair, new: _Pair, share: float) -> _Pair:
-    return old[0] + share * (new[0] - old[0]), old[1] + share * (new[1] - old[1])
-
-
-def slope(sums: _Pair) -> float:
-    """``z = avg(q)/√avg(q²)``, from both averages; 0 where there are none."""
-    mean, square = sums
-    return mean / math.sqrt(square) if square > 0 else 0.0
-
-
-def _root_of(bucket: Bucket, found: Sequence[Moment | Tensor | None], damping: Tensor, rank: int) -> Root:
-    """Of all matrices of a bucket whose moments are no dense ones."""
-    if bucket.way == "diagonal":
-        return Root.of_diagonal(torch.cat([m for m in found if isinstance(m, Tensor)]), damping)
-    moments = [m.factored(rank) for m in found if isinstance(m, Moment)]  # one with a bias may be a row too wide
-    columns = max(m.tensor.shape[-1] for m in moments)
-    F = torch.cat([torch.nn.functional.pad(m.tensor, (0, columns - m.tensor.shape[-1])) for m in moments])
-    rest = torch.cat([m.rest.flatten() for m in moments if m.rest is not None])
-    return Root.of_factor(F, rest, damping)
