@@ -24,8 +24,9 @@ def roots_of(
         rank: Columns of a factor.
 
     Example:
+        >>> import torch
         >>> layout = Layout([(1, 2, 3), (1, 4, 3)], ["dense"] * 2, [])
-        >>> one, other = roots_of(layout, [Moment(torch.eye(3)), None], torch.ones(2), 1)
+        >>> one, other = roots_of(layout, [Moment(torch.eye(3)[None]), None], torch.ones(2), 1)
         >>> one.dense[0, 0], other
         (tensor([0.7071, 0.0000, 0.0000]), None)
     """
