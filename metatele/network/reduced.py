@@ -7,6 +7,7 @@ of more columns than are asked for are of evenly spaced ones; what is half a gra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from math import gcd, prod
@@ -135,7 +136,8 @@ def reduced(
     if not targets or not gradient.numel():
         return []
     asked = _Asked(parts, samples, wanted, whole)
-    with torch.autocast(gradient.device.type, enabled=False):
+    device = gradient.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         if use.kind == "conv":
             return _convolved(use, gradient.to(wanted.dtype), targets, asked)
         if use.kind == "embedding":

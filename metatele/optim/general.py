@@ -23,14 +23,15 @@ from metatele.network.wanted import NOTHING
 from metatele.network.watch import Watch, unwrapped
 from metatele.optim.described import Row, rows_of
 from metatele.optim.equivariant import NETWORK, EquivariantStepper
-from metatele.optim.moving import Moves, apply, gather, real
-from metatele.optim.one_batch import PREFIX, OneBatch
+from metatele.optim.moving import Moves, Paths, real
+from metatele.optim.one_batch import PREFIX, OneBatch, is_random, under
 from metatele.optim.scenes import ends_of, scene_of
 from metatele.optim.steppers import Memory, Situation, Stepper
 from metatele.perceptron.losses import kind
 
 COURSE = "course"  # key of the first parameter group: what belongs to no single parameter
 ONE_BATCH = "one_batch"  # key there of what belongs to none while one batch comes again and again
+_NOTHING, _BATCH = Look(), Look(fingerprint=True)  # what passes are asked for between looks, and before one
 _STILL = 1e-8  # relative change below which a network does not move
 _PATIENCE = 50  # looks of that before it is said
 _LOST = 3  # steps in a row whose gradients are not finite, to go back
@@ -68,6 +69,8 @@ class GeneralStepper(Stepper):
         self._last: Tensor | None = None  # fingerprint of the last batch
         self._to_fit: bool | None = None  # as the first batches that came again told
         self._by_gradient: set[int] = set()  # parts whose moments are of their gradients
+        self._paths: Paths | None = None  # to and from its flat tensors
+        self._listed: tuple[object, object, list[nn.Parameter]] | None = None
         self._safe: tuple[float, list[Tensor]] | None = None  # log of the loss at a look, and the weights there
 
     def _perceptron(self) -> EquivariantStepper | None:
@@ -100,6 +103,9 @@ class GeneralStepper(Stepper):
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All of the model's, each once."""
+        parts, vectors = self.capture.parts, self.capture.vectors
+        if self._listed is not None and self._listed[0] is parts and self._listed[1] is vectors:
+            return self._listed[2]
         found: dict[int, nn.Parameter] = {}
         for part in self.capture.parts:
             found[id(part.weight)] = part.weight
@@ -107,7 +113,8 @@ class GeneralStepper(Stepper):
                 found[id(part.bias)] = part.bias
         for _, p in self.capture.vectors:
             found[id(p)] = p
-        return list(found.values())
+        self._listed = parts, vectors, list(found.values())
+        return self._listed[2]
 
     # --- a step
 
@@ -118,9 +125,10 @@ class GeneralStepper(Stepper):
             done = self._advance_repeated(course, at)
             if done is not None:
                 return done
-        parts, vectors = self.capture.parts, self.capture.vectors
-        moves = gather(course.gradient, course.velocity, course.layout, parts, vectors, at)
-        if not self._is_finite(course.gradient.sum(), at):
+        if self._paths is None or not self._paths.are_of(course, self.capture.parts):
+            self._paths = Paths(course, self.capture.parts, self.capture.vectors)
+        moves = self._paths.gather(at)
+        if not (course.measure() or bool(torch.isfinite(course.gradient.sum()))) or not self._is_known(at):
             return self._skip(course, at)
         self._lost = 0
         at.decay_()
@@ -136,7 +144,7 @@ class GeneralStepper(Stepper):
         change, shares = course.step(at.momentum, self._cooled(course, at))
         if self._one_batch is not None:
             self._on_one_batch(self._one_batch, course, change, shares, moves, at)
-        apply(change, shares, course.layout, parts, vectors, moves, at)
+        self._paths.apply(shares)
         self._heed(course, at)
         if looks and same and not self.repeating:
             if self._to_fit is None:
@@ -146,10 +154,9 @@ class GeneralStepper(Stepper):
         self._watch()
         return True
 
-    def _is_finite(self, total: Tensor, at: Situation) -> bool:
-        """Whether a sum of all gradients is, and the closure's loss, which under several ranks is one of them."""
-        known = at.loss is None or self.capture.group is not None or math.isfinite(at.loss)
-        return known and bool(torch.isfinite(total))
+    def _is_known(self, at: Situation) -> bool:
+        """Whether the closure's loss is finite, if there is one; under several ranks it is one of them."""
+        return at.loss is None or self.capture.group is not None or math.isfinite(at.loss)
 
     def _skip(self, course: Course, at: Situation) -> bool:
         """Make no step; after several in a row go back, as the weights themselves may have left their range."""
@@ -175,7 +182,7 @@ class GeneralStepper(Stepper):
         What is learned of few samples that carry noise is worst learned by whoever fits them fastest.
         """
         least, ends = self.meta.config.repeats, ends_of(self.capture)
-        if not least or ends is None or ends[0].shape[0] < least or _is_random(self.model):
+        if not least or ends is None or ends[0].shape[0] < least or is_random(self.model):
             return False
         return kind(ends[0], at.signed(ends[1])) == "squared"
 
@@ -234,10 +241,10 @@ class GeneralStepper(Stepper):
             self._repeat_no_more(at)
             return None
         total = torch.stack(torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])).sum()
-        if not self._is_finite(total, at):
+        if not (self._is_known(at) and bool(torch.isfinite(total))):
             return self._skip(course, at)
         self._lost = 0
-        own = replace(at, memory=_under(at.memory))
+        own = replace(at, memory=under(at.memory))
         before = inner._known(own)
         done = inner.advance(own)
         after = inner._states
@@ -278,12 +285,11 @@ class GeneralStepper(Stepper):
         """Say what the next passes are to be asked for."""
         config, course = self.meta.config, self.course
         age = 0 if course is None else course.age
-        next_ = age + 1 >= config.warm and (age + 1) % config.hold == 0
         if self.repeating:
-            self.capture.wanted = Look() if self._one_batch is None else self._one_batch.look()
+            wanted = _NOTHING if self._one_batch is None else self._one_batch.look()
         elif course is None or course.looks:
             everything = frozenset(range(len(self.capture.parts)))
-            self.capture.wanted = Look(
+            wanted = Look(
                 moments=everything,
                 halves=everything,
                 ends=True,
@@ -294,7 +300,9 @@ class GeneralStepper(Stepper):
                 rank=config.rank,
             )
         else:
-            self.capture.wanted = Look(fingerprint=next_)
+            next_ = age + 1 >= config.warm and (age + 1) % config.hold == 0
+            wanted = _BATCH if next_ else _NOTHING
+        self.capture.wanted = wanted
         if self._inner is not None and not self.repeating:
             self._inner.capture.wanted = NOTHING
 
@@ -418,7 +426,7 @@ class GeneralStepper(Stepper):
 
     def __getstate__(self) -> dict[str, Any]:
         """The memories travel as the optimizer's state."""
-        gone = ("course", "repeating", "_one_batch", "_last", "_to_fit", "_by_gradient", "_safe")
+        gone = ("course", "repeating", "_one_batch", "_last", "_to_fit", "_by_gradient", "_safe", "_paths", "_listed")
         return {name: value for name, value in self.__dict__.items() if name not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -433,16 +441,3 @@ class GeneralStepper(Stepper):
         once = [self.repeating and (self._inner is not None or n in layers) for n in range(len(self.capture.parts))]
         moments = None if self.course is None else [m is not None for m in self.course.moments]
         return rows_of(self.capture, moments, self._by_gradient, once)
-
-
-def _under(memory: Memory) -> dict[Any, dict[str, Any]]:
-    """What the mode for one batch remembers."""
-    return {
-        p: {name.removeprefix(PREFIX): value for name, value in entry.items() if name.startswith(PREFIX)}
-        for p, entry in memory.items()
-    }
-
-
-def _is_random(model: nn.Module) -> bool:
-    """Whether two passes of one batch differ."""
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in model.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -166,12 +167,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
     @property
     def state(self) -> defaultdict[Any, dict[str, Any]]:
         """What is remembered for each parameter; up to date whenever it is looked at."""
+        self._settle()
         self.stepper.store(self._memory, self.param_groups[0] if self.param_groups else {})
         return self._memory
 
     @state.setter
     def state(self, value: defaultdict[Any, dict[str, Any]]) -> None:
-        self._memory = value
+        self._memory, self._uncounted = value, 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model that were left out so far.
@@ -180,6 +182,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ConfigError: A setting that there is not, or one with a value that cannot be.
             ValueError: A parameter that is not the model's.
         """
+        self._settle()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         known = {id(p) for p in self.model.parameters()}
@@ -217,7 +220,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            with torch.autocast(self.stepper.parameters[0].device.type, enabled=False):
+            device = self.stepper.parameters[0].device.type
+            casts = torch.is_autocast_enabled(device)
+            with torch.autocast(device, enabled=False) if casts else contextlib.nullcontext():
                 self._advance(loss)
         finally:
             self.stepper.clear()
@@ -225,46 +230,53 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # of a step that is compiled this runs as it is
     def _advance(self, loss: Any = None) -> None:
-        found = {id(p): group for group in self.param_groups for p in group["params"]}
+        found: dict[int, tuple[float, float]] = {}  # rate and decay of each parameter
+        for group in self.param_groups:
+            found |= dict.fromkeys(map(id, group["params"]), (float(group["lr"]), float(group["weight_decay"])))
         parameters = self.stepper.parameters
         gradients = [p.grad for p in parameters]
         if any(g is not None and g.is_sparse for g in gradients):
             raise RuntimeError("LearnedOptimizer does not support sparse gradients")
-        groups = [found.pop(id(p), None) for p in parameters]
+        settings = [found.pop(id(p), None) for p in parameters]
         if found and any(g is not None for g in gradients):
             raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
-        if all(g is None or group is None for g, group in zip(gradients, groups, strict=True)):
+        pairs = list(zip(gradients, settings, strict=True))
+        if all(g is None or one is None for g, one in pairs):
             return
-        rates = [
-            0.0 if g is None or group is None else float(group["lr"])
-            for g, group in zip(gradients, groups, strict=True)
-        ]
+        rates = [0.0 if g is None or one is None else one[0] for g, one in pairs]
         first = self.param_groups[0]
         device, weight = parameters[0].device, next(self.meta.parameters())
         if weight.device != device:
             self.meta.to(device)  # the model was moved after the optimizer was made
         sign = -1.0 if first["maximize"] else 1.0
-        decays = [0.0 if group is None else float(group["weight_decay"]) for group in groups]
+        decays = [0.0 if one is None else one[1] for one in settings]
         momentum = first.get("momentum", 1.0)
         value = loss.detach() if isinstance(loss, Tensor) else loss
         known = isinstance(value, float) or (isinstance(value, Tensor) and value.numel() == 1)
         value = sign * float(value) if known else None
         at = Situation(parameters, rates, decays, sign, momentum, self._memory, first, weight.dtype, value)
         if not any(rates):
-            self._count(advance=0)
+            self._count()
             self.stepper.idle(at)
             return
-        if not self.stepper.advance(at):
-            return
-        self._count(advance=1)
+        if self.stepper.advance(at):
+            self._uncounted += 1
+            if not self._memory:
+                self._settle()
 
-    def _count(self, advance: int) -> None:
+    def _settle(self) -> None:
+        """Count the steps since somebody looked last; counting at each takes as long as a layer's pass."""
+        if self._uncounted:
+            self._count(self._uncounted)
+            self._uncounted = 0
+
+    def _count(self, steps: int = 0) -> None:
         """Every parameter has an entry, which tools that save state parameter by parameter ask for."""
         entries = [self._memory[p] for group in self.param_groups for p in group["params"]]
         for entry in entries:
             if "step" not in entry:
                 entry["step"] = torch.zeros(())
-        torch._foreach_add_([entry["step"] for entry in entries], float(advance))
+        torch._foreach_add_([entry["step"] for entry in entries], float(steps))
 
     def describe(self) -> Description:
         """A table of every parameter, or piece of one: how it is stepped, and why.
@@ -280,6 +292,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             [('0.weight', (1, 4, 4), 'linear: inputs seen'), ('2.weight', (1, 2, 5), 'in no group')]
         """
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        self._settle()
         begun = any(float(entry.get("step", 0)) for entry in self._memory.values())
         return described(self.stepper.rows(), rates, begun)
 
@@ -287,6 +300,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's; what belongs to the whole network lies in the first group."""
+        self._settle()
         self.stepper.store(self._memory, self.param_groups[0])
         return super().state_dict()
 
@@ -321,7 +335,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and listen to the copied model."""
         state = dict(state)
-        self._memory = state.pop("state", defaultdict(dict))
+        self._memory, self._uncounted = state.pop("state", defaultdict(dict)), 0
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.stepper.defaults.items() if hasattr(self, "stepper") else ():

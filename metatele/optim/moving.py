@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from metatele.learned.general.course import Course
 from metatele.learned.general.layout import Layout
 from metatele.network.parts import Part, Vector
 from metatele.optim.steppers import Situation
@@ -37,115 +39,166 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-@torch.no_grad()
-def gather(
-    flat: Tensor, old: Tensor, layout: Layout, parts: Sequence[Part], vectors: Sequence[Vector], at: Situation
-) -> Moves:
-    """Copy gradients into a flat tensor; what does not move gets its running gradient, which so stays as it is.
+_Read = Callable[[Tensor], Tensor]
+
+
+def _of(tensor: Tensor, read: _Read | None) -> Tensor:
+    return tensor if read is None else read(tensor)
+
+
+class _Place(NamedTuple):
+    """Where the numbers of a parameter, or of a piece of it, lie in a flat tensor.
+
+    Attributes:
+        p: The parameter.
+        read: From a tensor shaped like it, what is copied; ``None``: the tensor as it is.
+        where: From a flat tensor a view shaped like that.
+        row: Its matrix among all; negative for a vector.
+    """
+
+    p: nn.Parameter
+    read: _Read | None
+    where: Callable[[Tensor], Tensor]
+    row: int
+
+
+class Paths:
+    """The ways between a module's parameters and a course's flat tensors.
+
+    Most of a step on a small network would be spent on making views, so they are made once, and anew when what moves,
+    or where parameters lie, has changed.
 
     Args:
-        flat: Where to.
-        old: Running gradient.
-        layout: Of both.
+        course: Whose gradient, velocity and change.
         parts: The matrices.
         vectors: The rest.
-        at: Rates, and the sign of what is minimized.
     """
-    moving = {id(p) for p, rate in zip(at.parameters, at.rates, strict=True) if rate and p.grad is not None}
-    targets, sources, still = [], [], []
-    moves = Moves([], [], [])
-    for number, part in enumerate(parts):
-        mine, before = layout.part(flat, number), layout.part(old, number)
-        grad = part.weight.grad
-        moves.weights.append(id(part.weight) in moving)
-        if moves.weights[-1] and grad is not None:
-            piece = part.of(grad).reshape(part.groups, -1, part.width)
-            targets.append(mine[..., : part.inputs])
-            sources.append(piece.mT if part.transposed else piece)
-        else:
-            still.append((mine[..., : part.inputs], before[..., : part.inputs]))
-        moves.biases.append(id(part.bias) in moving)
-        if part.bias is not None and moves.biases[-1] and part.bias.grad is not None:
-            targets.append(mine[..., -1])
-            sources.append(part.of_bias(part.bias.grad).reshape(part.groups, -1))
-        elif part.bias is not None:
-            still.append((mine[..., -1], before[..., -1]))
-    for (_, p), mine, before in zip(vectors, layout.vector_parts(flat), layout.vector_parts(old), strict=True):
-        moves.vectors.append(id(p) in moving)
-        if moves.vectors[-1] and p.grad is not None:
-            targets.append(mine)
-            sources.append(real(p.grad).reshape(-1))
-        else:
-            still.append((mine, before))
-    if targets:
-        torch._foreach_copy_(targets, sources)
-    if at.sign < 0:
-        flat.neg_()
-    for mine, before in still:
-        mine.copy_(before)
-    return moves
 
+    def __init__(self, course: Course, parts: Sequence[Part], vectors: Sequence[Vector]) -> None:
+        self._parts, self._vectors = parts, vectors
+        self._flat = course.gradient, course.velocity, course.change
+        self._places = list(_places(course.layout, parts, vectors))
+        self._key: object = None
 
-@torch.no_grad()
-def apply(
-    change: Tensor,
-    shares: Tensor,
-    layout: Layout,
-    parts: Sequence[Part],
-    vectors: Sequence[Vector],
-    moves: Moves,
-    at: Situation,
-) -> None:
-    """Move the parameters; the flat change is then what was made of it.
+    def are_of(self, course: Course, parts: Sequence[Part]) -> bool:
+        """Whether they lead from these parts to this course."""
+        gradient, velocity, change = self._flat
+        return (
+            parts is self._parts
+            and gradient is course.gradient
+            and velocity is course.velocity
+            and change is course.change
+        )
 
-    Args:
-        change: Flat.
-        shares: Of the weights of each matrix that are lost first.
-        layout: Of the change.
-        parts: The matrices.
-        vectors: The rest.
-        moves: What moves.
-        at: Rates.
-    """
-    rates = {id(p): rate for p, rate in zip(at.parameters, at.rates, strict=True)}
-    one = at.rates[0] if len(set(at.rates)) == 1 else None
-    kept = (1 - shares * (1.0 if one is None else one)).unbind()
-    pieces, changes, keeps = [], [], []
+    def _plan(self, at: Situation) -> None:
+        """Make the views."""
+        gradient, velocity, change = self._flat
+        rates = {id(p): rate for p, rate in zip(at.parameters, at.rates, strict=True)}
 
-    def put(p: nn.Parameter, piece: Tensor, mine: Tensor, matrices: slice) -> None:
-        rate = rates[id(p)]
-        if rate != 1:
-            mine.mul_(rate)
-        pieces.append(piece)
-        changes.append(mine)
-        keeps.append(kept[matrices.start] if one is not None else 1 - rate * shares[matrices.start])
+        def moves(p: nn.Parameter | None) -> bool:
+            return p is not None and rates[id(p)] != 0
 
-    for number, part in enumerate(parts):
-        mine, matrices = layout.part(change, number), layout.rows(number)
-        D = mine[..., : part.inputs]
-        if not moves.weights[number]:
-            D.zero_()
-        elif part.weight.is_contiguous():
-            weight = part.of(part.weight).view(part.groups, -1, part.width)
-            put(part.weight, weight.mT if part.transposed else weight, D, matrices)
-        else:  # channels last, say
-            piece = part.of(part.weight)
-            put(part.weight, piece, D, matrices)
-            changes[-1] = (D.mT if part.transposed else D).reshape(piece.shape)
-        if part.bias is not None and not moves.biases[number]:
-            mine[..., -1].zero_()
-        elif part.bias is not None:
-            put(part.bias, part.of_bias(part.bias).view(part.groups, -1), mine[..., -1], matrices)
-    torch._foreach_mul_(pieces, keeps)
-    torch._foreach_add_(pieces, changes)
-    homes, moved = [], []
-    for (_, p), mine, goes in zip(vectors, layout.vector_parts(change), moves.vectors, strict=True):
-        if not goes:
+        self.moves = Moves(
+            [moves(part.weight) for part in self._parts],
+            [moves(part.bias) for part in self._parts],
+            [moves(p) for _, p in self._vectors],
+        )
+        moving = [place for place in self._places if moves(place.p)]
+        still = [place for place in self._places if not moves(place.p)]
+        self._sources = [(place.p, place.read) for place in moving]
+        self._targets = [place.where(gradient) for place in moving]
+        self._still = [(place.where(gradient), place.where(velocity)) for place in still]
+        self._zeros = [place.where(change) for place in still]
+        # Views of a parameter or, where there are none of the right shape, what makes them by a copy.
+        self._homes = [_of(p.detach(), read) for p, read in self._sources]
+        self._changes = [place.where(change) for place in moving]
+        scaled = [(place.where(change), rates[id(place.p)]) for place in moving if rates[id(place.p)] != 1]
+        self._scaled, self._by = [one for one, _ in scaled], [rate for _, rate in scaled]
+        every = {rates[id(place.p)] for place in moving}
+        self._one = every.pop() if len(every) == 1 else None
+        matrices = [(number, place) for number, place in enumerate(moving) if place.row >= 0]
+        self._weights = [self._homes[number] for number, _ in matrices]
+        self._rows = [place.row for _, place in matrices]
+        self._rates = [rates[id(place.p)] for _, place in matrices]
+
+    @torch.no_grad()
+    def gather(self, at: Situation) -> Moves:
+        """Copy gradients into the flat one; what does not move gets its running gradient, which so stays as it is.
+
+        Args:
+            at: Rates, zero where nothing moves, and the sign of what is minimized.
+        """
+        key = at.rates, [p.data_ptr() for p in at.parameters]  # views hold on to a memory, so no other lies there
+        if key != self._key:
+            self._plan(at)
+            self._key = key
+        if self._targets:
+            grads = [_of(p.grad, read) for p, read in self._sources if p.grad is not None]
+            torch._foreach_copy_(self._targets, grads)
+        if at.sign < 0:
+            self._flat[0].neg_()
+        for mine, before in self._still:
+            mine.copy_(before)
+        return self.moves
+
+    @torch.no_grad()
+    def apply(self, shares: Tensor) -> None:
+        """Move the parameters, by the rates of the last :meth:`gather`; the change is then what was made of it.
+
+        Args:
+            shares: Of the weights of each matrix that are lost first.
+        """
+        for mine in self._zeros:
             mine.zero_()
-            continue
-        if rates[id(p)] != 1:
-            mine.mul_(rates[id(p)])
-        homes.append(real(p))
-        moved.append(mine.view_as(homes[-1]))
-    if homes:
-        torch._foreach_add_(homes, moved)
+        if not self._homes:
+            return
+        if self._scaled:
+            torch._foreach_mul_(self._scaled, self._by)
+        if self._one is not None:
+            kept = (1 - shares * self._one).unbind()
+            keeps = [kept[row] for row in self._rows]
+        else:
+            keeps = [1 - rate * shares[row] for rate, row in zip(self._rates, self._rows, strict=True)]
+        if keeps:
+            torch._foreach_mul_(self._weights, keeps)
+        torch._foreach_add_(self._homes, self._changes)
+
+
+def _places(layout: Layout, parts: Sequence[Part], vectors: Sequence[Vector]) -> Iterator[_Place]:
+    for number, part in enumerate(parts):
+        row = layout.rows(number).start
+        yield _matrix(layout, part, number, row)
+        if part.bias is not None:
+            piece = None if part.bias_rows == (0, part.bias.numel()) else part.of_bias
+            yield _Place(part.bias, piece, partial(_column, layout, number), row)
+    for number, (_, p) in enumerate(vectors):
+        read = torch.view_as_real if p.is_complex() else None
+        yield _Place(p, read, partial(_vector, layout, number, real(p.detach()).shape), -1)
+
+
+def _matrix(layout: Layout, part: Part, number: int, row: int) -> _Place:
+    """Of a part without its bias."""
+    read = None if part.whole else part.of
+    shape = part.of(part.weight.detach()).shape
+    if part.transposed and part.groups > 1 and shape[0] != part.groups:  # its groups are no neighbours in a matrix
+        read, shape = partial(_grouped, part), _grouped(part, part.weight.detach()).shape
+
+    def where(flat: Tensor) -> Tensor:
+        table = layout.part(flat, number)[..., : part.inputs]
+        return (table.mT if part.transposed else table).view(shape)
+
+    return _Place(part.weight, read, where, row)
+
+
+def _grouped(part: Part, tensor: Tensor) -> Tensor:
+    return part.of(tensor).unflatten(0, (part.groups, -1))
+
+
+def _column(layout: Layout, number: int, flat: Tensor) -> Tensor:
+    """A bias, the last column of its matrices."""
+    column = layout.part(flat, number)[..., -1]
+    return column.view(-1)
+
+
+def _vector(layout: Layout, number: int, shape: torch.Size, flat: Tensor) -> Tensor:
+    return layout.vector_parts(flat)[number].view(shape)

@@ -329,14 +329,16 @@ def kind(outputs: Tensor, gradient: Tensor) -> str | None:
     if outputs.shape[-2:].numel() < 4:  # too few numbers to tell one loss from another
         return "squared"
     size = gradient.square().sum((-2, -1))
-    found = _is_multiple(gradient, outputs.sigmoid() - (gradient < 0).to(outputs.dtype), size).to(torch.int)
+    found = [_is_multiple(gradient, outputs.sigmoid() - (gradient < 0).to(outputs.dtype), size)]
     if outputs.shape[-2] > 1:
         p = outputs.softmax(-2)
         index = gradient.argmin(-2, keepdim=True)
         guess = p.scatter_add(-2, index, -torch.ones_like(p[..., :1, :]))
-        found = torch.where(_is_multiple(gradient, guess, size), 2, found)
-    values = found.unique().tolist()
-    return KINDS[values[0]] if len(values) == 1 else None
+        found.append(_is_multiple(gradient, guess, size))
+    # Of each network the last one that holds.
+    told = zip(*torch.stack(found).reshape(len(found), -1).tolist(), strict=True)
+    values = {max((n + 1 for n, holds in enumerate(one) if holds), default=0) for one in told}
+    return KINDS[values.pop()] if len(values) == 1 else None
 
 
 def level(outputs: Tensor, gradient: Tensor, which: str | None = None) -> Tensor:

@@ -51,12 +51,12 @@ class Sight(NamedTuple):
         kinds: Numbers in :data:`KINDS`, ``[L]``.
     """
 
-    slope: Tensor
-    slope_long: Tensor
+    slope: Tensor | float
+    slope_long: Tensor | float
     agreement: Tensor
     agreement_all: Tensor
     momentum: Tensor
-    length: Tensor
+    length: Tensor | float
     grown: Tensor
     known: float
     epochs: float
@@ -208,6 +208,8 @@ class Controller(nn.Module):
     """
 
     visible: Tensor
+    lowest: Tensor
+    highest: Tensor
     least: Tensor
     most: Tensor
     begin: Tensor
@@ -230,6 +232,8 @@ class Controller(nn.Module):
         self.offset = nn.Parameter(torch.zeros(k))
         self.noted: list[Tensor] | None = None
         self.register_buffer("visible", torch.tensor([float(m.sense not in blind) for m in SEEN]), persistent=False)
+        self.register_buffer("lowest", torch.tensor([float(m.least) for m in SEEN]), persistent=False)
+        self.register_buffer("highest", torch.tensor([float(m.most) for m in SEEN]), persistent=False)
         self.register_buffer("unit", torch.tensor([s.unit for s in SET]), persistent=False)
         self.register_buffer("joint", torch.tensor([s.joint for s in SET]), persistent=False)
         self.register_buffer("least", torch.tensor([s.least for s in SET]), persistent=False)
@@ -239,13 +243,14 @@ class Controller(nn.Module):
     def seen(self, sight: Sight) -> Tensor:
         """The numbers that are read, ``[L, numbers]``."""
         like = sight.positions
-        columns = [
-            torch.as_tensor(m.formula(sight), dtype=like.dtype, device=like.device)
-            .clamp(m.least, m.most)
-            .expand_as(like)
-            for m in SEEN
-        ]
-        return torch.stack(columns, -1).nan_to_num(0.0, 0.0, 0.0) * self.visible
+        values = dict(enumerate(m.formula(sight) for m in SEEN))
+        tensors = {n: value.to(like).expand_as(like) for n, value in values.items() if isinstance(value, Tensor)}
+        # Numbers of the host go to the device together.
+        seen = like.new_tensor([0.0 if n in tensors else float(value) for n, value in values.items()])
+        seen = seen.repeat(len(like), 1)
+        seen[:, list(tensors)] = torch.stack(list(tensors.values()), -1)
+        seen = torch.maximum(torch.minimum(seen, self.highest), self.lowest)
+        return seen.nan_to_num(0.0, 0.0, 0.0) * self.visible
 
     def forward(self, sight: Sight) -> Controls:
         """What it sets."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metatele.config import GeneralConfig
 from metatele.learned.general.controller import KINDS, Controller, Controls, Sight
-from metatele.learned.general.direction import Root, mixed, msign, norms, polar_factor
+from metatele.learned.general.direction import Root, drawn, norms, polar_factor
 from metatele.learned.general.layout import Bucket, Layout
+from metatele.learned.general.roots import roots_of
 from metatele.learned.general.scene import Piece, Scene
+from metatele.learned.general.slopes import averaged, slope
 from metatele.network.use import TINY, Moment
 
 _FAN_IN = 3.0  # weights of variance 1/(3 i) are what layers begin with
@@ -30,6 +33,7 @@ class _Kept:
         every: Steps that a direction is kept for.
         renew: Steps that a polar factor is.
         due: Age at which it is made anew.
+        spectral: Share that is drawn to msign, ``[m, 1, 1]``.
     """
 
     root: Root | None = None
@@ -38,6 +42,23 @@ class _Kept:
     every: int = 1
     renew: int = 1
     due: int = 0
+    spectral: Tensor | None = None
+
+
+class _Measured(NamedTuple):
+    """Of a gradient.
+
+    Attributes:
+        sizes: ``‖G‖`` of each matrix, ``[L]``.
+        finite: Whether all of it is, squared too.
+        most: Largest of the sizes beside what is usual.
+        slope: Along the last change.
+    """
+
+    sizes: Tensor
+    finite: bool
+    most: float
+    slope: float
 
 
 class Course:
@@ -55,7 +76,7 @@ class Course:
         velocity: Running gradient, flat.
         change: The last change of the weights, flat.
         moments: Of each part's inputs.
-        log_rate: ``log η``, ``[]``.
+        log_rate: ``log η``. It and other numbers of the whole network live on the host, where they cost nothing.
     """
 
     def __init__(self, config: GeneralConfig, pieces: Sequence[Piece], sizes: Sequence[int], like: Tensor) -> None:
@@ -71,8 +92,8 @@ class Course:
         self.moments: list[Moment | Tensor | None] = [None] * len(pieces)
         self.taken = [0] * len(pieces)  # batches in each
         self.kept = [_Kept() for _ in layout.buckets]
-        self.log_rate = new(()) + math.log(config.start)
-        self.slopes, self.slopes_long = new(2), new(2)
+        self.log_rate = math.log(config.start)
+        self.slopes, self.slopes_long = (0.0, 0.0), (0.0, 0.0)  # averages of q and q²
         self.agreement = new(layout.matrices)
         self.agreement_all = new(())
         self.positions = torch.ones_like(self.usual)
@@ -81,14 +102,19 @@ class Course:
         self.start_sizes: Tensor | None = None
         self.start_loss: Tensor | None = None
         self.controls: Controls | None = None
-        self.calm = new(()) + 1
-        self.lengths = new(layout.matrices + 1)  # of a step with η = 1; the last one is for vectors
-        self.decays = new(layout.matrices + 1)
+        self.pace = (1.0, 0.0, 0.0)  # the controls that are one for all: longest, target, gain
+        self.calm = new(()) + 1  # mean over matrices
+        self.lengths = new(layout.matrices)  # of a step with η = 1
+        self.vector_length = 0.0
+        self.decays, self.anneal = new(layout.matrices), new(layout.matrices)
         self.spread = new(sum(sizes))  # the same of each number of the vectors
         self.owner = torch.repeat_interleave(
             torch.arange(len(sizes), device=like.device),
             torch.tensor(list(sizes), device=like.device, dtype=torch.long),
         )
+        self.measured: _Measured | None = None
+        self._usual_now: tuple[int, Tensor] | None = None  # root mean squares of gradients, and at which age
+        self._views = [(b.of(self.gradient), b.of(self.velocity), b.of(self.change)) for b in layout.buckets]
         self.hashes: set[float] = set()
         self.epochs = 0.0
         self._facts()
@@ -141,13 +167,16 @@ class Course:
         self._set(controls, scene)
 
     def _take_in(self, scene: Scene) -> None:
-        c = self.config
+        c, seen = self.config, []
         for number, glimpse in scene.pieces.items():
-            rows = self.layout.rows(number)
+            rows, new = self.layout.rows(number), glimpse.inputs
             self.positions[rows] = max(glimpse.positions, 1.0)
             self.columns[number] = glimpse.columns
-            new = glimpse.inputs
-            if new is None or not bool(torch.isfinite(new.trace.sum() if isinstance(new, Moment) else new.sum())):
+            if new is not None:
+                seen.append((number, new, (new.trace if isinstance(new, Moment) else new).sum()))
+        sizes = torch.stack([size for _, _, size in seen]).tolist() if seen else []
+        for (number, new, _), size in zip(seen, sizes, strict=True):
+            if not math.isfinite(size):
                 continue
             old = self.moments[number]
             self.taken[number] += 1
@@ -161,24 +190,25 @@ class Course:
 
     def _agree(self, scene: Scene, gradients: Tensor) -> None:
         """How far the gradients of the two halves of the batch agree, in whitened coordinates."""
-        squares = self.usual.new_zeros(3, len(self.usual))
-        for bucket, kept in zip(self.layout.buckets, self.kept, strict=True):
+        products = self.usual.new_zeros(len(self.usual), 2, 2)
+        for bucket, kept, (G, _, _) in zip(self.layout.buckets, self.kept, self._views, strict=True):
             halves = [scene.pieces[n].half if n in scene.pieces else None for n in bucket.parts]
             if all(half is None for half in halves):
                 continue
-            G = bucket.of(gradients)
             H = torch.cat(
                 [
                     torch.zeros_like(self.layout.part(gradients, n)) if h is None else h
                     for n, h in zip(bucket.parts, halves, strict=True)
                 ]
             )
-            rest = G - H
+            m, o, i = bucket.shape
+            both = torch.stack([H, G - H], 1)
             if kept.root is not None:
-                H, rest = kept.root.right(H), kept.root.right(rest)
-            for row, (a, b) in enumerate(((H, H), (rest, rest), (H, rest))):
-                squares[row, bucket.rows] = (a * b).sum((-2, -1))
-        squares = squares.nan_to_num(0.0, 0.0, 0.0)
+                both = kept.root.right(both.view(m, 2 * o, i))
+            both = both.view(m, 2, o * i)
+            torch.bmm(both, both.mT, out=products[bucket.rows])
+        products = products.nan_to_num_(0.0, 0.0, 0.0)
+        squares = products[:, 0, 0], products[:, 1, 1], products[:, 0, 1]
         one, two, across = squares
         share = self.config.agreeing if self.age else 1.0
         cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
@@ -203,7 +233,7 @@ class Course:
 
         assert self.start_sizes is not None
         z, long = (slope(s) for s in (self.slopes, self.slopes_long))
-        momentum = self._by_matrix(self.velocity) / self._usual_norms()
+        momentum = self._by_matrix([V for _, V, _ in self._views]) / self._usual_norms()
         mean = self.agreement_all
         return Sight(
             slope=z,
@@ -237,10 +267,8 @@ class Course:
         self.controls = controls
         self.sizes = scene.sizes
         self.resume(scene.vectors.clamp_min(c.vector_floor))
+        self.set_roots()
         for bucket, kept in zip(layout.buckets, self.kept, strict=True):
-            found = [self.moments[number] for number in bucket.parts]
-            if all(m is not None for m in found):
-                kept.root = root_of(bucket, found, controls.damping[:-1][bucket.rows], c.rank)
             self._plan(bucket, kept)
 
     def resume(self, vectors: Tensor) -> None:
@@ -251,10 +279,22 @@ class Course:
         if self.start_sizes is not None:  # steps in proportion to what has grown would make it grow ever faster
             begun = torch.maximum(self.start_sizes, self.config.floor * self._natural)
             sizes = torch.minimum(sizes, (sizes * begun).sqrt())
-        self.lengths = self.controls.stretch * torch.cat([sizes, sizes.new_ones(1)])
-        self.decays = self.controls.stretch * self.controls.decay
+        stretch, decay = self.controls.stretch, self.controls.decay
+        self.lengths, self.decays, self.anneal = stretch[:-1] * sizes, (stretch * decay)[:-1], self.controls.anneal[:-1]
+        for bucket, kept in zip(self.layout.buckets, self.kept, strict=True):
+            kept.spectral = self.controls.spectral[bucket.rows, None, None]
+        joint = torch.stack([self.controls.longest, self.controls.target, self.controls.gain, stretch[-1]])
+        *pace, self.vector_length = joint.tolist()
+        self.pace = pace[0], pace[1], pace[2]
         if self.layout.sizes:
             self.spread = vectors[self.owner]
+
+    def set_roots(self) -> None:
+        """Make the roots of all matrices whose moments are known."""
+        assert self.controls is not None
+        found = roots_of(self.layout, self.moments, self.controls.damping[:-1], self.config.rank)
+        for kept, root in zip(self.kept, found, strict=True):
+            kept.root = kept.root if root is None else root
 
     def _plan(self, bucket: Bucket, kept: _Kept) -> None:
         """How often a bucket's directions are made anew, by what they cost beside a pass."""
@@ -271,14 +311,33 @@ class Course:
 
     # --- a step
 
-    def _by_matrix(self, flat: Tensor) -> Tensor:
-        """``‖·‖`` of each matrix, ``[L]``."""
-        found = [norms(bucket.of(flat)) for bucket in self.layout.buckets]
-        return torch.cat(found) if found else self.usual
+    def _by_matrix(self, views: Sequence[Tensor]) -> Tensor:
+        """``‖·‖`` of each matrix, ``[L]``, of those of each bucket."""
+        found = [norms(view) for view in views]
+        return found[0] if len(found) == 1 else torch.cat(found) if found else self.usual
 
     def _usual_norms(self) -> Tensor:
         """Root mean square of each matrix's gradients, ``[L]``."""
-        return (self.usual / (1 - self.config.slow ** max(self.age, 1))).clamp_min(TINY).sqrt()
+        if self._usual_now is None or self._usual_now[0] != self.age:
+            now = (self.usual / (1 - self.config.slow ** max(self.age, 1))).clamp_min(TINY).sqrt()
+            self._usual_now = self.age, now
+        return self._usual_now[1]
+
+    def measure(self) -> bool:
+        """Measure the gradient that lies in :attr:`gradient`; whether it is finite, and its squares.
+
+        All that a step asks the device for comes here, in one transfer.
+        """
+        G = self.gradient
+        sizes = self._by_matrix([view for view, _, _ in self._views])
+        total = sizes.sum()
+        if self.layout.sizes:
+            total = total + G[self.layout.vectors :].sum()
+        most = (sizes / self._usual_norms()).max() if len(sizes) else total
+        asked = torch.stack([total, most, torch.dot(G, self.change), self.calm])
+        total_, most_, slope_, self._calm_now = asked.tolist()
+        self.measured = _Measured(sizes, math.isfinite(total_), most_, slope_)
+        return self.measured.finite
 
     def step(self, momentum: float = 1.0, cooled: float = 1.0) -> tuple[Tensor, Tensor]:
         """Make the next change, of the flat gradient that lies in :attr:`gradient`.
@@ -288,114 +347,101 @@ class Course:
             cooled: Factor on the length.
 
         Returns:
-            The change, flat; and the shares that the weights of each matrix, and of all vectors, lose first,
-            ``[L + 1]``.
+            The change, flat; and the shares that the weights of each matrix lose first, ``[L]``.
         """
         c, layout, G, V = self.config, self.layout, self.gradient, self.velocity
         assert self.controls is not None
+        if self.measured is None:
+            self.measure()
+        assert self.measured is not None
+        (sizes, finite, most, slope_), self.measured = self.measured, None
         if self.age:
-            self._feel(torch.dot(G, self.change))
-        sizes = self._by_matrix(G)
-        before = torch.where(self.usual > 0, self._usual_norms(), sizes)  # of a first gradient nothing is known
-        limit = c.clip * before
-        clipped = torch.where(sizes > limit, limit / sizes.clamp_min(TINY), 1.0)
-        finite = torch.isfinite(sizes.sum() + G[layout.vectors :].sum())
-        if not bool(finite):  # numbers too large to be squared: others were skipped before
+            self._feel(slope_)
+        if not finite:  # numbers too large to be squared: others were skipped before
             self.change.zero_()
             return self.change, torch.zeros_like(self.decays)
-        if bool((clipped < 1).any()):
-            for bucket in layout.buckets:
-                bucket.of(G).mul_(clipped[bucket.rows, None, None])
-            sizes = sizes * clipped
-        self.usual = self.usual.lerp(sizes.square(), 1 - c.slow)
+        if not most <= c.clip:
+            sizes = self._clip(sizes)
+        self.usual.lerp_(sizes.square(), 1 - c.slow)
         self.age += 1
         usual = self._usual_norms()
         beta = c.momentum * momentum
         V.lerp_(G, 1 - beta)
-        rate = self.log_rate.exp() * cooled
+        rate = math.exp(self.log_rate) * cooled
         begun = 1 - c.momentum**self.age
-        calm = (self._by_matrix(V) / (usual * begun)).clamp(TINY, 1).pow(self.controls.anneal[:-1])
-        lengths = rate * calm * self.lengths[:-1]
-        self.calm = calm.mean()
-        X = torch.lerp(V, G, 1 - beta)
-        for bucket, kept in zip(layout.buckets, self.kept, strict=True):
-            D = bucket.of(self.change)
-            if self.age <= c.warm or self.age % kept.every == 0:
-                made = self._direction(bucket, kept, bucket.of(X))
-                size = norms(made)
-                torch.mul(made, (-lengths[bucket.rows] / size.clamp_min(TINY))[:, None, None], out=D)
+        calm = (self._by_matrix([view for _, view, _ in self._views]) / (usual * begun)).clamp(TINY, 1)
+        calm = calm.pow(self.anneal)
+        lengths = calm * self.lengths
+        lengths.mul_(rate)
+        self.calm = calm.sum() / len(calm) if len(calm) else self.calm
+        due = [self.age <= c.warm or self.age % kept.every == 0 for kept in self.kept]
+        if all(due):  # what momentum and gradient point to together lies where the change will
+            torch.lerp(V, G, 1 - beta, out=self.change)
+        for bucket, kept, anew, (G_, V_, D) in zip(layout.buckets, self.kept, due, self._views, strict=True):
+            mine = lengths[bucket.rows]
+            if anew:
+                X = D if all(due) else torch.lerp(V_, G_, 1 - beta, out=D)
+                made = self._direction(bucket, kept, X)
+                torch.mul(made, (mine / norms(made).clamp_min(TINY)).neg_()[:, None, None], out=D)
             else:
-                size = norms(D)
-                D.mul_((lengths[bucket.rows] / size.clamp_min(TINY))[:, None, None])
+                D.mul_((mine / norms(D).clamp_min(TINY))[:, None, None])
         if layout.sizes:
             g = G[layout.vectors :]
             self.seconds.lerp_(g.square(), 1 - c.slow)
             root = (self.seconds / (1 - c.slow**self.age)).sqrt_().add_(TINY)
-            moved = V[layout.vectors :] / root / begun
-            torch.mul(moved, self.spread * (-rate * self.lengths[-1]), out=self.change[layout.vectors :])
-        shares = rate * torch.cat([calm, calm.new_ones(1)]) * self.decays
-        return self.change, shares
+            moved = (V[layout.vectors :] / root).mul_(self.spread)
+            torch.mul(moved, -rate * self.vector_length / begun, out=self.change[layout.vectors :])
+        return self.change, (calm * self.decays).mul_(rate)
+
+    def _clip(self, sizes: Tensor) -> Tensor:
+        """Shorten gradients that are far larger than usual; how large they are then, ``[L]``."""
+        before = torch.where(self.usual > 0, self._usual_norms(), sizes)  # of a first gradient nothing is known
+        limit = self.config.clip * before
+        clipped = torch.where(sizes > limit, limit / sizes.clamp_min(TINY), 1.0)
+        for bucket, (G, _, _) in zip(self.layout.buckets, self._views, strict=True):
+            G.mul_(clipped[bucket.rows, None, None])
+        return sizes * clipped
 
     def recover(self) -> None:
         """Begin anew with shorter steps, at weights that the last ones have not changed."""
         self.velocity.zero_()
         self.change.zero_()
-        self.slopes, self.slopes_long = torch.zeros_like(self.slopes), torch.zeros_like(self.slopes_long)
-        self.log_rate = self.log_rate - math.log(self.config.back)
+        self.slopes, self.slopes_long = (0.0, 0.0), (0.0, 0.0)
+        self.log_rate -= math.log(self.config.back)
         self.age += 1
+        self.measured = None
 
     def _direction(self, bucket: Bucket, kept: _Kept, X: Tensor) -> Tensor:
         c = self.config
         assert self.controls is not None
-        spectral = self.controls.spectral[:-1][bucket.rows]
+        assert kept.spectral is not None
+        spectral = kept.spectral
         turned = X if kept.root is None else kept.root.right(X)
         if kept.exact:
-            made = mixed(msign(turned, c.orthogonal), turned, spectral)
+            made = drawn(turned, spectral, c.orthogonal)
         else:
             wide = bucket.shape[1] <= bucket.shape[2]
             if kept.factor is None or self.age >= kept.due:
                 kept.due = self.age + min(kept.renew, max(self.age, 1))
                 gram = torch.bmm(turned, turned.mT) if wide else torch.bmm(turned.mT, turned)
                 P = polar_factor(gram, c.orthogonal)
-                size = (gram.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp_min(TINY).sqrt()
+                size = (gram.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp_min(TINY).sqrt()[:, None, None]
                 eye = torch.eye(gram.shape[-1], dtype=P.dtype, device=P.device)
                 a, b = spectral / min(bucket.shape[1:]) ** 0.5, (1 - spectral) / size
-                kept.factor = a[:, None, None] * P + b[:, None, None] * eye
+                kept.factor = a * P + b * eye
             made = torch.bmm(kept.factor, turned) if wide else torch.bmm(turned, kept.factor)
         return made if kept.root is None else kept.root.back(made)
 
-    def _feel(self, q: Tensor) -> None:
+    def _feel(self, q: float) -> None:
         """The length of steps follows the slope ``q = ⟨G, last change⟩``."""
-        c, controls = self.config, self.controls
-        assert controls is not None
-        both = torch.stack([q, q * q])
-        both = torch.where(torch.isfinite(both), both, 0.0)
-        self.slopes = self.slopes.lerp(both, 1 - c.feedback)
-        self.slopes_long = self.slopes_long.lerp(both, (1 - c.feedback) / 10)
+        c, (longest, target, gain) = self.config, self.pace
+        both = (q, q * q) if math.isfinite(q) else (0.0, 0.0)
+        self.slopes = averaged(self.slopes, both, 1 - c.feedback)
+        self.slopes_long = averaged(self.slopes_long, both, (1 - c.feedback) / 10)
         if self.age >= 2:
-            grown = self.log_rate + controls.gain * (controls.target - slope(self.slopes))
-            most = controls.longest.log() - self.calm.log()
+            grown = self.log_rate + gain * (target - slope(self.slopes))
+            most = math.log(longest) - math.log(self._calm_now)
             # Batches of one epoch lean against each other, which looks like a slope that rises: without a bound steps
             # would shorten for ever.
             least = math.log(c.least * c.start / (1 + self.age / c.ageing))
-            self.log_rate = torch.minimum(grown, most).clamp_min(least)
-
-
-def slope(sums: Tensor) -> Tensor:
-    """``z = avg(q)/√avg(q²)``, from both averages ``[2]``; 0 where there are none."""
-    mean, square = sums.unbind()
-    return torch.where(square > 0, mean / square.clamp_min(1e-38).sqrt(), 0.0)
-
-
-def root_of(bucket: Bucket, found: Sequence[Moment | Tensor | None], damping: Tensor, rank: int) -> Root:
-    """Of all matrices of a bucket."""
-    if bucket.way == "diagonal":
-        return Root.of_diagonal(torch.cat([m for m in found if isinstance(m, Tensor)]), damping)
-    moments = [m for m in found if isinstance(m, Moment)]
-    if bucket.way == "dense":
-        return Root.of_dense(torch.cat([m.dense for m in moments]), damping)
-    moments = [m.factored(rank) for m in moments]  # one with a bias may be a row too wide
-    columns = max(m.tensor.shape[-1] for m in moments)
-    F = torch.cat([torch.nn.functional.pad(m.tensor, (0, columns - m.tensor.shape[-1])) for m in moments])
-    rest = torch.cat([m.rest.flatten() for m in moments if m.rest is not None])
-    return Root.of_factor(F, rest, damping)
+            self.log_rate = max(min(grown, most), least)

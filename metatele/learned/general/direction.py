@@ -42,18 +42,27 @@ def msign(X: Tensor, iterations: int = 5) -> Tensor:
         tensor([[ 1.,  0.],
                 [ 0., -1.]])
     """
-    a, b, c = _QUINTIC
-    tall = X.shape[-2] > X.shape[-1]
-    Y = X.mT if tall else X
-    Y = Y / torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True).clamp_min(TINY)
+    Y = _normed(X)
     if Y.dim() != 3:
         Y = Y.reshape(-1, *Y.shape[-2:])
+    return _evened(Y, iterations).view(X.shape)
+
+
+def _normed(X: Tensor) -> Tensor:
+    """``X/‖X‖``."""
+    return X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(TINY)
+
+
+def _evened(X: Tensor, iterations: int) -> Tensor:
+    """Newton and Schulz from matrices ``[m, o, i]`` of norm 1."""
+    a, b, c = _QUINTIC
+    tall = X.shape[-2] > X.shape[-1]
+    Y = X
     for _ in range(iterations):
-        G = torch.bmm(Y, Y.mT)
+        G = torch.bmm(Y.mT, Y) if tall else torch.bmm(Y, Y.mT)
         P = torch.baddbmm(G, G, G, beta=b, alpha=c)
-        Y = torch.baddbmm(Y, P, Y, beta=a)
-    Y = Y.view(*X.shape[:-2], *Y.shape[-2:])
-    return Y.mT if tall else Y
+        Y = torch.baddbmm(Y, Y, P, beta=a) if tall else torch.baddbmm(Y, P, Y, beta=a)
+    return Y
 
 
 def polar_factor(G: Tensor, iterations: int = 5) -> Tensor:
@@ -165,14 +174,21 @@ class Root(NamedTuple):
         return o * i if self.vectors is None else 4 * o * i * self.vectors.shape[-1]
 
 
-def mixed(sign: Tensor, X: Tensor, spectral: Tensor) -> Tensor:
-    """``r Y/‖Y‖ + (1 - r) X/‖X‖``.
+def drawn(X: Tensor, spectral: Tensor, iterations: int = 5) -> Tensor:
+    """``r Y/‖Y‖ + (1 - r) X/‖X‖`` with ``Y = msign(X)``.
 
     Args:
-        sign: Y ``[m, o, i]``.
         X: ``[m, o, i]``.
-        spectral: r ``[m]``.
+        spectral: r ``[m, 1, 1]``.
+        iterations: Of Newton and Schulz.
+
+    Example:
+        >>> X = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])
+        >>> drawn(X, torch.zeros(1, 1, 1))
+        tensor([[[0.6000, 0.0000],
+                 [0.0000, 0.8000]]])
     """
-    a = spectral / norms(sign).clamp_min(TINY)
-    b = (1 - spectral) / norms(X).clamp_min(TINY)
-    return a[:, None, None] * sign + b[:, None, None] * X
+    Z = _normed(X)
+    Y = _evened(Z, iterations)
+    a = spectral / torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True).clamp_min(TINY)
+    return Z.mul_(1 - spectral).addcmul_(Y, a)

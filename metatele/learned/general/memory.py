@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from metatele.learned.general.controller import SET, Controls
-from metatele.learned.general.course import Course, root_of
+from metatele.learned.general.course import Course
 from metatele.network.parts import Part, Vector
 from metatele.network.use import Moment
 
 Memory = MutableMapping[Any, dict[str, Any]]
 _FLAT = {"momentum": "velocity", "change": "change"}  # as large as the parameters
 _ROWS = ("usual", "agreement", "positions", "sizes", "start_sizes")  # a number of each matrix
-_PLAIN = ("log_rate", "slopes", "slopes_long", "agreement_all", "calm")
+_PLAIN = ("agreement_all", "calm")
 _APART = [s.name for s in SET if not s.joint]
 _JOINT = [s.name for s in SET if s.joint]
 
@@ -74,6 +74,7 @@ def laid_out(
         if kept.factor is not None:
             entry[prefix + "factor"] = kept.factor[rows.start - bucket.first : rows.stop - bucket.first].clone()
     joint = {name: getattr(course, name).tolist() for name in _PLAIN}
+    joint |= {"log_rate": course.log_rate, "slopes": list(course.slopes), "slopes_long": list(course.slopes_long)}
     return {
         **joint,
         "elsewhere": elsewhere,
@@ -106,6 +107,11 @@ def read(
     memory = {p: elsewhere.get(names[id(p)]) or memory[p] for p in _parameters(parts, vectors)}
     for name in _PLAIN:
         setattr(course, name, like.new_tensor(stored[name]))
+    course.log_rate, course.slopes, course.slopes_long = (
+        stored["log_rate"],
+        tuple(stored["slopes"]),
+        tuple(stored["slopes_long"]),
+    )
     course.age, course.epochs, course.hashes = stored["age"], stored["epochs"], set(stored["hashes"])
     course.columns, course.taken = list(stored["columns"]), list(stored["taken"])
     course.start_loss = None if stored["start_loss"] is None else like.new_tensor(stored["start_loss"])
@@ -142,10 +148,8 @@ def read(
         joint = dict(zip(_JOINT, like.new_tensor(stored["joint"]), strict=True))
         course.controls = Controls(**dict(zip(_APART, apart, strict=True)), **joint)
         course.resume(like.new_tensor(stored["vector_scale"]))
+        course.set_roots()
     for bucket, kept in zip(layout.buckets, course.kept, strict=True):
-        found = [course.moments[number] for number in bucket.parts]
-        if course.controls is not None and all(m is not None for m in found):
-            kept.root = root_of(bucket, found, course.controls.damping[:-1][bucket.rows], course.config.rank)
         if all(number in factors for number in bucket.parts):
             kept.factor = torch.cat([factors[number] for number in bucket.parts])
 
