@@ -20,9 +20,11 @@ from metatele.network.parts import parts_of
 from metatele.network.reduced import Look
 from metatele.network.use import is_same_batch
 from metatele.network.wanted import NOTHING
-from metatele.network.watch import Watch, unwrapped
+from metatele.network.unwrap import unwrapped
+from metatele.network.watch import Watch
 from metatele.optim.described import Row, rows_of
 from metatele.optim.equivariant import NETWORK, EquivariantStepper
+from metatele.optim.heads import balanced_
 from metatele.optim.moving import Moves, apply, gather, real
 from metatele.optim.one_batch import PREFIX, OneBatch
 from metatele.optim.scenes import ends_of, scene_of
@@ -46,6 +48,7 @@ class GeneralStepper(Stepper):
 
     Attributes:
         course: Where the network is on its way; ``None`` before the first step.
+        heads: Of attention, that were balanced before the first step.
     """
 
     meta: GeneralOptimizer
@@ -68,6 +71,7 @@ class GeneralStepper(Stepper):
         self._last: Tensor | None = None  # fingerprint of the last batch
         self._to_fit: bool | None = None  # as the first batches that came again told
         self._by_gradient: set[int] = set()  # parts whose moments are of their gradients
+        self.heads, self._fresh = 0, True
         self._safe: tuple[float, list[Tensor]] | None = None  # log of the loss at a look, and the weights there
 
     def _perceptron(self) -> EquivariantStepper | None:
@@ -123,6 +127,11 @@ class GeneralStepper(Stepper):
         if not self._is_finite(course.gradient.sum(), at):
             return self._skip(course, at)
         self._lost = 0
+        if self._fresh and self.meta.config.heads:
+            self.heads = balanced_(self.capture, at, self.meta.config.heads)
+            if self.heads:
+                moves = gather(course.gradient, course.velocity, course.layout, parts, vectors, at)
+        self._fresh = False
         at.decay_()
         looks = course.looks
         same = self._compare() if looks or self.capture.wanted.fingerprint else False
@@ -286,6 +295,7 @@ class GeneralStepper(Stepper):
             self.capture.wanted = Look(
                 moments=everything,
                 halves=everything,
+                heads=self._fresh and self.meta.config.heads > 0,
                 ends=True,
                 fingerprint=True,
                 samples=True,
@@ -360,6 +370,7 @@ class GeneralStepper(Stepper):
             return
         parts, vectors = self.capture.parts, self.capture.vectors
         group[COURSE] = laid_out(course, memory, parts, vectors, self._named) | {
+            "heads": self.heads,
             "repeating": self.repeating,
             "to_fit": self._to_fit,
             "last": None if self._last is None else self._last.tolist(),
@@ -382,6 +393,7 @@ class GeneralStepper(Stepper):
             self.capture.parts, self.capture.vectors = laid_back(stored, self.capture.parts, self._named)
             self.capture.settled = True
             self.course = self._new_course(self.parameters[0].device)
+            self.heads, self._fresh = stored.get("heads", 0), False
             read(self.course, stored, memory, self.capture.parts, self.capture.vectors, self._named)
             self.repeating, self._to_fit = stored["repeating"], stored["to_fit"]
             self._last = None if stored["last"] is None else self.course.usual.new_tensor(stored["last"])
@@ -418,7 +430,7 @@ class GeneralStepper(Stepper):
 
     def __getstate__(self) -> dict[str, Any]:
         """The memories travel as the optimizer's state."""
-        gone = ("course", "repeating", "_one_batch", "_last", "_to_fit", "_by_gradient", "_safe")
+        gone = ("course", "repeating", "_one_batch", "_last", "_to_fit", "_by_gradient", "_safe", "heads", "_fresh")
         return {name: value for name, value in self.__dict__.items() if name not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

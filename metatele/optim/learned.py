@@ -16,7 +16,7 @@ from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
 from metatele.learned import EquivariantOptimizer, MetaOptimizer, family_of
 from metatele.named import named_checkpoint
 from metatele.network.ranks import refuse_sharded
-from metatele.network.watch import unwrapped
+from metatele.network.unwrap import unwrapped
 from metatele.optim.described import Description, described
 from metatele.optim.equivariant import EquivariantStepper
 from metatele.optim.flat import FlatStepper
