@@ -36,9 +36,9 @@ class GeneralConfig:
     )
 
     heads: float = setting(
-        1.0,
-        "condition number of a change of basis of an attention head, from which it is balanced before the first step; "
-        "0: never",
+        1.5,
+        "imbalance of an attention head, from which all are brought to a balanced basis before the first step; random "
+        "weights have at most 1.4; 0: never",
     )
 
     # the direction

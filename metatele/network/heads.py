@@ -14,25 +14,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from metatele.network import ranks
-from metatele.network.views import VIEWS, Node, is_open, shape_out
+from metatele.network.labels import Bias, End, Users, constant
+from metatele.network.views import Node, shape_out
 
 _PRODUCTS = {  # slots of left and right factor, of an added bias, and whether the right one is turned
     "AddmmBackward0": (1, 2, 0, False),
     "MmBackward0": (0, 1, None, False),
     "LinearBackward0": (0, 1, 2, True),
 }
-_SCORES = {  # products of activations: slots, and names under which factors are saved
-    "BmmBackward0": (0, 1, ("self", "mat2")),
-    "MmBackward0": (0, 1, ("self", "mat2")),
-    "BaddbmmBackward0": (1, 2, ("batch1", "batch2")),
-    "AddmmBackward0": (1, 2, ("mat1", "mat2")),
+_SCORES = {  # slots of the factors of products of activations
+    "BmmBackward0": (0, 1),
+    "MmBackward0": (0, 1),
+    "BaddbmmBackward0": (1, 2),
+    "AddmmBackward0": (1, 2),
 }
 _FUSED = "ScaledDotProduct"
 _LARGEST = 2**28  # labels of one layer's outputs
@@ -73,29 +74,21 @@ class Head:
         kind: ``"qk"`` or ``"vo"``.
         left: What makes queries, several where they share keys; or values.
         right: What makes keys; or what reads the values, as ``Wₒᵀ``, several where they share them.
-        moment: Sum of ``qqᵀ``, or ``vvᵀ``, ``[k, k]`` in double precision.
-        other: Sum of ``kkᵀ``; ``None`` of ``"vo"``.
-        columns: Of the two sums.
     """
 
     kind: str
     left: tuple[Side, ...]
     right: tuple[Side, ...]
-    moment: Tensor
-    other: Tensor | None
-    columns: tuple[int, int]
+
+    @property
+    def units(self) -> int:
+        """k."""
+        return len(self.left[0].places[0])
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """In it, each once."""
         return list({id(p): p for side in (*self.left, *self.right) for p in side.weights}.values())
-
-    def with_sums(self, numbers: Tensor) -> Head:
-        """The same with other sums: of ``moment``, of ``other`` if there is one, and two of columns, in a row."""
-        k = len(self.moment)
-        first, second, columns = numbers[: k * k], numbers[k * k : -2], numbers[-2:].tolist()
-        other = None if self.other is None else second.view(k, k)
-        return replace(self, moment=first.view(k, k), other=other, columns=(int(columns[0]), int(columns[1])))
 
     def is_like(self, other: Head) -> bool:
         """Whether another one, of another pass, has the same places."""
@@ -112,7 +105,7 @@ class Head:
         )
 
 
-def summed(passes: Sequence[Sequence[Head]], group: ranks.Group | None, like: Tensor) -> list[Head]:
+def agreed(passes: Sequence[Sequence[Head]], group: ranks.Group | None, like: Tensor) -> list[Head]:
     """The heads of several passes and ranks, if all found the same ones; else none.
 
     Args:
@@ -121,44 +114,16 @@ def summed(passes: Sequence[Sequence[Head]], group: ranks.Group | None, like: Te
         like: On the device for messages.
     """
     first = list(passes[0]) if passes else []
-    if any(len(p) != len(first) or not all(map(Head.is_like, first, p)) for p in passes):
+    if any(len(one) != len(first) or not all(map(Head.is_like, first, one)) for one in passes):
         first = []
-    if group is not None:
-        # Whether all found the same is known of numbers that are alike only then.
+    if group is not None:  # sums of numbers and of their squares tell whether all are alike
         marks = [sum((n + 1) * int(s.places[0].sum()) for s in (*h.left, *h.right)) for n, h in enumerate(first)]
-        mark = torch.tensor([len(first), sum(marks) % 1_000_003], dtype=torch.float64, device=like.device)
-        table = torch.stack([mark, mark**2, torch.ones_like(mark)])
+        mark = torch.tensor([len(first), sum(marks) % 1_000_003, 1], dtype=torch.float64, device=like.device)
+        table = torch.stack([mark, mark**2])
         ranks.sum_([table], group)
-        if bool((table[0] ** 2 != table[1] * table[2]).any()):
+        if bool((table[0] ** 2 != table[1] * table[0, 2]).any()):
             return []
-    if not first:
-        return []
-    sums = [
-        torch.cat(
-            [
-                sum((p[n].moment for p in passes[1:]), h.moment).reshape(-1),
-                *([] if h.other is None else [sum((p[n].other for p in passes[1:]), h.other).reshape(-1)]),
-                torch.tensor([sum(p[n].columns[side] for p in passes) for side in (0, 1)], dtype=torch.float64),
-            ]
-        ).to(like.device)
-        for n, h in enumerate(first)
-    ]
-    ranks.sum_(sums, group)
-    return [h.with_sums(total.cpu()) for h, total in zip(first, sums, strict=True)]
-
-
-class _End(NamedTuple):
-    """Where labels are used in something that is no view.
-
-    Attributes:
-        labels: As they lie there.
-        factor: By which what they stand for was multiplied on the way.
-    """
-
-    node: Node
-    slot: int
-    labels: Tensor
-    factor: float
+    return first
 
 
 class _Source(NamedTuple):
@@ -172,109 +137,8 @@ class _Source(NamedTuple):
 
     weight: nn.Parameter
     weights: Tensor
-    biases: list[tuple[nn.Parameter, Tensor]]
-    ends: list[_End]
-
-
-class _Users:
-    """Who uses the outputs of each node on the way to the model's outputs."""
-
-    def __init__(self, outputs: Iterable[Tensor]) -> None:
-        self.of: dict[Node, dict[int, list[tuple[Node | None, int]]]] = {}
-        stack = []
-        for output in outputs:
-            if output.grad_fn is not None:
-                self._edge(None, 0, output.grad_fn, output.output_nr, stack)
-        while stack:
-            node = stack.pop()
-            for slot, (under, number) in enumerate(node.next_functions):
-                if under is not None:
-                    self._edge(node, slot, under, number, stack)
-
-    def _edge(self, user: Node | None, slot: int, node: Node, number: int, stack: list[Node]) -> None:
-        if node not in self.of:
-            self.of[node] = {}
-            stack.append(node)
-        self.of[node].setdefault(number, []).append((user, slot))
-
-    def ends(
-        self, node: Node, number: int, labels: Tensor, biases: Mapping[Node, tuple[nn.Parameter, Tensor]] | None = None
-    ) -> tuple[list[_End], list[tuple[nn.Parameter, Tensor]]]:
-        """Where labels of a node's output are used, through views and factors; and what is added on the way.
-
-        Args:
-            node: The node.
-            number: Of its output.
-            labels: Of its elements.
-            biases: Parameters whose sum with something a node is; without them every sum is an end.
-        """
-        found: list[_End] = []
-        added: list[tuple[nn.Parameter, Tensor]] = []
-        stack = [(node, number, labels, 1.0)]
-        while stack:
-            node, number, labels, factor = stack.pop()
-            for user, slot in self.of.get(node, {}).get(number, ()):
-                name = "" if user is None else user.name()
-                if user is not None and name in VIEWS:
-                    for out in self.of[user]:
-                        seen = _seen(user, labels, out)
-                        if seen is None:
-                            found.append(_End(None, slot, labels, factor))
-                        else:
-                            stack.append((user, out, seen, factor))
-                    continue
-                times = None if user is None else _factor(user, name, slot)
-                if user is not None and times is not None and _keeps(user, labels):
-                    stack.append((user, 0, labels, factor * times))
-                elif user is not None and biases is not None and user in biases and _keeps(user, labels):
-                    p, places = biases[user]
-                    row = _constant(labels, (-1,)) if factor == 1.0 else None
-                    if row is None or not torch.equal(row.sort().values, torch.arange(len(places)).to(row)):
-                        found.append(_End(None, slot, labels, factor))
-                        continue
-                    added.append((p, places[row.argsort()]))
-                    stack.append((user, 0, labels, factor))
-                else:
-                    found.append(_End(user, slot, labels, factor))
-        return found, added
-
-
-def _keeps(node: Node, labels: Tensor) -> bool:
-    return tuple(shape_out(node, 0)) == tuple(labels.shape)
-
-
-def _seen(node: Node, labels: Tensor, number: int) -> Tensor | None:
-    """Labels through a view."""
-    try:
-        if node.name().startswith(("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze")):
-            return labels.reshape(shape_out(node, number))
-        seen = VIEWS[node.name()](node, labels, number)
-    except (RuntimeError, AttributeError, IndexError):
-        return None
-    return seen if tuple(seen.shape) == tuple(shape_out(node, number)) else None
-
-
-def _factor(node: Node, name: str, slot: int) -> float | None:
-    """The number that a node multiplies by; ``None`` if it does anything else."""
-    if name not in ("MulBackward0", "MulBackward1", "DivBackward0", "DivBackward1") or (name[0] == "D" and slot):
-        return None
-    if name.endswith("0") and node.next_functions[1 - slot][0] is not None:
-        return None
-    other = getattr(node, "_saved_other" if slot == 0 else "_saved_self", None)
-    if not isinstance(other, int | float) and not (isinstance(other, Tensor) and other.numel() == 1):
-        return None
-    value = float(other)
-    value = value if name[0] == "M" or not value else 1 / value
-    return value if value and math.isfinite(value) else None
-
-
-def _constant(labels: Tensor, along: tuple[int, ...]) -> Tensor | None:
-    """Labels if they depend on some dimensions alone: with one entry of each other one."""
-    keep = {d % labels.dim() for d in along}
-    first = labels[tuple(slice(None) if d in keep else slice(0, 1) for d in range(labels.dim()))]
-    if not labels.numel() or not bool((labels == first).all()):
-        return None
-    return first.reshape([size for d, size in enumerate(labels.shape) if d in keep])
+    biases: list[Bias]
+    ends: list[End]
 
 
 @torch.no_grad()
@@ -291,8 +155,8 @@ def heads_of(outputs: Iterable[Tensor], parameters: Sequence[nn.Parameter]) -> l
     Example:
         >>> model = nn.MultiheadAttention(8, 2, batch_first=True)
         >>> x = torch.randn(3, 5, 8)
-        >>> [(head.kind, head.moment.shape) for head in heads_of(model(x, x, x), list(model.parameters()))]
-        [('qk', torch.Size([4, 4])), ('qk', torch.Size([4, 4])), ('vo', torch.Size([4, 4])), ('vo', torch.Size([4, 4]))]
+        >>> [(head.kind, head.units) for head in heads_of(model(x, x, x), list(model.parameters()))]
+        [('qk', 4), ('qk', 4), ('vo', 4), ('vo', 4)]
     """
     return _Finder(outputs, parameters).heads()
 
@@ -301,18 +165,18 @@ class _Finder:
     """One search."""
 
     def __init__(self, outputs: Iterable[Tensor], parameters: Sequence[nn.Parameter]) -> None:
-        self.users = _Users(outputs)
+        self.users = Users(outputs)
         self.order = {id(p): number for number, p in enumerate(parameters)}
         self.free: dict[int, Tensor] = {}  # elements of each parameter that are used once
         self.sources: list[_Source] = []
-        self.readers: dict[Node, tuple[nn.Parameter, Tensor]] = {}
+        self.readers: dict[Node, Bias] = {}
         self._read(parameters)
 
     def _read(self, parameters: Sequence[nn.Parameter]) -> None:
         """Which elements each product uses, and what is done with its outputs."""
         leaves = {id(v): node for node in self.users.of if (v := getattr(node, "variable", None)) is not None}
-        fused: dict[Node, tuple[nn.Parameter, Tensor]] = {}
-        sums: dict[Node, tuple[nn.Parameter, Tensor]] = {}
+        fused: dict[Node, Bias] = {}
+        sums: dict[Node, Bias] = {}
         for p in parameters:
             node = leaves.get(id(p))
             if node is None or p.is_complex() or not p.is_contiguous():
@@ -323,7 +187,7 @@ class _Finder:
                 flat = end.labels.reshape(-1)
                 count[flat.unique()] += 1
                 product = None if end.node is None else _PRODUCTS.get(end.node.name())
-                if end.factor != 1.0 or end.node is None:
+                if end.factored or end.node is None:
                     continue
                 if product is not None and end.slot == product[1] and end.labels.dim() == 2:
                     if _is_plain(end.node):
@@ -350,7 +214,7 @@ class _Finder:
     def heads(self) -> list[Head]:
         """See :func:`heads_of`."""
         found: list[Head] = []
-        scores: dict[Node, dict[str, tuple[_Source, _End, Tensor]]] = {}
+        scores: dict[Node, dict[str, tuple[_Source, Tensor]]] = {}
         for source in self.sources:
             once = _once(len(source.weights), (end.labels for end in source.ends))
             for end in source.ends:
@@ -360,7 +224,7 @@ class _Finder:
                 if role == "v":
                     found += self._values(source, end, rows)
                 else:
-                    scores.setdefault(end.node, {})[role] = source, end, rows
+                    scores.setdefault(end.node, {})[role] = source, rows
         for pair in scores.values():
             if len(pair) == 2:
                 found += self._scores(*pair["q"], *pair["k"])
@@ -370,9 +234,7 @@ class _Finder:
         side = head.left[0]
         return self.order[id(side.weights[0])], head.kind, int(side.places[0].min())
 
-    def _scores(
-        self, source: _Source, end: _End, rows: Tensor, other: _Source, its: _End, columns: Tensor
-    ) -> Iterator[Head]:
+    def _scores(self, source: _Source, rows: Tensor, other: _Source, columns: Tensor) -> Iterator[Head]:
         queries, keys = _units(rows), _units(columns)
         if queries is None or keys is None or (source is other and bool(torch.isin(rows, columns).any())):
             return
@@ -381,9 +243,6 @@ class _Finder:
         for q, k in zip(queries.of.tolist(), keys.of.tolist(), strict=True):
             with_keys.setdefault(k, set()).add(q)
             with_queries.setdefault(q, set()).add(k)
-        left, right = _saved(end), _saved(its)
-        if left is None or right is None:
-            return
         for k, mine in sorted(with_keys.items()):
             if any(len(with_queries[q]) > 1 for q in mine):
                 continue
@@ -391,28 +250,26 @@ class _Finder:
             key = self._side(other, keys.sets[k])
             if key is None or any(side is None for side in sides):
                 continue
-            A, n = _moment(left, torch.isin(queries.of, torch.tensor(sorted(mine))), end.factor)
-            B, m = _moment(right, keys.of == k, its.factor)
-            yield Head("qk", tuple(s for s in sides if s is not None), (key,), A, B, (n, m))
+            yield Head("qk", tuple(s for s in sides if s is not None), (key,))
 
-    def _values(self, source: _Source, end: _End, rows: Tensor) -> Iterator[Head]:
+    def _values(self, source: _Source, end: End, rows: Tensor) -> Iterator[Head]:
         """Values, and who reads what a head makes of them."""
         shape = shape_out(end.node, 0)
-        values, saved = _units(rows), _saved(end)
-        if values is None or saved is None or math.prod(shape) > _LARGEST:
+        values = _units(rows)
+        if values is None or math.prod(shape) > _LARGEST:
             return
         labels = rows.reshape(*shape[:-2], 1, shape[-1]).expand(shape)
         ends, _ = self.users.ends(end.node, 0, labels)
-        if len(ends) != 1 or ends[0].node not in self.readers or ends[0].factor != 1.0:
+        if len(ends) != 1 or ends[0].node not in self.readers or ends[0].factored:
             return
         reader = ends[0].node
         if ends[0].slot != _PRODUCTS[reader.name()][0]:
             return
-        read = _constant(ends[0].labels, (-1,))
+        read = constant(ends[0].labels, (-1,))
         p, places = self.readers[reader]
         if read is None or len(read) != places.shape[1]:
             return
-        for number, units in enumerate(values.sets):
+        for units in values.sets:
             columns = [(read == unit).nonzero()[:, 0] for unit in units]
             side = self._side(source, units)
             if side is None or len({len(c) for c in columns}) != 1 or not len(columns[0]):
@@ -420,8 +277,7 @@ class _Finder:
             if any(not bool(self.free[id(p)][places[:, c]].all()) for c in columns):
                 continue
             readers = [Side((p,), (places[:, c].t().contiguous(),)) for c in torch.stack(columns, 1)]
-            A, n = _moment(saved, values.of == number, end.factor)
-            yield Head("vo", (side,), tuple(readers), A, None, (n, 0))
+            yield Head("vo", (side,), tuple(readers))
 
     def _side(self, source: _Source, units: Tensor) -> Side | None:
         """What makes some outputs of a layer; nothing if its elements are used elsewhere too."""
@@ -462,7 +318,7 @@ def _once(size: int, seen: Iterable[Tensor]) -> Tensor:
     return count == 1
 
 
-def _role(end: _End) -> tuple[str, Tensor | None]:
+def _role(end: End) -> tuple[str, Tensor | None]:
     """Whether labels are queries, keys or values where they end, and those of each matrix ``[b, k]``."""
     node, slot, labels, _ = end
     if node is None:
@@ -485,29 +341,5 @@ def _role(end: _End) -> tuple[str, Tensor | None]:
 
 def _per_matrix(labels: Tensor, units: int) -> Tensor | None:
     """Of ``[..., n, k]`` or ``[..., k, n]``, the labels of the units ``[b, k]`` if all n have the same."""
-    rows = _constant(labels, (*range(labels.dim() - 2), units))
+    rows = constant(labels, (*range(labels.dim() - 2), units))
     return None if rows is None else rows.reshape(-1, rows.shape[-1])
-
-
-def _saved(end: _End) -> Tensor | None:
-    """What labels stand for where they end, ``[b, n, k]``; nothing if it cannot be read."""
-    fused = end.node.name().startswith(_FUSED)
-    if fused:
-        name = ("query", "key", "value")[end.slot]
-    else:
-        left, _, names = _SCORES[end.node.name()]
-        name = names[0 if end.slot == left else 1]
-    if not is_open(end.node, name):
-        return None
-    saved = getattr(end.node, f"_saved_{name}").detach()
-    if saved.dim() == 2:
-        saved = saved[None]
-    saved = saved.reshape(-1, *saved.shape[-2:])
-    role, _ = _role(end)
-    return saved.mT if role == "k" and not fused else saved
-
-
-def _moment(saved: Tensor, which: Tensor, factor: float) -> tuple[Tensor, int]:
-    """Sum of ``xxᵀ`` over some matrices ``[b, n, k]``, as before a factor; and of how many columns."""
-    x = saved[which.to(saved.device)].reshape(-1, saved.shape[-1]).double()
-    return (x.mT @ x / factor**2).cpu(), len(x)

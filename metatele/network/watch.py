@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from metatele.network import ranks
 from metatele.network.graph import Use, tensors_in, walk
-from metatele.network.heads import Head, heads_of, summed
+from metatele.network.heads import Head, agreed, heads_of
 from metatele.network.hook import is_ordinary, listen
 from metatele.network.parts import Part, Vector, refined
 from metatele.network.reduced import Look, Sums, reduced
@@ -304,8 +304,8 @@ class Watch:
         return self._totals
 
     def heads(self) -> list[Head]:
-        """Of attention, where they were asked for; the same ones in all passes and ranks, with sums over them."""
-        return summed([one.heads for one in self.ended], self.group, next(iter(self._parameters)))
+        """Of attention, where they were asked for; those that all passes and ranks have shown."""
+        return agreed([one.heads for one in self.ended], self.group, next(iter(self._parameters)))
 
     @property
     def ended(self) -> list[_Pass]:

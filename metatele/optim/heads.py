@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from metatele.errors import SingularInputError
-from metatele.network import ranks
 from metatele.network.heads import Head
 from metatele.network.parts import Part
 from metatele.network.totals import Total
@@ -16,10 +14,7 @@ from metatele.network.use import Moment
 from metatele.network.watch import Watch
 from metatele.optim.steppers import Situation
 from metatele.symmetry.group import GroupElement
-from metatele.symmetry.heads import asymmetry, balance_of, condition, products, turn_
-
-_UNEVEN = 0.01  # relative asymmetry of a gradient: what rounding leaves is a hundredth of that
-_ROUNDING = 100.0  # times a parameter's rounding, by which products of weights may change
+from metatele.symmetry.heads import balances, turn_, turned_
 
 
 @torch.no_grad()
@@ -32,7 +27,7 @@ def balanced_(watch: Watch, at: Situation, above: float) -> int:
     Args:
         watch: What the passes showed.
         at: Parameters, and which of them move.
-        above: Condition number of the change of basis, from which it is made.
+        above: Imbalance of a head, from which they are balanced.
 
     Returns:
         Number of heads.
@@ -40,25 +35,8 @@ def balanced_(watch: Watch, at: Situation, above: float) -> int:
     moving = {id(p) for p, rate in zip(at.parameters, at.rates, strict=True) if rate}
     weights = {id(p): p.detach() for p in at.parameters}
     gradients = {id(p): p.grad for p in at.parameters if p.grad is not None}
-    found: list[tuple[Head, GroupElement]] = []
-    for head in watch.heads():
-        if all(_is_usable(p, moving) for p in head.parameters):
-            try:
-                found.append((head, balance_of(head, weights)))
-            except SingularInputError:
-                continue
-    if watch.group is not None and found:
-        device = found[0][0].parameters[0].device
-        found = [(head, GroupElement(*(t.to(device) for t in g))) for head, g in found]
-        ranks.broadcast_([t for _, g in found for t in g], watch.group)
-        found = [(head, GroupElement(*(t.cpu() for t in g))) for head, g in found]
-    done = [
-        (head, g)
-        for head, g in found
-        if condition(g) >= above
-        and asymmetry(head, weights, gradients, g) <= _UNEVEN
-        and _turned(head, g, weights)
-    ]
+    heads = [head for head in watch.heads() if all(_is_usable(p, moving) for p in head.parameters)]
+    done = [(h, g) for h, g in balances(heads, weights, above) if turned_(h, g, weights, gradients)]
     for head, g in done:
         turn_(head, g, gradients, dual=True)
     if done:
@@ -69,20 +47,6 @@ def balanced_(watch: Watch, at: Situation, above: float) -> int:
 def _is_usable(p: torch.nn.Parameter, moving: set[int]) -> bool:
     fine = p.dtype in (torch.float32, torch.float64) and id(p) in moving
     return fine and p.is_contiguous() and p.grad is not None and p.grad.is_contiguous()
-
-
-def _turned(head: Head, g: GroupElement, weights: Mapping[int, Tensor]) -> bool:
-    """Move weights, and back if that changes what the network computes."""
-    kept = [(p, p.detach().clone()) for p in head.parameters]
-    before = products(head, weights)
-    turn_(head, g, weights)
-    after = products(head, weights)
-    bound = _ROUNDING * max(torch.finfo(p.dtype).eps for p, _ in kept)
-    if float((after - before).norm()) <= bound * float(before.norm()):
-        return True
-    for p, old in kept:
-        p.detach().copy_(old)
-    return False
 
 
 # --- what passes have left
