@@ -1,8 +1,8 @@
 r"""The heads of attention in a pass: which elements of which parameters make them, read from the graph of its outputs.
 
-Scores ``qᵀk`` do not change if every query is multiplied by M and every key by ``M^{-T}``, and neither does what a layer
-reads as ``Wₒ o`` if values, and so ``o``, are multiplied by N and ``Wₒ`` from the right by ``N⁻¹``. A **head** is such a
-pair: what makes queries and what makes keys; what makes values and what reads them.
+Scores ``qᵀk`` do not change if every query is multiplied by M and every key by ``M^{-T}``, and neither does what a
+layer reads as ``Wₒ o`` if values, and so ``o``, are multiplied by N and ``Wₒ`` from the right by ``N⁻¹``. A **head** is
+such a pair: what makes queries and what makes keys; what makes values and what reads them.
 
 Labels are carried through the graph: each element of a parameter, and each output of a linear layer, has a number, and
 views, transposes and splits are done to these numbers. A head is found where the numbers say that its queries and keys
@@ -82,7 +82,7 @@ class Head:
 
     @property
     def units(self) -> int:
-        """k."""
+        """K."""
         return len(self.left[0].places[0])
 
     @property
@@ -260,9 +260,9 @@ class _Finder:
             return
         labels = rows.reshape(*shape[:-2], 1, shape[-1]).expand(shape)
         ends, _ = self.users.ends(end.node, 0, labels)
-        if len(ends) != 1 or ends[0].node not in self.readers or ends[0].factored:
+        reader = ends[0].node if len(ends) == 1 else None
+        if reader is None or reader not in self.readers or ends[0].factored:
             return
-        reader = ends[0].node
         if ends[0].slot != _PRODUCTS[reader.name()][0]:
             return
         read = constant(ends[0].labels, (-1,))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metatele.network.views import VIEWS, Node, shape_out
+from metatele.network.views import VIEWS, Node, is_open, shape_out
 
 Bias = tuple[nn.Parameter, Tensor]  # and the numbers of its elements, one for each unit
 
@@ -35,7 +35,7 @@ class Users:
 
     def __init__(self, outputs: Iterable[Tensor]) -> None:
         self.of: dict[Node, dict[int, list[tuple[Node | None, int]]]] = {}
-        stack = []
+        stack: list[Node] = []
         for output in outputs:
             if output.grad_fn is not None:
                 self._edge(None, 0, output.grad_fn, output.output_nr, stack)
@@ -113,7 +113,10 @@ def _is_factor(node: Node, name: str, slot: int) -> bool:
         return False
     if name.endswith("0") and node.next_functions[1 - slot][0] is not None:
         return False
-    other = getattr(node, "_saved_other" if slot == 0 else "_saved_self", None)
+    saved = "other" if slot == 0 else "self"
+    if name.endswith("0") and not is_open(node, saved):  # reading it would run somebody's hook
+        return False
+    other = getattr(node, f"_saved_{saved}", None)
     if not isinstance(other, int | float) and not (isinstance(other, Tensor) and other.numel() == 1):
         return False
     value = float(other)

@@ -18,15 +18,15 @@ from metatele.learned.general.optimizer import GeneralOptimizer
 from metatele.learned.general.scene import Piece, Scene
 from metatele.network.parts import parts_of
 from metatele.network.reduced import Look
+from metatele.network.unwrap import unwrapped
 from metatele.network.use import is_same_batch
 from metatele.network.wanted import NOTHING
-from metatele.network.unwrap import unwrapped
 from metatele.network.watch import Watch
 from metatele.optim.described import Row, rows_of
 from metatele.optim.equivariant import NETWORK, EquivariantStepper
-from metatele.optim.heads import balanced_
+from metatele.optim.heads import NOTE, balanced_
 from metatele.optim.moving import Moves, apply, gather, real
-from metatele.optim.one_batch import PREFIX, OneBatch
+from metatele.optim.one_batch import PREFIX, OneBatch, is_random, under
 from metatele.optim.scenes import ends_of, scene_of
 from metatele.optim.steppers import Memory, Situation, Stepper
 from metatele.perceptron.losses import kind
@@ -66,12 +66,11 @@ class GeneralStepper(Stepper):
     def _begin(self) -> None:
         """Remember nothing."""
         self.course: Course | None = None
-        self.repeating = False
+        self.repeating, self.heads, self._fresh = False, 0, True
         self._one_batch: OneBatch | None = None
         self._last: Tensor | None = None  # fingerprint of the last batch
         self._to_fit: bool | None = None  # as the first batches that came again told
         self._by_gradient: set[int] = set()  # parts whose moments are of their gradients
-        self.heads, self._fresh = 0, True
         self._safe: tuple[float, list[Tensor]] | None = None  # log of the loss at a look, and the weights there
 
     def _perceptron(self) -> EquivariantStepper | None:
@@ -129,8 +128,7 @@ class GeneralStepper(Stepper):
         self._lost = 0
         if self._fresh and self.meta.config.heads:
             self.heads = balanced_(self.capture, at, self.meta.config.heads)
-            if self.heads:
-                moves = gather(course.gradient, course.velocity, course.layout, parts, vectors, at)
+            moves = gather(course.gradient, course.velocity, course.layout, parts, vectors, at)
         self._fresh = False
         at.decay_()
         looks = course.looks
@@ -184,7 +182,7 @@ class GeneralStepper(Stepper):
         What is learned of few samples that carry noise is worst learned by whoever fits them fastest.
         """
         least, ends = self.meta.config.repeats, ends_of(self.capture)
-        if not least or ends is None or ends[0].shape[0] < least or _is_random(self.model):
+        if not least or ends is None or ends[0].shape[0] < least or is_random(self.model):
             return False
         return kind(ends[0], at.signed(ends[1])) == "squared"
 
@@ -246,7 +244,7 @@ class GeneralStepper(Stepper):
         if not self._is_finite(total, at):
             return self._skip(course, at)
         self._lost = 0
-        own = replace(at, memory=_under(at.memory))
+        own = replace(at, memory=under(at.memory))
         before = inner._known(own)
         done = inner.advance(own)
         after = inner._states
@@ -393,7 +391,7 @@ class GeneralStepper(Stepper):
             self.capture.parts, self.capture.vectors = laid_back(stored, self.capture.parts, self._named)
             self.capture.settled = True
             self.course = self._new_course(self.parameters[0].device)
-            self.heads, self._fresh = stored.get("heads", 0), False
+            self.heads, self._fresh = stored.get("heads", 0), not stored["age"]
             read(self.course, stored, memory, self.capture.parts, self.capture.vectors, self._named)
             self.repeating, self._to_fit = stored["repeating"], stored["to_fit"]
             self._last = None if stored["last"] is None else self.course.usual.new_tensor(stored["last"])
@@ -439,22 +437,14 @@ class GeneralStepper(Stepper):
 
     # --- what is told
 
+    @property
+    def note(self) -> str:
+        """See the base class."""
+        return NOTE.format(self.heads) if self.heads else ""
+
     def rows(self) -> list[Row]:
         """See the base class."""
         layers = () if self._one_batch is None else self._one_batch.layers
         once = [self.repeating and (self._inner is not None or n in layers) for n in range(len(self.capture.parts))]
         moments = None if self.course is None else [m is not None for m in self.course.moments]
         return rows_of(self.capture, moments, self._by_gradient, once)
-
-
-def _under(memory: Memory) -> dict[Any, dict[str, Any]]:
-    """What the mode for one batch remembers."""
-    return {
-        p: {name.removeprefix(PREFIX): value for name, value in entry.items() if name.startswith(PREFIX)}
-        for p, entry in memory.items()
-    }
-
-
-def _is_random(model: nn.Module) -> bool:
-    """Whether two passes of one batch differ."""
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in model.modules())

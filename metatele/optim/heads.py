@@ -16,6 +16,8 @@ from metatele.optim.steppers import Situation
 from metatele.symmetry.group import GroupElement
 from metatele.symmetry.heads import balances, turn_, turned_
 
+NOTE = "{} pairs of attention weights, of queries and keys or around values, were balanced before the first step."
+
 
 @torch.no_grad()
 def balanced_(watch: Watch, at: Situation, above: float) -> int:

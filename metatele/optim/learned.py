@@ -281,7 +281,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         begun = any(float(entry.get("step", 0)) for entry in self._memory.values())
-        return described(self.stepper.rows(), rates, begun)
+        return described(self.stepper.rows(), rates, begun, self.stepper.note)
 
     # --- saving and loading
 

@@ -11,8 +11,9 @@ makes both the same diagonal: ``M A Mᵀ = M^{-T} B M⁻¹ = Λ^{1/2}``. That is
 Λ are the eigenvalues of AB, which do not depend on the basis, so all bases lead to the same point: up to signs, which
 are chosen so that the largest entry of each row of ``MX`` is positive, and up to rotations among equal Λ.
 
-Moments of the queries and keys themselves, ``A = E[qqᵀ]``, do the same and ask for data. Weights that are drawn at random
-are nearly balanced in the sense above, and gradient flow keeps ``XXᵀ - YYᵀ``; so an ordinary start stays where it is.
+Moments of the queries and keys themselves, ``A = E[qqᵀ]``, do the same and ask for data. Weights that are drawn at
+random are nearly balanced in the sense above, and gradient flow keeps ``XXᵀ - YYᵀ``; so an ordinary start stays where
+it is.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def balancing(A: Tensor, B: Tensor) -> GroupElement:
 def imbalance(head: Head, tensors: Tensors) -> float:
     r"""``‖X‖ ‖Y‖ / tr Λ^{1/2}``, 1 in a balanced basis and more in all others.
 
-    It is 1.0 to 1.4 where weights are drawn at random, about 1.5 after a change of basis of condition 4, 14 after one of
-    condition 100.
+    It is 1.0 to 1.4 where weights are drawn at random, about 1.5 after a change of basis of condition 4, 14 after one
+    of condition 100.
 
     Args:
         head: Where.
@@ -130,9 +131,7 @@ def balances(heads: Sequence[Head], tensors: Tensors, above: float = 1.0) -> lis
 
 def products(head: Head, tensors: Tensors) -> Tensor:
     """What a change of basis leaves as it is: ``leftᵀ right`` of all sides, in a row."""
-    return torch.cat(
-        [(a.of(tensors).mT @ b.of(tensors)).reshape(-1) for a in head.left for b in head.right]
-    )
+    return torch.cat([(a.of(tensors).mT @ b.of(tensors)).reshape(-1) for a in head.left for b in head.right])
 
 
 def turn_(head: Head, g: GroupElement, tensors: Tensors, dual: bool = False) -> None:
@@ -183,9 +182,9 @@ def turned_(head: Head, g: GroupElement, weights: Tensors, gradients: Tensors) -
 def asymmetry(head: Head, weights: Tensors, gradients: Tensors, g: GroupElement) -> float:
     """How far a gradient is from one of a loss that does not depend on the basis, relative.
 
-    Of such a loss ``Σ G Xᵀ`` over the left sides is ``Σ Y Hᵀ`` over the right ones, X and Y the weights and G and H their
-    gradients: the derivative along each change of basis is zero. It is measured in the basis that g leads to, where
-    nothing is so large that it hides the rest.
+    Of such a loss ``Σ G Xᵀ`` over the left sides is ``Σ Y Hᵀ`` over the right ones, X and Y the weights and G and H
+    their gradients: the derivative along each change of basis is zero. It is measured in the basis that g leads to,
+    where nothing is so large that it hides the rest.
 
     Args:
         head: Of it.
