@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from general_cases import flat, optimizer_of
+from general_cases import change, flat, optimizer_of
+from general_cases import in_another_basis as changed
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -177,23 +178,6 @@ def made(make, seed=0, dtype=torch.float64):
 
 def found(model, x):
     return heads_of([model(x)], list(model.parameters()))
-
-
-def change(k, condition, random):
-    """A matrix with singular values from ``condition^-½`` to ``condition^½``."""
-    Q, P = (torch.linalg.qr(torch.randn(k, k, generator=random, dtype=torch.float64))[0] for _ in range(2))
-    values = torch.logspace(-0.5, 0.5, k, base=condition, dtype=torch.float64)
-    M = Q * values @ P
-    return GroupElement(M, torch.linalg.inv(M))
-
-
-def changed(model, x, condition=100.0, seed=1):
-    """A copy in a random basis of each head."""
-    model, random = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    weights = {id(p): p.detach() for p in model.parameters()}
-    for head in found(model, x):
-        turn_(head, change(head.units, condition, random), weights)
-    return model
 
 
 def largest(model):
