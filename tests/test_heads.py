@@ -396,6 +396,29 @@ def test_accumulated_passes_and_scaled_losses_are_balanced_too():
     assert torch.allclose(flat(models[0]), flat(models[1]), atol=1e-4)
 
 
+def test_passes_in_half_precision_are_balanced_too():
+    x = inputs(dtype=torch.float32)
+    model = changed(made(Fused, dtype=torch.float32), x)
+    optimizer = optimizer_of(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x).square().mean()
+    loss.backward()
+    optimizer.step()
+    assert "6 pairs" in optimizer.describe().note
+
+
+def test_gradients_that_are_not_finite_put_it_off():
+    x = inputs(dtype=torch.float32)
+    model = changed(made(Fused, dtype=torch.float32), x)
+    optimizer = optimizer_of(model)
+    for factor in (float("nan"), 1.0):
+        assert not optimizer.stepper.heads
+        optimizer.zero_grad()
+        (factor * model(x).square().mean()).backward()
+        optimizer.step()
+    assert optimizer.stepper.heads == 6
+
+
 def test_a_resumed_run_is_not_balanced_again_and_ends_in_the_same_bits():
     x = inputs(dtype=torch.float32)
     model = changed(made(Fused, dtype=torch.float32), x)

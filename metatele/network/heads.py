@@ -31,9 +31,7 @@ _PRODUCTS = {  # slots of left and right factor, of an added bias, and whether t
 }
 _SCORES = {  # slots of the factors of products of activations
     "BmmBackward0": (0, 1),
-    "MmBackward0": (0, 1),
     "BaddbmmBackward0": (1, 2),
-    "AddmmBackward0": (1, 2),
 }
 _FUSED = "ScaledDotProduct"
 _LARGEST = 2**28  # labels of one layer's outputs
@@ -170,7 +168,8 @@ class _Finder:
         self.free: dict[int, Tensor] = {}  # elements of each parameter that are used once
         self.sources: list[_Source] = []
         self.readers: dict[Node, Bias] = {}
-        self._read(parameters)
+        if any(node.name() in _SCORES or node.name().startswith(_FUSED) for node in self.users.of):
+            self._read(parameters)
 
     def _read(self, parameters: Sequence[nn.Parameter]) -> None:
         """Which elements each product uses, and what is done with its outputs."""
@@ -184,8 +183,7 @@ class _Finder:
             ends, _ = self.users.ends(node, 0, torch.arange(p.numel()).view(p.shape))
             count = torch.zeros(p.numel(), dtype=torch.int64)
             for end in ends:
-                flat = end.labels.reshape(-1)
-                count[flat.unique()] += 1
+                count += _are_in(end.labels, p.numel())
                 product = None if end.node is None else _PRODUCTS.get(end.node.name())
                 if end.factored or end.node is None:
                     continue
@@ -216,9 +214,13 @@ class _Finder:
         found: list[Head] = []
         scores: dict[Node, dict[str, tuple[_Source, Tensor]]] = {}
         for source in self.sources:
-            once = _once(len(source.weights), (end.labels for end in source.ends))
-            for end in source.ends:
-                role, rows = _role(end)
+            roles = [_role(end) for end in source.ends]
+            if all(rows is None for _, rows in roles):
+                continue
+            size, ends = len(source.weights), source.ends
+            seen = [end.labels if rows is None else rows for end, (_, rows) in zip(ends, roles, strict=True)]
+            once = torch.stack([_are_in(labels, size) for labels in seen]).sum(0) == 1
+            for end, (role, rows) in zip(ends, roles, strict=True):
                 if rows is None or not bool(once[rows.long()].all()):
                     continue
                 if role == "v":
@@ -311,11 +313,11 @@ def _is_plain(node: Node) -> bool:
     return all(getattr(node, f"_saved_{name}", 1) in (1, None) for name in ("alpha", "beta"))
 
 
-def _once(size: int, seen: Iterable[Tensor]) -> Tensor:
-    count = torch.zeros(size, dtype=torch.int64)
-    for labels in seen:
-        count[labels.reshape(-1).unique().long()] += 1
-    return count == 1
+def _are_in(labels: Tensor, size: int) -> Tensor:
+    """Which numbers below a size are among labels."""
+    found = torch.zeros(size, dtype=torch.bool)
+    found[labels.reshape(-1).long()] = True
+    return found
 
 
 def _role(end: End) -> tuple[str, Tensor | None]:
@@ -328,9 +330,8 @@ def _role(end: End) -> tuple[str, Tensor | None]:
             return "", None
         return "qkv"[slot], _per_matrix(labels, -1)
     product = _SCORES.get(node.name())
-    if product is None or slot not in product[:2] or labels.dim() < 2:
+    if product is None or slot not in product or labels.dim() != 3:
         return "", None
-    labels = labels if labels.dim() == 3 else labels[None]
     if slot == product[0]:
         return "q", _per_matrix(labels, -1)
     keys, values = _per_matrix(labels, -2), _per_matrix(labels, -1)
