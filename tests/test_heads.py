@@ -398,7 +398,7 @@ def test_accumulated_passes_and_scaled_losses_are_balanced_too():
 
 def test_passes_in_half_precision_are_balanced_too():
     x = inputs(dtype=torch.float32)
-    model = changed(made(Fused, dtype=torch.float32), x)
+    model = changed(made(Fused, dtype=torch.float32), x, condition=10.0)
     optimizer = optimizer_of(model)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(x).square().mean()

@@ -29,7 +29,7 @@ from metatele.network.heads import Head, Side
 from metatele.symmetry.group import GroupElement
 
 _WORST = 1e12  # condition of ``XXᵀ``, up to which its inverse is known in double precision
-_UNEVEN = 1e-2  # relative asymmetry of a gradient: single precision leaves 1e-6, passes in bfloat16 up to 4e-3
+_UNEVEN = 1e-2  # relative asymmetry of a gradient: single precision leaves 1e-6, bfloat16 some 1e-3
 _ROUNDING = 100.0  # times a parameter's rounding, by which products of weights may change
 Tensors = Mapping[int, Tensor]  # by ``id`` of the parameter they belong to
 
