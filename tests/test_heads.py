@@ -180,11 +180,6 @@ def found(model, x):
     return heads_of([model(x)], list(model.parameters()))
 
 
-def largest(model):
-    """Entries of the weights."""
-    return flat(model).abs().max()
-
-
 # --- the closed form
 
 
@@ -229,7 +224,7 @@ def test_every_head_is_found_and_a_change_of_basis_changes_no_output(name):
     assert [head.kind for head in found(model, x)].count("qk") == HEADS
     assert [head.kind for head in found(model, x)].count("vo") == HEADS
     other = changed(model, x)
-    assert largest(other) > 2 * largest(model)
+    assert flat(other).abs().max() > 2 * flat(model).abs().max()
     assert torch.allclose(other(x), model(x), rtol=0, atol=1e-10)
     assert torch.allclose(other(inputs(seed=9)), model(inputs(seed=9)), rtol=0, atol=1e-10)
 
@@ -332,10 +327,8 @@ def test_outputs_that_depend_on_the_basis_outside_of_the_graph_are_noticed():
 # --- the optimizer
 
 
-def trained(model, steps, settings=None, dtype=torch.float32, before=None, **keywords):
+def trained(model, steps, settings=None, dtype=torch.float32, **keywords):
     optimizer = optimizer_of(model, settings=settings, **keywords)
-    if before is not None:
-        before(optimizer)
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
