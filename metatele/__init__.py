@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from metatele.learned import MetaOptimizer
     from metatele.optim.learned import LearnedOptimizer
     from metatele.optim.teleport import TeleportOptimizer, teleport_
-    from metatele.teleport import GradientNormAscent, Random, Rescaling, Whitening
+    from metatele.teleport import GradientNormAscent, Random, Rescaling, Whitening, balance_heads_
 
 install()
 
@@ -38,6 +38,7 @@ _HOME = {
     "Rescaling": "metatele.teleport",
     "TeleportOptimizer": "metatele.optim.teleport",
     "Whitening": "metatele.teleport",
+    "balance_heads_": "metatele.teleport",
     "load": "metatele.checkpoint",
     "save": "metatele.checkpoint",
     "teleport_": "metatele.optim.teleport",
@@ -53,6 +54,7 @@ __all__ = [
     "TeleportOptimizer",
     "Whitening",
     "__version__",
+    "balance_heads_",
     "load",
     "save",
     "teleport_",

@@ -1,5 +1,6 @@
 """A general optimizer, models and data that several tests of the general family use."""
 
+import copy
 import functools
 
 import torch
@@ -9,6 +10,9 @@ from torch.nn import functional
 import metatele
 from metatele.config import GeneralConfig
 from metatele.learned.general.optimizer import GeneralOptimizer
+from metatele.network.heads import heads_of
+from metatele.symmetry.group import GroupElement
+from metatele.symmetry.heads import turn_
 
 
 @functools.cache
@@ -144,3 +148,20 @@ def run(name, model, optimizer, steps, squared=False, samples=12, dtype=torch.fl
 
 def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def change(k, condition, random):
+    """A matrix with singular values from ``condition^-½`` to ``condition^½``."""
+    Q, P = (torch.linalg.qr(torch.randn(k, k, generator=random, dtype=torch.float64))[0] for _ in range(2))
+    values = torch.logspace(-0.5, 0.5, k, base=condition, dtype=torch.float64)
+    M = Q * values @ P
+    return GroupElement(M, torch.linalg.inv(M))
+
+
+def in_another_basis(model, x, condition=100.0, seed=1):
+    """A copy in a random basis of each head."""
+    model, random = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    weights = {id(p): p.detach() for p in model.parameters()}
+    for head in heads_of([model(x)], list(model.parameters())):
+        turn_(head, change(head.units, condition, random), weights)
+    return model

@@ -6,7 +6,7 @@ import pickle
 
 import torch
 import torch.distributed as dist
-from general_cases import batch, make, optimizer_of
+from general_cases import batch, in_another_basis, make, optimizer_of
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +24,7 @@ CASES = {
     "samples that come again": "skips",
     "not finite on one rank": "skips",
     "closure": "skips",
+    "heads in another basis": "language",
 }
 
 
@@ -40,6 +41,8 @@ def trained(case, rank=0, ranks=1):
     torch.set_num_threads(1)
     name = CASES[case]
     model = make(name, dtype=torch.float64)
+    if case == "heads in another basis":
+        model = in_another_basis(model, batch(name, 0)[0])
     optimizer = optimizer_of(model)
     optimizer.meta.double()
     optimizer.stepper.loaded({}, {})
@@ -69,6 +72,7 @@ def trained(case, rank=0, ranks=1):
     told = {
         "modes": modes,
         "skipped": group["skipped"],
+        "heads": optimizer.stepper.heads,
         "epochs": course.epochs,
         "hashes": sorted(course.hashes),
         "start": None if course.start_loss is None else float(course.start_loss),

@@ -19,9 +19,10 @@ from metatele.errors import UnsupportedModelError
 from metatele.network.graph import Use
 from metatele.network.parts import parts_of
 from metatele.network.reduced import Look
+from metatele.network.unwrap import unwrapped
 from metatele.network.use import is_same_batch
 from metatele.network.views import is_open
-from metatele.network.watch import NOTHING, Watch, sample_hashes, unwrapped
+from metatele.network.watch import NOTHING, Watch, sample_hashes
 
 B = 6
 

@@ -29,10 +29,11 @@ def test_they_are_those_of_one_process_that_sees_the_whole_batch(ranks, case):
     (mine, told), (alone, told_alone) = ranks[0][case], trained(case)
     if case == "samples that come again":
         assert told["epochs"] == told_alone["epochs"] > 1
-    assert {key: told[key] for key in ("modes", "skipped", "hashes")} == {
-        key: told_alone[key] for key in ("modes", "skipped", "hashes")
+    assert {key: told[key] for key in ("modes", "skipped", "hashes", "heads")} == {
+        key: told_alone[key] for key in ("modes", "skipped", "hashes", "heads")
     }
     assert told["start"] == pytest.approx(told_alone["start"], abs=1e-5)
+    assert told["heads"] == (4 if case == "heads in another basis" else 0)
     if case.startswith("one batch"):
         assert any(told["modes"])
     for p, expected in zip(mine, alone, strict=True):

@@ -35,6 +35,12 @@ class GeneralConfig:
         "equivariant family does; 0: never",
     )
 
+    heads: float = setting(
+        1.5,
+        "imbalance of an attention head, from which all are brought to a balanced basis before the first step; random "
+        "weights have at most 1.4; 0: never",
+    )
+
     # the direction
     momentum: float = setting(0.9, "decay of the running gradient")
     agreeing: float = setting(0.3, "share of a look in the running agreement of half batches")
@@ -78,6 +84,7 @@ class GeneralConfig:
         require(self.remembered >= 0, "remembered", "zero or more", self.remembered)
         require(self.repeats >= 0, "repeats", "zero or more", self.repeats)
         require(set(self.blind) <= set(SENSES), "blind", f"among {', '.join(SENSES)}", self.blind)
+        require(0 <= self.heads < math.inf, "heads", "zero or more", self.heads)
         require(0 <= self.warm < math.inf, "warm", "zero or more", self.warm)
 
     @property

@@ -37,6 +37,7 @@ class Look:
         widest: Rows up to which a moment is kept whole.
         rank: Columns of the factor of a wider one.
         columns: At most, that moments are of, evenly spaced over samples and positions.
+        heads: Of attention, where parts are looked at.
     """
 
     moments: frozenset[int] = frozenset()
@@ -49,6 +50,7 @@ class Look:
     widest: int = WIDEST
     rank: int = RANK
     columns: int = 512
+    heads: bool = False
 
     @property
     def walks(self) -> bool:

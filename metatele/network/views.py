@@ -30,7 +30,7 @@ def _slice(node: Node, t: Tensor) -> Tensor:
 
 
 # What each view did, replayed on a tensor; the third argument says which of several outputs.
-_VIEWS: dict[str, Callable[[Any, Tensor, int], Tensor]] = {
+VIEWS: dict[str, Callable[[Any, Tensor, int], Tensor]] = {
     "TBackward0": lambda node, t, _: t.t(),
     "TransposeBackward0": lambda node, t, _: t.transpose(_signed(node._saved_dim0), _signed(node._saved_dim1)),
     "PermuteBackward0": lambda node, t, _: t.permute([_signed(d) for d in node._saved_dims]),
@@ -65,7 +65,7 @@ _VIEWS: dict[str, Callable[[Any, Tensor, int], Tensor]] = {
 def below(node: Node, number: int) -> tuple[Node, int, Chain]:
     """What a node is a view of, through any number of views."""
     chain: Chain = []
-    while node.name() in _VIEWS:
+    while node.name() in VIEWS:
         below, other = node.next_functions[0]
         if below is None:
             break
@@ -79,7 +79,7 @@ def replayed(parameter: Tensor, chain: Chain) -> Tensor | None:
     stand_in = torch.empty(parameter.shape, device="meta")
     try:
         for node, number in reversed(chain):
-            stand_in = _VIEWS[node.name()](node, stand_in, number)
+            stand_in = VIEWS[node.name()](node, stand_in, number)
     except (RuntimeError, AttributeError, IndexError):
         return None
     return stand_in

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,21 +22,17 @@ from torch import Tensor, nn
 
 from metatele.network import ranks
 from metatele.network.graph import Use, tensors_in, walk
+from metatele.network.heads import Head, agreed, heads_of
 from metatele.network.hook import is_ordinary, listen
 from metatele.network.parts import Part, Vector, refined
 from metatele.network.reduced import Look, Sums, reduced
 from metatele.network.samples import fingerprint_of, sample_hashes
 from metatele.network.totals import PartSeen, Total, over_ranks
+from metatele.network.unwrap import inside_of, unwrapped
 from metatele.network.use import Fingerprint
 
 NOTHING = Look()
 _LIVE = 8  # passes without a gradient yet, that may still get one; and backward passes that may reach a parameter
-_WRAPPERS = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-    "_FabricModule": "_forward_module",
-}
 
 
 @dataclass(eq=False)
@@ -46,6 +42,7 @@ class _Pass:
     Attributes:
         samples: In its batch; 0 if it has no tensor among its arguments.
         scale: Number of the part whose whole gradient is kept, to compare it with ``p.grad``.
+        heads: Of attention, if they were asked for.
         within: Those it is counted with.
         let_go: Its uses are seen no more.
         replaced: It is a part of another pass.
@@ -61,6 +58,7 @@ class _Pass:
     gradient: Tensor | None = None
     uses: list[_Live] = field(default_factory=list)
     scale: int | None = None
+    heads: list[Head] = field(default_factory=list)
     within: list[_Pass] | None = None
     let_go: bool = False
     replaced: bool = False
@@ -79,45 +77,6 @@ class _Live:
 
 
 _Came = tuple[_Pass, "_Live | None", list[Sums], "Tensor | None"]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside of wrappers for several processes, devices, compilation or precision.
-
-    Raises:
-        TypeError: What is given is no module.
-
-    Example:
-        >>> inside = nn.Linear(3, 2)
-        >>> unwrapped(nn.DataParallel(inside)) is inside
-        True
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    while (inside := _WRAPPERS.get(type(model).__name__)) is not None and isinstance(
-        getattr(model, inside, None), nn.Module
-    ):
-        model = getattr(model, inside)
-    return model
-
-
-def inside_of(model: nn.Module) -> nn.Module | None:
-    """The innermost module that holds all parameters of another one, which loops may call instead; or ``None``.
-
-    Example:
-        >>> outer = nn.Module()
-        >>> outer.net = nn.Sequential(nn.Linear(3, 2))
-        >>> type(inside_of(outer)).__name__, inside_of(nn.Linear(3, 2))
-        ('Linear', None)
-    """
-    own, found = {id(p) for p in model.parameters()}, None
-    while own:
-        here = found or model
-        found_in = [m for m in here.children() if {id(p) for p in m.parameters()} == own]
-        if len(found_in) != 1 or any(id(p) in own for p in here._parameters.values() if p is not None):
-            break
-        found = found_in[0]
-    return found
 
 
 def _backward_number() -> int:
@@ -280,6 +239,8 @@ class Watch:
             key=lambda n: self.parts[n].weight.numel(),
             default=None,
         )
+        if passed.wanted.heads:
+            passed.heads = heads_of(outputs, list(self.root.parameters()))
         passed.scale = smallest if passed.wanted.halves or passed.wanted.errors else None
         for use in found.uses:
             live = _Live(use)
@@ -336,6 +297,15 @@ class Watch:
             self._live, self._inner, self._called = [], [], False
 
     # --- what was seen
+
+    @property
+    def totals(self) -> Mapping[int, Total]:
+        """Sums of each part over the passes that count, on this rank."""
+        return self._totals
+
+    def heads(self) -> list[Head]:
+        """Of attention, where they were asked for; those that all passes and ranks have shown."""
+        return agreed([one.heads for one in self.ended], self.group, next(iter(self._parameters)))
 
     @property
     def ended(self) -> list[_Pass]:

@@ -84,19 +84,20 @@ class Description:
     __repr__ = __str__
 
 
-def described(rows: Sequence[Row], rates: dict[int, float], begun: bool) -> Description:
+def described(rows: Sequence[Row], rates: dict[int, float], begun: bool, note: str = "") -> Description:
     """Rows of a family, with what does not move.
 
     Args:
         rows: As if all did.
         rates: Of each parameter that is in a group, by its ``id``.
         begun: Whether a step was made.
+        note: What is to be said of all.
     """
     found = []
     for row in rows:
         how, why = _still(row, rates)
         found.append(row._replace(how=how, why=why))
-    note = "" if begun else "No step was made yet: after the first one the table says what the passes showed."
+    note = note if begun else "No step was made yet: after the first one the table says what the passes showed."
     return Description(tuple(found), note)
 
 

@@ -18,11 +18,13 @@ from metatele.learned.general.optimizer import GeneralOptimizer
 from metatele.learned.general.scene import Piece, Scene
 from metatele.network.parts import parts_of
 from metatele.network.reduced import Look
+from metatele.network.unwrap import unwrapped
 from metatele.network.use import is_same_batch
 from metatele.network.wanted import NOTHING
-from metatele.network.watch import Watch, unwrapped
+from metatele.network.watch import Watch
 from metatele.optim.described import Row, rows_of
 from metatele.optim.equivariant import NETWORK, EquivariantStepper
+from metatele.optim.heads import NOTE, balanced_
 from metatele.optim.moving import Moves, Paths, real
 from metatele.optim.one_batch import PREFIX, OneBatch, is_random, under
 from metatele.optim.scenes import ends_of, scene_of
@@ -47,6 +49,7 @@ class GeneralStepper(Stepper):
 
     Attributes:
         course: Where the network is on its way; ``None`` before the first step.
+        heads: Of attention, that were balanced before the first step.
     """
 
     meta: GeneralOptimizer
@@ -64,7 +67,7 @@ class GeneralStepper(Stepper):
     def _begin(self) -> None:
         """Remember nothing."""
         self.course: Course | None = None
-        self.repeating = False
+        self.repeating, self.heads, self._fresh = False, 0, True
         self._one_batch: OneBatch | None = None
         self._last: Tensor | None = None  # fingerprint of the last batch
         self._to_fit: bool | None = None  # as the first batches that came again told
@@ -131,6 +134,11 @@ class GeneralStepper(Stepper):
         if not (course.measure() or bool(torch.isfinite(course.gradient.sum()))) or not self._is_known(at):
             return self._skip(course, at)
         self._lost = 0
+        if self._fresh and self.meta.config.heads:
+            self.heads = balanced_(self.capture, at, self.meta.config.heads)
+            moves = self._paths.gather(at)
+            course.measure()
+        self._fresh = False
         at.decay_()
         looks = course.looks
         same = self._compare() if looks or self.capture.wanted.fingerprint else False
@@ -292,6 +300,7 @@ class GeneralStepper(Stepper):
             wanted = Look(
                 moments=everything,
                 halves=everything,
+                heads=self._fresh and self.meta.config.heads > 0,
                 ends=True,
                 fingerprint=True,
                 samples=True,
@@ -368,6 +377,7 @@ class GeneralStepper(Stepper):
             return
         parts, vectors = self.capture.parts, self.capture.vectors
         group[COURSE] = laid_out(course, memory, parts, vectors, self._named) | {
+            "heads": self.heads,
             "repeating": self.repeating,
             "to_fit": self._to_fit,
             "last": None if self._last is None else self._last.tolist(),
@@ -390,6 +400,7 @@ class GeneralStepper(Stepper):
             self.capture.parts, self.capture.vectors = laid_back(stored, self.capture.parts, self._named)
             self.capture.settled = True
             self.course = self._new_course(self.parameters[0].device)
+            self.heads, self._fresh = stored.get("heads", 0), not stored["age"]
             read(self.course, stored, memory, self.capture.parts, self.capture.vectors, self._named)
             self.repeating, self._to_fit = stored["repeating"], stored["to_fit"]
             self._last = None if stored["last"] is None else self.course.usual.new_tensor(stored["last"])
@@ -427,6 +438,7 @@ class GeneralStepper(Stepper):
     def __getstate__(self) -> dict[str, Any]:
         """The memories travel as the optimizer's state."""
         gone = ("course", "repeating", "_one_batch", "_last", "_to_fit", "_by_gradient", "_safe", "_paths", "_listed")
+        gone = (*gone, "heads", "_fresh")
         return {name: value for name, value in self.__dict__.items() if name not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -434,6 +446,11 @@ class GeneralStepper(Stepper):
         self._begin()
 
     # --- what is told
+
+    @property
+    def note(self) -> str:
+        """See the base class."""
+        return NOTE.format(self.heads) if self.heads else ""
 
     def rows(self) -> list[Row]:
         """See the base class."""

@@ -17,7 +17,7 @@ from metatele.errors import ConfigError, MetateleError, ShapeMismatchError
 from metatele.learned import EquivariantOptimizer, MetaOptimizer, family_of
 from metatele.named import named_checkpoint
 from metatele.network.ranks import refuse_sharded
-from metatele.network.watch import unwrapped
+from metatele.network.unwrap import unwrapped
 from metatele.optim.described import Description, described
 from metatele.optim.equivariant import EquivariantStepper
 from metatele.optim.flat import FlatStepper
@@ -294,7 +294,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         self._settle()
         begun = any(float(entry.get("step", 0)) for entry in self._memory.values())
-        return described(self.stepper.rows(), rates, begun)
+        return described(self.stepper.rows(), rates, begun, self.stepper.note)
 
     # --- saving and loading
 

@@ -155,6 +155,11 @@ class Stepper(ABC):
         names = {id(p): name for name, p in self.model.named_parameters()}
         return [Row(names.get(id(p), "?"), tuple(p.shape), "as its family does", "", (p,)) for p in self.parameters]
 
+    @property
+    def note(self) -> str:
+        """What is to be said of the whole network."""
+        return ""
+
     @abstractmethod
     def checked(self, state_dict: dict[str, Any], parameters: Mapping[Any, nn.Parameter]) -> dict[str, Any]:
         """A state to load, in today's form.
