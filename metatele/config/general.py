@@ -27,6 +27,7 @@ class GeneralConfig:
     hidden: int = setting(0, "size of the controller's hidden layer; 0: its outputs are linear in what it sees")
     blind: tuple[str, ...] = setting((), "numbers the controller does not see, to find out what they are worth")
     hold: int = setting(10, "steps between two looks, at which moments are taken in and the controller is asked")
+    rarest: int = setting(3, "times hold, up to which looks become rarer while a run grows old")
     warm: int = setting(10, "first steps, each of which is a look")
     remembered: int = setting(4096, "samples that are remembered, to tell how often they come again")
     repeats: int = setting(
@@ -71,7 +72,7 @@ class GeneralConfig:
     def __post_init__(self) -> None:
         """Check sizes and ranges."""
         check_types(self)
-        require_positive(self, "hold", "dense", "rank", "orthogonal", "share", "overhead", "stale")
+        require_positive(self, "hold", "rarest", "dense", "rank", "orthogonal", "share", "overhead", "stale")
         require_positive(self, "start", "least", "ageing")
         require_positive(self, "floor", "vector_floor", "clip")
         for name in ("momentum", "averaging", "feedback", "slow"):

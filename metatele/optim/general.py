@@ -309,7 +309,7 @@ class GeneralStepper(Stepper):
                 rank=config.rank,
             )
         else:
-            next_ = age + 1 >= config.warm and (age + 1) % config.hold == 0
+            next_ = course is not None and age + 1 >= config.warm and course.looks_at(age + 1)
             wanted = _BATCH if next_ else _NOTHING
         self.capture.wanted = wanted
         if self._inner is not None and not self.repeating:

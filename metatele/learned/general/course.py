@@ -135,8 +135,12 @@ class Course:
     @property
     def looks(self) -> bool:
         """Whether the next step is a look."""
+        return self.looks_at(self.age)
+
+    def looks_at(self, age: int) -> bool:
+        """Whether a step is a look, which become rarer: what changes slowly is looked at less often."""
         c = self.config
-        return self.age < c.warm or self.age % c.hold == 0
+        return age < c.warm or age % (c.hold * min(max(age // (10 * c.hold), 1), c.rarest)) == 0
 
     # --- a look
 
