@@ -2,7 +2,7 @@
 
 python benchmarks/field.py --data-root DATA --baseline runs/adam.json --json results/benchmarks/field.json
 python benchmarks/field.py --only "BatchNorm" "LSTM, adding" --method sgd:0.1
-python benchmarks/field.py --redraw results/benchmarks/field.json   # print it again
+python benchmarks/field.py --redraw results/benchmarks/field.json   # print and draw it again
 python benchmarks/field.py --list
 
 Situations are those of ``field_situations.py``. Adam is the better, by held-out loss, of the rates 1e-3 and 1e-2;
@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from common import environment, save  # noqa: E402
+from field_figure import drawn  # noqa: E402
 from field_situations import SITUATIONS, Run, Situation  # noqa: E402
 
 import metatele  # noqa: E402
@@ -416,15 +417,16 @@ def main(arguments: Sequence[str]) -> None:
     p.add_argument("--data-root", type=Path, help="folder with the image sets; METATELE_DATA otherwise")
     p.add_argument("--baseline", type=Path, metavar="FILE", help="Adam's runs, read and added to")
     p.add_argument("--json", type=Path, metavar="FILE")
-    p.add_argument("--redraw", type=Path, metavar="FILE", help="print what this file holds, and measure nothing")
+    p.add_argument("--redraw", type=Path, metavar="FILE", help="print and draw what it holds, measure nothing")
     p.add_argument("--list", action="store_true", help="print the situations' names")
     args = p.parse_args(arguments)
     if args.list:
         print("\n".join(SITUATIONS))
         return
     if args.redraw is not None:
-        read(args.redraw, "rows")
+        rows = read(args.redraw, "rows")
         table(json.loads(args.redraw.read_text(encoding="utf-8")))
+        args.redraw.with_suffix(".png").write_bytes(drawn(rows))
         return
     if args.data_root is not None:
         os.environ[ROOT_VARIABLE] = str(args.data_root)  # for the other processes too
@@ -435,13 +437,9 @@ def main(arguments: Sequence[str]) -> None:
     began = time.perf_counter()
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     result = measure(names, seeds, args.method, args.processes, Baseline(args.baseline))
-    more = {
-        "seeds": args.seeds,
-        "first_seed": args.first_seed,
-        "method": args.method,
-        "seconds": round(time.perf_counter() - began),
-    }
-    result = finite({**result, "environment": environment(**more)})
+    seconds = round(time.perf_counter() - began)
+    of = environment(seeds=args.seeds, first_seed=args.first_seed, method=args.method, seconds=seconds)
+    result = finite({**result, "environment": of})
     save(args.json, result)
     table(result)
 

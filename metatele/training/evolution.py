@@ -78,7 +78,7 @@ class Evolution:
         self._first, self._second, self._steps = torch.zeros_like(self.mean), torch.zeros_like(self.mean), 0
 
     def asked(self, progress: float) -> tuple[Tensor, float]:
-        """Directions ``[pairs, disturbed]`` of the next generation, and their length σ at a share of the run that is done."""
+        """Directions ``[pairs, disturbed]`` of the next generation, and their length σ at a share of the run."""
         c = self.config
         g = generator(self.seed, "exploration", self.generation)
         noise = torch.randn(c.pairs, self.disturbed, generator=g, dtype=torch.float64).to(self.mean)
