@@ -167,7 +167,7 @@ _GENERAL: dict[str, Any] = {
     "workers": 2,
     "pool": 512,
     "budget_ms": 300.0,
-    "validation_every": 25,
+    "validation_every": 100_000,
     "save_every": 1,
     "log_every": 1,
 }

@@ -181,12 +181,12 @@ class Setting(NamedTuple):
 SET: tuple[Setting, ...] = (
     Setting("stretch", False, 0.0, 0.5, -3.0, 2.0, torch.exp, {LOOKED_UP: -0.6}),
     Setting("decay", False, math.log(0.09), 1.5, -4.0, 4.0, torch.exp),
-    Setting("damping", False, math.log(1.66), 1.5, -9.0, 3.0, torch.exp),
-    Setting("spectral", False, 12.0, 2.0, -18.0, 3.0, torch.sigmoid, {AGREEMENT: -3.0, KNOWN: -4.5}),
-    Setting("anneal", False, 0.5, 0.3, -0.5, 1.0, lambda x: x),
+    Setting("damping", False, math.log(5.0), 1.5, -9.0, 3.0, torch.exp),
+    Setting("spectral", False, 7.5, 2.0, -15.0, 3.0, torch.sigmoid, {AGREEMENT: -3.0, KNOWN: -2.25}),
+    Setting("anneal", False, 0.2, 0.3, -0.5, 1.0, lambda x: x),
     Setting("longest", True, math.log(0.06), 0.5, -3.0, 2.0, torch.exp),
     Setting("target", True, -0.3, 0.2, -0.5, 0.8, lambda x: x, {DEPTH: 4.0}),
-    Setting("gain", True, math.log(0.3), 0.5, -3.0, 2.0, torch.exp, {CLOCK: -3.7}),
+    Setting("gain", True, math.log(0.18), 0.5, -3.0, 2.0, torch.exp, {CLOCK: -3.7}),
 )
 
 
