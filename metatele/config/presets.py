@@ -156,7 +156,7 @@ _TRANSFER: dict[str, Any] = {
 # One evolution differs from the next by as much as it gained; the mean of five was better than each.
 _GENERAL: dict[str, Any] = {
     "meta_seeds": 5,
-    "minutes": 50.0,
+    "minutes": 19.0,
     "generations": 100_000,
     "pairs": 6,
     "disturb": "settings",

@@ -38,6 +38,8 @@ _STILL = 1e-8  # relative change below which a network does not move
 _PATIENCE = 50  # looks of that before it is said
 _LOST = 3  # steps in a row whose gradients are not finite, to go back
 _MANY_LOST = 10  # of those, before it is said
+_NOT_FINITE = f"the last {_MANY_LOST} gradients were not finite, and no step was made by them"
+_STANDS = "the weights hardly move any more: gradients are zero or not finite, or their loss is at its minimum"
 
 
 class GeneralStepper(Stepper):
@@ -107,16 +109,9 @@ class GeneralStepper(Stepper):
     def parameters(self) -> list[nn.Parameter]:
         """All of the model's, each once."""
         parts, vectors = self.capture.parts, self.capture.vectors
-        if self._listed is not None and self._listed[0] is parts and self._listed[1] is vectors:
-            return self._listed[2]
-        found: dict[int, nn.Parameter] = {}
-        for part in self.capture.parts:
-            found[id(part.weight)] = part.weight
-            if part.bias is not None:
-                found[id(part.bias)] = part.bias
-        for _, p in self.capture.vectors:
-            found[id(p)] = p
-        self._listed = parts, vectors, list(found.values())
+        if self._listed is None or self._listed[0] is not parts or self._listed[1] is not vectors:
+            every = [p for part in parts for p in (part.weight, part.bias)] + [p for _, p in vectors]
+            self._listed = parts, vectors, list({id(p): p for p in every if p is not None}.values())
         return self._listed[2]
 
     # --- a step
@@ -173,9 +168,7 @@ class GeneralStepper(Stepper):
         if self._lost >= _LOST and self._safe is not None:
             self._go_back(course, at)
         if self._lost == _MANY_LOST:
-            warnings.warn(
-                f"the last {_MANY_LOST} gradients were not finite, and no step was made by them", stacklevel=9
-            )
+            warnings.warn(_NOT_FINITE, stacklevel=9)
         self._watch()
         return False
 
@@ -359,10 +352,7 @@ class GeneralStepper(Stepper):
         self._still = self._still + 1 if moved < _STILL * max(at.rates) else 0
         if self._still >= _PATIENCE and math.isfinite(moved):
             self._warned = True
-            warnings.warn(
-                "the weights hardly move any more: gradients are zero or not finite, or their loss is at its minimum",
-                stacklevel=9,
-            )
+            warnings.warn(_STANDS, stacklevel=9)
 
     # --- memories
 
@@ -437,8 +427,8 @@ class GeneralStepper(Stepper):
 
     def __getstate__(self) -> dict[str, Any]:
         """The memories travel as the optimizer's state."""
-        gone = ("course", "repeating", "_one_batch", "_last", "_to_fit", "_by_gradient", "_safe", "_paths", "_listed")
-        gone = (*gone, "heads", "_fresh")
+        gone = {"course", "repeating", "_one_batch", "_last", "_to_fit", "_by_gradient", "_safe", "_paths", "_listed"}
+        gone |= {"heads", "_fresh"}
         return {name: value for name, value in self.__dict__.items() if name not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -7,17 +7,16 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from metatele.checkpoint import load
-from metatele.config import EvolutionTrainingConfig, GeneralRunConfig, ModulesConfig, RunConfig, to_dict
+from metatele.config import EvolutionTrainingConfig, GeneralRunConfig, RunConfig, to_dict
 from metatele.errors import CheckpointError, ConfigError, DivergedError
 from metatele.files import write_atomically
 from metatele.learned.families import learned_family
@@ -30,69 +29,18 @@ from metatele.training.inner import (
     REFERENCE_RATES,
     MakeOptimizer,
     Outcome,
-    adam,
-    better,
     fine,
     from_plain,
     plain,
-    run,
     score,
 )
+from metatele.training.jobs import Job, flat, set_flat, worker
 from metatele.training.processes import Processes
 from metatele.training.trainer import MetaTrainer
 from metatele.training.workers import Lost, Workers
 
 _SHARED_SEED = 0  # of problems that are the same for all seeds of meta-training
 _REFERENCES = 1  # version of the file of Adam's runs: raise it when problems change
-
-
-class Job(NamedTuple):
-    """An inner run for a worker.
-
-    Attributes:
-        problem: Seed, stream and index.
-        parameters: The meta-optimizer's, as plain numbers; without them Adam runs at its rates.
-        notes: Whether the mean of what the controller saw is told behind the outcome.
-    """
-
-    problem: tuple[int, str, int]
-    parameters: Sequence[float] | None
-    notes: bool = False
-
-
-def worker(task: ModulesConfig, build: Callable[[], nn.Module], make: MakeOptimizer) -> Callable[[Job], list[Any]]:
-    """What works off a :class:`Job`; made in the process where it is called."""
-    modules, meta = Modules(task), build().requires_grad_(False)
-
-    def work(job: Job) -> list[Any]:
-        problem = modules.sample(*job.problem)
-        if job.parameters is None:
-            runs = [run(problem, adam(rate)) for rate in REFERENCE_RATES]
-            found = better(runs)
-            return plain(found._replace(seconds=sum(one.seconds for one in runs)))
-        _set_flat(meta, torch.tensor(job.parameters, dtype=torch.float64))
-        with meta.noting() if job.notes else nullcontext([]) as noted:
-            found = run(problem, lambda model, total_steps: make(meta, model, total_steps))
-        return plain(found._replace(seen=tuple(torch.stack(noted).mean(0).tolist())) if noted else found)
-
-    return work
-
-
-def _flat(meta: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().double() for p in _evolved(meta)])
-
-
-def _evolved(meta: nn.Module) -> list[nn.Parameter]:
-    """What is changed of a meta-optimizer: what it says, else all parameters."""
-    evolved: Callable[[], list[nn.Parameter]] = getattr(meta, "evolved", lambda: list(meta.parameters()))
-    return evolved()
-
-
-@torch.no_grad()
-def _set_flat(meta: nn.Module, values: Tensor) -> None:
-    parameters = _evolved(meta)
-    for p, part in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
-        p.copy_(part.view_as(p))
 
 
 class EvolutionTrainer(MetaTrainer):
@@ -125,10 +73,10 @@ class EvolutionTrainer(MetaTrainer):
         super().__init__(config, build(), device, processes)
         self.optimizer.requires_grad_(False)
         self.modules = Modules(config.task)
-        self.begin = _flat(self.optimizer)
+        self.begin = flat(self.optimizer)
         seeds = range(config.seed, config.seed + config.training.meta_seeds)
         self.disturbs = config.training.disturb == "settings"
-        count = self.optimizer.explored() if self.disturbs else None
+        count = cast("GeneralOptimizer", self.optimizer).explored() if self.disturbs else None
         self.evolutions = [Evolution(self.begin, config.training, seed, count) for seed in seeds]
         arguments = (config.task, build, make)
         self.workers = Workers(config.training.workers, worker, arguments, config.training.timeout_s)
@@ -158,7 +106,7 @@ class EvolutionTrainer(MetaTrainer):
             return {}
         found = {f"seeds/{evolution.seed}": copy.deepcopy(self.optimizer) for evolution in self.evolutions}
         for optimizer, evolution in zip(found.values(), self.evolutions, strict=True):
-            _set_flat(optimizer, evolution.averaged)
+            set_flat(optimizer, evolution.averaged)
         return found
 
     @property
@@ -214,7 +162,7 @@ class EvolutionTrainer(MetaTrainer):
                 self.evolutions, asked, differences, self._seen(outcomes), strict=True
             )
         ]
-        _set_flat(self.optimizer, self.averaged)
+        set_flat(self.optimizer, self.averaged)
         self.update += 1
         self.skipped_in_row = 0 if any(norms) else self.skipped_in_row + 1
         self.skipped += norms.count(0.0)
@@ -348,7 +296,7 @@ class EvolutionTrainer(MetaTrainer):
             self._late = state["late"]
             self.elapsed_s, self._since_s = state["elapsed_s"], time.monotonic()
             self.references.update({name: from_plain(values) for name, values in state["references"].items()})
-            _set_flat(self.optimizer, self.averaged)
+            set_flat(self.optimizer, self.averaged)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise CheckpointError(f"the training state does not fit its configuration: {error}") from error
 

@@ -181,4 +181,4 @@ def from_plain(values: list[Any]) -> Outcome:
     """
     found: list[Any] = [math.inf if value is None else value for value in values]
     count = len(Outcome._fields) - 1
-    return Outcome(*found[:count], seen=tuple(found[count:]))
+    return Outcome(*found[:count])._replace(seen=tuple(found[count:]))

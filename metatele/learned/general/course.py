@@ -417,9 +417,8 @@ class Course:
 
     def _direction(self, bucket: Bucket, kept: _Kept, X: Tensor) -> Tensor:
         c = self.config
-        assert self.controls is not None
-        assert kept.spectral is not None
         spectral = kept.spectral
+        assert spectral is not None
         turned = X if kept.root is None else kept.root.right(X)
         if kept.exact:
             made = drawn(turned, spectral, c.orthogonal)

@@ -106,7 +106,8 @@ class GeneralOptimizer(nn.Module):
     @contextmanager
     def noting(self) -> Iterator[list[Tensor]]:
         """Within, what the controller sees is noted."""
-        self.controller.noted = found = []
+        found: list[Tensor] = []
+        self.controller.noted = found
         try:
             yield found
         finally:
