@@ -153,7 +153,7 @@ _TRANSFER: dict[str, Any] = {
 }
 
 
-# One evolution differs from the next by as much as it gained; the mean of five was better than each.
+# One evolution differs from the next by more than it gains: the mean of five is what is published.
 _GENERAL: dict[str, Any] = {
     "meta_seeds": 5,
     "minutes": 19.0,

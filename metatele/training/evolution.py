@@ -42,7 +42,7 @@ def weights_of(differences: Tensor, normalise: str) -> Tensor:
 
 
 class Evolution:
-    r"""Adam on a gradient that is estimated from scores.
+    r"""Steps along a gradient that is estimated from scores: Adam's, or by momentum.
 
     .. math:: ∇ ≈ \frac{1}{2 σ n} \sum_k d_k ε_k, \qquad d_k = s(θ + σ ε_k) - s(θ - σ ε_k),
 

@@ -16,8 +16,27 @@ from metatele.tasks.modules.draws import Draws, seeded
 GAMES = ("language", "language", "language", "recall", "majority", "sort", "sum")
 
 
+class _Sequences:
+    """Sequences of tokens, with tokens as classes."""
+
+    tokens: int
+    length: int
+
+    loss = "ce"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input."""
+        return (self.length,)
+
+    @property
+    def outputs(self) -> int:
+        """Classes: the tokens."""
+        return self.tokens
+
+
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(_Sequences):
     """Sequences of tokens, and what is asked about them.
 
     Attributes:
@@ -41,18 +60,6 @@ class Tokens:
     reach: int
     flips: float
     seed: int
-
-    loss = "ce"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one input."""
-        return (self.length,)
-
-    @property
-    def outputs(self) -> int:
-        """Classes."""
-        return self.tokens
 
     @property
     def positions(self) -> bool:
@@ -94,7 +101,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Language:
+class Language(_Sequences):
     """Text of a random language, whose next token is asked for at every position.
 
     Attributes:
@@ -115,18 +122,7 @@ class Language:
     length: int
     seed: int
 
-    loss = "ce"
     positions = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one input."""
-        return (self.length,)
-
-    @property
-    def outputs(self) -> int:
-        """Classes: the tokens."""
-        return self.tokens
 
     @cached_property
     def _chain(self) -> Tensor:
