@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metatele.errors import MetateleError, ShapeMismatchError, UnsupportedModelError
+from metatele.errors import MetateleError, UnsupportedModelError
 from metatele.learned.general.course import Course
 from metatele.learned.general.memory import laid_back, laid_out, read
 from metatele.learned.general.optimizer import GeneralOptimizer
@@ -22,6 +23,7 @@ from metatele.network.unwrap import unwrapped
 from metatele.network.use import is_same_batch
 from metatele.network.wanted import NOTHING
 from metatele.network.watch import Watch
+from metatele.optim.checked import own
 from metatele.optim.described import Row, rows_of
 from metatele.optim.equivariant import NETWORK, EquivariantStepper
 from metatele.optim.heads import NOTE, balanced_
@@ -63,6 +65,8 @@ class GeneralStepper(Stepper):
         self.capture = Watch(model, *parts_of(unwrapped(model)))
         self._inner = self._perceptron()
         self._still, self._lost, self._warned = 0, 0, False
+        self._owner: weakref.ref[Any] | None = None
+        self._within = False  # whether the layers of a perceptron are listened to
         self._begin()
         self._watch()
 
@@ -90,20 +94,31 @@ class GeneralStepper(Stepper):
     def attach(self, owner: Any) -> None:
         """Listen to the model for as long as ``owner`` lives."""
         self.capture.attach(owner)
-        if self._inner is not None:
+        self._owner, self._within = weakref.ref(owner), False
+
+    def _hear_layers(self) -> None:
+        """Listen to a perceptron's layers too: with one batch alone, as hooks cost even where nothing is asked for."""
+        owner = None if self._owner is None else self._owner()
+        if self._inner is not None and owner is not None and not self._within:
             self._inner.capture.attach(owner)
+            self._within = True
 
     def clear(self) -> None:
         """Forget what the passes showed."""
         self.capture.clear()
-        if self._inner is not None:
+        if self._inner is not None and self._within:
             self._inner.capture.clear()
 
     def zeroed(self) -> None:
         """See the base class."""
         self.capture.clear(ahead=True)
-        if self._inner is not None:
+        if self._inner is not None and self._within:
             self._inner.capture.clear()
+
+    @property
+    def like(self) -> Tensor:
+        """See the base class; asked for at each step."""
+        return self.meta.controller.direct
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -196,6 +211,7 @@ class GeneralStepper(Stepper):
             self._one_batch = OneBatch(self.meta.repeated, self.capture)
         else:
             self._inner.forget()
+            self._hear_layers()
 
     def _repeat_no_more(self, at: Situation) -> None:
         """The next batch is stepped on as one of many."""
@@ -400,39 +416,23 @@ class GeneralStepper(Stepper):
                 self._one_batch.read(group[ONE_BATCH], memory)
         if self._inner is not None:
             self._inner.forget()
+            if self.repeating and self._one_batch is None:
+                self._hear_layers()
         self._watch()
 
     def checked(self, state_dict: dict[str, Any], parameters: Mapping[Any, nn.Parameter]) -> dict[str, Any]:
         """See the base class."""
-        stored = state_dict["param_groups"][0].get(COURSE) if state_dict["param_groups"] else None
-        steps = [float(entry["step"]) for entry in state_dict["state"].values() if "step" in entry]
-        if any(steps) and not stored:
-            raise ShapeMismatchError(
-                "the state counts steps and holds no memories of them: it is of another optimizer, or was read into "
-                "the state of one that had made none; load it whole, by torch.load and load_state_dict"
-            )
-        if stored and len(stored["layouts"]) != len(self.capture.parts):
-            raise ShapeMismatchError(
-                f"the state does not belong to this model: expected {len(self.capture.parts)} matrices, got "
-                f"{len(stored['layouts'])}"
-            )
-        for number, entry in state_dict["state"].items():
-            momentum = entry.get("momentum")
-            if number in parameters and momentum is not None and momentum.shape != real(parameters[number]).shape:
-                raise ShapeMismatchError(
-                    f"the state does not belong to this model: expected momentum of shape "
-                    f"{tuple(parameters[number].shape)}, got {tuple(momentum.shape)}"
-                )
-        return state_dict
+        return own(state_dict, parameters, COURSE, len(self.capture.parts))
 
     def __getstate__(self) -> dict[str, Any]:
         """The memories travel as the optimizer's state."""
         gone = {"course", "repeating", "_one_batch", "_last", "_to_fit", "_by_gradient", "_safe", "_paths", "_listed"}
-        gone |= {"heads", "_fresh"}
+        gone |= {"heads", "_fresh", "_owner", "_within"}
         return {name: value for name, value in self.__dict__.items() if name not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._owner, self._within = None, False
         self._begin()
 
     # --- what is told

@@ -245,7 +245,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return
         rates = [0.0 if g is None or one is None else one[0] for g, one in pairs]
         first = self.param_groups[0]
-        device, weight = parameters[0].device, next(self.meta.parameters())
+        device, weight = parameters[0].device, self.stepper.like
         if weight.device != device:
             self.meta.to(device)  # the model was moved after the optimizer was made
         sign = -1.0 if first["maximize"] else 1.0

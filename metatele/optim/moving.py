@@ -155,7 +155,7 @@ class Paths:
         if self._scaled:
             torch._foreach_mul_(self._scaled, self._by)
         if self._one is not None:
-            kept = (1 - shares * self._one).unbind()
+            kept = (shares * -self._one).add_(1).unbind()
             keeps = [kept[row] for row in self._rows]
         else:
             keeps = [1 - rate * shares[row] for rate, row in zip(self._rates, self._rows, strict=True)]

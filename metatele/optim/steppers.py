@@ -129,6 +129,11 @@ class Stepper(ABC):
         self.clear()
 
     @property
+    def like(self) -> Tensor:
+        """Of the dtype of all memories, where the meta-optimizer is."""
+        return next(self.meta.parameters())
+
+    @property
     @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
         """Those that it steps."""
