@@ -80,5 +80,6 @@ def test_looks_become_rarer_up_to_a_bound():
 
     always = looks(rarest=1)
     assert always == [*range(10), *range(10, 700, 10)]
-    found = looks()
+    found = looks(rarest=3, settle=100)
     assert found == [*range(10), *range(10, 200, 10), *range(200, 300, 20), *range(300, 700, 30)]
+    assert looks() == [*found[:19], 100, 120, 140, 150, 180, 200, 240, 250, *range(300, 700, 60)]

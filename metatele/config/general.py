@@ -27,7 +27,8 @@ class GeneralConfig:
     hidden: int = setting(0, "size of the controller's hidden layer; 0: its outputs are linear in what it sees")
     blind: tuple[str, ...] = setting((), "numbers the controller does not see, to find out what they are worth")
     hold: int = setting(10, "steps between two looks, at which moments are taken in and the controller is asked")
-    rarest: int = setting(3, "times hold, up to which looks become rarer while a run grows old")
+    rarest: int = setting(6, "times hold, up to which looks become rarer while a run grows old")
+    settle: int = setting(50, "steps by whose multiples they do: a look costs as much as several steps")
     warm: int = setting(10, "first steps, each of which is a look")
     remembered: int = setting(4096, "samples that are remembered, to tell how often they come again")
     repeats: int = setting(
@@ -49,6 +50,11 @@ class GeneralConfig:
     dense: int = setting(128, "inputs up to which second moments are matrices; of more, factors of a few columns")
     rank: int = setting(32, "columns of such a factor")
     orthogonal: int = setting(5, "iterations of Newton and Schulz towards a matrix of singular values 1")
+    leading: int = setting(
+        192,
+        "shorter side of a layer from which, where directions are dear, twice rank leading ones are drawn to 1 each "
+        "and the others alike, at a quarter of the products; 0: never",
+    )
     share: float = setting(
         0.5, "of the operations of a pass that making a direction may take; dearer ones are made now and then"
     )
@@ -72,7 +78,7 @@ class GeneralConfig:
     def __post_init__(self) -> None:
         """Check sizes and ranges."""
         check_types(self)
-        require_positive(self, "hold", "rarest", "dense", "rank", "orthogonal", "share", "overhead", "stale")
+        require_positive(self, "hold", "rarest", "settle", "dense", "rank", "orthogonal", "share", "overhead", "stale")
         require_positive(self, "start", "least", "ageing")
         require_positive(self, "floor", "vector_floor", "clip")
         for name in ("momentum", "averaging", "feedback", "slow"):
@@ -82,6 +88,7 @@ class GeneralConfig:
         for name in ("back", "above_first", "above_last"):
             require(1 < getattr(self, name) < math.inf, name, "above 1", getattr(self, name))
         require(0 < self.agreeing <= 1, "agreeing", "above 0 and at most 1", self.agreeing)
+        require(self.leading >= 0, "leading", "zero or more", self.leading)
         require(self.remembered >= 0, "remembered", "zero or more", self.remembered)
         require(self.repeats >= 0, "repeats", "zero or more", self.repeats)
         require(set(self.blind) <= set(SENSES), "blind", f"among {', '.join(SENSES)}", self.blind)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,37 +11,15 @@ from torch import Tensor
 
 from metatele.config import GeneralConfig
 from metatele.learned.general.controller import KINDS, Controller, Controls, Sight
-from metatele.learned.general.direction import Root, drawn, norms, polar_factor
-from metatele.learned.general.layout import Bucket, Layout
+from metatele.learned.general.direction import lengths_of, norms
+from metatele.learned.general.kept import Kept, Together, grouped
+from metatele.learned.general.layout import Layout
 from metatele.learned.general.roots import roots_of
 from metatele.learned.general.scene import Piece, Scene
 from metatele.learned.general.slopes import averaged, slope
 from metatele.network.use import TINY, Moment
 
 _FAN_IN = 3.0  # weights of variance 1/(3 i) are what layers begin with
-
-
-@dataclass
-class _Kept:
-    """Of a bucket.
-
-    Attributes:
-        root: Of the inputs' moments.
-        factor: P of the last polar factor, ``[m, k, k]``, with the share of X that is not drawn to msign in it.
-        exact: Whether msign is made anew for each direction.
-        every: Steps that a direction is kept for.
-        renew: Steps that a polar factor is.
-        due: Age at which it is made anew.
-        spectral: Share that is drawn to msign, ``[m, 1, 1]``.
-    """
-
-    root: Root | None = None
-    factor: Tensor | None = None
-    exact: bool = True
-    every: int = 1
-    renew: int = 1
-    due: int = 0
-    spectral: Tensor | None = None
 
 
 class _Measured(NamedTuple):
@@ -91,7 +68,7 @@ class Course:
         self.seconds = new(sum(sizes))
         self.moments: list[Moment | Tensor | None] = [None] * len(pieces)
         self.taken = [0] * len(pieces)  # batches in each
-        self.kept = [_Kept() for _ in layout.buckets]
+        self.kept = [Kept() for _ in layout.buckets]
         self.log_rate = math.log(config.start)
         self.slopes, self.slopes_long = (0.0, 0.0), (0.0, 0.0)  # averages of q and q²
         self.agreement = new(layout.matrices)
@@ -113,6 +90,8 @@ class Course:
             torch.tensor(list(sizes), device=like.device, dtype=torch.long),
         )
         self.measured: _Measured | None = None
+        self._together: list[Together] = []
+        self._alone: list[int] = []
         self._usual_now: tuple[int, Tensor] | None = None  # root mean squares of gradients, and at which age
         self._views = [(b.of(self.gradient), b.of(self.velocity), b.of(self.change)) for b in layout.buckets]
         self.hashes: set[float] = set()
@@ -140,7 +119,7 @@ class Course:
     def looks_at(self, age: int) -> bool:
         """Whether a step is a look, which become rarer: what changes slowly is looked at less often."""
         c = self.config
-        return age < c.warm or age % (c.hold * min(max(age // (10 * c.hold), 1), c.rarest)) == 0
+        return age < c.warm or age % (c.hold * min(max(age // c.settle, 1), c.rarest)) == 0
 
     # --- a look
 
@@ -273,7 +252,8 @@ class Course:
         self.resume(scene.vectors.clamp_min(c.vector_floor))
         self.set_roots()
         for bucket, kept in zip(layout.buckets, self.kept, strict=True):
-            self._plan(bucket, kept)
+            kept.plan(c, bucket, max((self.columns[n] for n in bucket.parts), default=0))
+        self.group()
 
     def resume(self, vectors: Tensor) -> None:
         """Make of the controls and the sizes of matrices and vectors what all steps until the next look use."""
@@ -298,20 +278,15 @@ class Course:
         assert self.controls is not None
         found = roots_of(self.layout, self.moments, self.controls.damping[:-1], self.config.rank)
         for kept, root in zip(self.kept, found, strict=True):
-            kept.root = kept.root if root is None else root
+            if root is not None:
+                kept.root, kept.through = root, None
 
-    def _plan(self, bucket: Bucket, kept: _Kept) -> None:
-        """How often a bucket's directions are made anew, by what they cost beside a pass."""
-        c, (_, o, i) = self.config, bucket.shape
-        k, wide = min(o, i), max(o, i)
-        columns = max((self.columns[n] for n in bucket.parts), default=0)
-        room = c.share * (6 * columns * o * i + c.overhead)
-        turn = 0 if kept.root is None else 2 * kept.root.products(o, i)
-        exact = c.orthogonal * (4 * k * k * wide + 2 * k**3) + turn
-        kept.exact = exact <= c.stale * room
-        kept.every = 1 if exact <= room or (not kept.exact and 2 * k * o * i + turn <= room) else c.stale
-        factor = 2 * k * k * wide + c.orthogonal * 8 * k**3
-        kept.renew = 1 if kept.exact else min(max(c.hold, math.ceil(4 * factor / room)), 100)
+    def group(self) -> None:
+        """Find which buckets are stepped in one go, as they are until the next look."""
+        for bucket, kept in zip(self.layout.buckets, self.kept, strict=True):
+            kept.lead(self.config, bucket)
+        homes = [change for _, _, change in self._views]
+        self._together, self._alone = grouped(self.config, self.layout.buckets, self.kept, homes)
 
     # --- a step
 
@@ -323,7 +298,7 @@ class Course:
     def _usual_norms(self) -> Tensor:
         """Root mean square of each matrix's gradients, ``[L]``."""
         if self._usual_now is None or self._usual_now[0] != self.age:
-            now = (self.usual / (1 - self.config.slow ** max(self.age, 1))).clamp_min(TINY).sqrt()
+            now = (self.usual / (1 - self.config.slow ** max(self.age, 1))).clamp_min_(TINY).sqrt_()
             self._usual_now = self.age, now
         return self._usual_now[1]
 
@@ -337,7 +312,7 @@ class Course:
         total = sizes.sum()
         if self.layout.sizes:
             total = total + G[self.layout.vectors :].sum()
-        most = (sizes / self._usual_norms()).max() if len(sizes) else total
+        most = (sizes / self._usual_norms()).max() if self.layout.matrices else total
         asked = torch.stack([total, most, torch.dot(G, self.change), self.calm])
         total_, most_, slope_, self._calm_now = asked.tolist()
         self.measured = _Measured(sizes, math.isfinite(total_), most_, slope_)
@@ -373,22 +348,30 @@ class Course:
         V.lerp_(G, 1 - beta)
         rate = math.exp(self.log_rate) * cooled
         begun = 1 - c.momentum**self.age
-        calm = (self._by_matrix([view for _, view, _ in self._views]) / (usual * begun)).clamp(TINY, 1)
-        calm = calm.pow(self.anneal)
+        calm = (self._by_matrix([view for _, view, _ in self._views]) / (usual * begun)).clamp_(TINY, 1)
+        calm.pow_(self.anneal)
         lengths = calm * self.lengths
         lengths.mul_(rate)
-        self.calm = calm.sum() / len(calm) if len(calm) else self.calm
-        due = [self.age <= c.warm or self.age % kept.every == 0 for kept in self.kept]
-        if all(due):  # what momentum and gradient point to together lies where the change will
+        self.calm = calm.mean() if layout.matrices else self.calm
+        due = {n: self.age <= c.warm or self.age % self.kept[n].every == 0 for n in self._alone}
+        whole = all(due.values())
+        if whole:  # what momentum and gradient point to together lies where the change will
             torch.lerp(V, G, 1 - beta, out=self.change)
-        for bucket, kept, anew, (G_, V_, D) in zip(layout.buckets, self.kept, due, self._views, strict=True):
-            mine = lengths[bucket.rows]
+        else:
+            for n, (G_, V_, D) in enumerate(self._views):
+                if due.get(n, True):
+                    torch.lerp(V_, G_, 1 - beta, out=D)
+        lengths = lengths.view(-1, 1, 1)
+        for together in self._together:
+            together.step(lengths)
+        for n, anew in due.items():
+            D = self._views[n][2]
+            mine = lengths[layout.buckets[n].rows]
             if anew:
-                X = D if all(due) else torch.lerp(V_, G_, 1 - beta, out=D)
-                made = self._direction(bucket, kept, X)
-                torch.mul(made, (mine / norms(made).clamp_min(TINY)).neg_()[:, None, None], out=D)
+                made = self.kept[n].direction(D, self.age, c.orthogonal)
+                torch.mul(made, (mine / lengths_of(made)).neg_(), out=D)
             else:
-                D.mul_((mine / norms(D).clamp_min(TINY))[:, None, None])
+                D.mul_(mine / lengths_of(D))
         if layout.sizes:
             g = G[layout.vectors :]
             self.seconds.lerp_(g.square(), 1 - c.slow)
@@ -414,26 +397,6 @@ class Course:
         self.log_rate -= math.log(self.config.back)
         self.age += 1
         self.measured = None
-
-    def _direction(self, bucket: Bucket, kept: _Kept, X: Tensor) -> Tensor:
-        c = self.config
-        spectral = kept.spectral
-        assert spectral is not None
-        turned = X if kept.root is None else kept.root.right(X)
-        if kept.exact:
-            made = drawn(turned, spectral, c.orthogonal)
-        else:
-            wide = bucket.shape[1] <= bucket.shape[2]
-            if kept.factor is None or self.age >= kept.due:
-                kept.due = self.age + min(kept.renew, max(self.age, 1))
-                gram = torch.bmm(turned, turned.mT) if wide else torch.bmm(turned.mT, turned)
-                P = polar_factor(gram, c.orthogonal)
-                size = (gram.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp_min(TINY).sqrt()[:, None, None]
-                eye = torch.eye(gram.shape[-1], dtype=P.dtype, device=P.device)
-                a, b = spectral / min(bucket.shape[1:]) ** 0.5, (1 - spectral) / size
-                kept.factor = a * P + b * eye
-            made = torch.bmm(kept.factor, turned) if wide else torch.bmm(turned, kept.factor)
-        return made if kept.root is None else kept.root.back(made)
 
     def _feel(self, q: float) -> None:
         """The length of steps follows the slope ``q = ⟨G, last change⟩``."""

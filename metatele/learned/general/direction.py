@@ -48,9 +48,14 @@ def msign(X: Tensor, iterations: int = 5) -> Tensor:
     return _evened(Y, iterations).view(X.shape)
 
 
+def lengths_of(X: Tensor) -> Tensor:
+    """The same ``[m, 1, 1]``, and never zero."""
+    return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min_(TINY)
+
+
 def _normed(X: Tensor) -> Tensor:
     """``X/‖X‖``."""
-    return X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(TINY)
+    return X / lengths_of(X)
 
 
 def _evened(X: Tensor, iterations: int) -> Tensor:
@@ -82,14 +87,45 @@ def polar_factor(G: Tensor, iterations: int = 5) -> Tensor:
     a, b, c = _QUINTIC
     trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(TINY)
     H, P = G / trace, None
-    eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand_as(G)
     for step in range(iterations):
-        p = torch.baddbmm(eye, H, torch.baddbmm(eye, H, eye, beta=b, alpha=c), beta=a)
+        p = torch.baddbmm(H, H, H, beta=b, alpha=c)
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
         P = p if P is None else torch.bmm(p, P)
         if step < iterations - 1:
             H = torch.bmm(p, torch.bmm(p, H))
     assert P is not None
     return P * trace.rsqrt()
+
+
+def leading_factor(G: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """F and c with ``(c - FFᵀ) X`` about ``msign(X)`` along the largest directions of X, and as long across them.
+
+    Args:
+        G: ``XXᵀ [m, k, k]``.
+        start: Directions ``[m, k, r]`` that many of the largest lie near; twice as many are taken.
+
+    Returns:
+        ``[m, k, 2 r]`` and ``[m, 1, 1]``.
+
+    Example:
+        >>> X = torch.diag(torch.tensor([9.0, 4.0, 1.0, 1.0]))[None]
+        >>> F, c = leading_factor(X @ X.mT, torch.eye(4)[None, :, :1] + 0.1)
+        >>> bool(((c * X - F @ (F.mT @ X)).diagonal(dim1=-2, dim2=-1) - 1).abs().max() < 1e-2)
+        True
+    """
+    k = G.shape[-1]
+    trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(TINY)
+    H = (G / trace).nan_to_num(0.0, 0.0, 0.0)  # LAPACK refuses what is not finite
+    Q = torch.linalg.qr(start.nan_to_num(0.0, 0.0, 0.0)).Q
+    Q = torch.linalg.qr(torch.cat([Q, torch.bmm(H, Q)], -1)).Q
+    Q = torch.linalg.qr(torch.bmm(H, Q)).Q
+    values, V = torch.linalg.eigh(torch.bmm(Q.mT, torch.bmm(H, Q)))
+    least = 1 / _QUINTIC[0] ** 10  # smaller ones the iteration does not bring to 1 either
+    left = (1 - values.sum(-1)).clamp_min(0) / max(k - Q.shape[-1], 1)
+    c = left.clamp_min(least).rsqrt()
+    longer = (c[:, None] - values.clamp_min(least).rsqrt()).clamp_min(0)
+    scale = trace.rsqrt()
+    return torch.bmm(Q, V) * (longer[:, None, :] * scale).sqrt(), c[:, None, None] * scale
 
 
 class Root(NamedTuple):
@@ -157,9 +193,35 @@ class Root(NamedTuple):
         """``Y R``."""
         return torch.bmm(Y, self.dense) if self.dense is not None else self._symmetric(Y)
 
-    def both(self, X: Tensor) -> Tensor:
-        """``X RᵀR``."""
-        return self.back(self.right(X))
+    def squared(self) -> Root:
+        """Of ``RᵀR`` where R is symmetric: what :meth:`right` and :meth:`back` do together.
+
+        Example:
+            >>> root = Root.of_diagonal(torch.tensor([[2.0, 1.0]]), torch.ones(1))
+            >>> X = torch.tensor([[[1.0, 2.0]]])
+            >>> bool((root.squared().right(X) - root.back(root.right(X))).abs().max() < 1e-6)
+            True
+        """
+        assert self.rest is not None
+        along = None if self.along is None else self.along * (2 * self.rest + self.along)
+        return Root(None, self.vectors, along, self.rest.square())
+
+    def joined(self, K: Tensor, c: Tensor) -> Root:
+        """``c R - KKᵀ`` of an R with vectors.
+
+        Args:
+            K: ``[m, i, r]``.
+            c: ``[m, 1, 1]``.
+        """
+        assert self.vectors is not None
+        assert self.along is not None
+        assert self.rest is not None
+        along = torch.cat([c * self.along, self.along.new_full((len(K), 1, K.shape[-1]), -1.0)], -1)
+        return Root(None, torch.cat([self.vectors, K], -1), along, c * self.rest)
+
+    def around(self, P: Tensor) -> Tensor:
+        """``Rᵀ P R`` of symmetric ``[m, i, i]``."""
+        return self.back(self.back(P).mT).mT
 
     def _symmetric(self, X: Tensor) -> Tensor:
         assert self.rest is not None
@@ -174,13 +236,14 @@ class Root(NamedTuple):
         return o * i if self.vectors is None else 4 * o * i * self.vectors.shape[-1]
 
 
-def drawn(X: Tensor, spectral: Tensor, iterations: int = 5) -> Tensor:
+def drawn(X: Tensor, spectral: Tensor, iterations: int = 5, even: Tensor | None = None) -> Tensor:
     """``r Y/‖Y‖ + (1 - r) X/‖X‖`` with ``Y = msign(X)``.
 
     Args:
         X: ``[m, o, i]``.
         spectral: r ``[m, 1, 1]``.
         iterations: Of Newton and Schulz.
+        even: ``1 - r``, if that is known.
 
     Example:
         >>> X = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])
@@ -190,5 +253,4 @@ def drawn(X: Tensor, spectral: Tensor, iterations: int = 5) -> Tensor:
     """
     Z = _normed(X)
     Y = _evened(Z, iterations)
-    a = spectral / torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True).clamp_min(TINY)
-    return Z.mul_(1 - spectral).addcmul_(Y, a)
+    return Z.mul_(1 - spectral if even is None else even).addcmul_(Y, spectral / lengths_of(Y))

@@ -149,6 +149,7 @@ def read(
         course.controls = Controls(**dict(zip(_APART, apart, strict=True)), **joint)
         course.resume(like.new_tensor(stored["vector_scale"]))
         course.set_roots()
+        course.group()
     for bucket, kept in zip(layout.buckets, course.kept, strict=True):
         if all(number in factors for number in bucket.parts):
             kept.factor = torch.cat([factors[number] for number in bucket.parts])
