@@ -64,7 +64,7 @@ class Kept:
         factor = 2 * k * k * wide + c.orthogonal * 8 * k**3
         self.lead(c, bucket)
         if self.leading:
-            factor = 3 * (2 * k * k * wide + 16 * c.rank * k * k)
+            factor = 6 * (2 * k * k * wide + 16 * c.rank * k * k)  # thin products are slow
         self.renew = 1 if self.exact else min(max(c.hold, math.ceil(4 * factor / room)), 100)
 
     def lead(self, config: GeneralConfig, bucket: Bucket) -> None:
