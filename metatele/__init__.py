@@ -23,9 +23,22 @@ from metatele._version import __version__
 if TYPE_CHECKING:
     from metatele.checkpoint import Checkpoint, load, save
     from metatele.learned import MetaOptimizer
+    from metatele.optim.along import carry_along_
     from metatele.optim.learned import LearnedOptimizer
     from metatele.optim.teleport import TeleportOptimizer, teleport_
-    from metatele.teleport import GradientNormAscent, Random, Rescaling, Whitening, balance_heads_
+    from metatele.symmetry.find import Symmetries, find_symmetries
+    from metatele.teleport import (
+        GradientNormAscent,
+        Random,
+        Rescaling,
+        Whitening,
+        balance_,
+        balance_heads_,
+        fold_norms_,
+        loss_barrier,
+        match_,
+        randomize_,
+    )
 
 install()
 
@@ -36,10 +49,18 @@ _HOME = {
     "MetaOptimizer": "metatele.learned",
     "Random": "metatele.teleport",
     "Rescaling": "metatele.teleport",
+    "Symmetries": "metatele.symmetry.find",
     "TeleportOptimizer": "metatele.optim.teleport",
     "Whitening": "metatele.teleport",
+    "balance_": "metatele.teleport",
     "balance_heads_": "metatele.teleport",
+    "carry_along_": "metatele.optim.along",
+    "find_symmetries": "metatele.symmetry.find",
+    "fold_norms_": "metatele.teleport",
     "load": "metatele.checkpoint",
+    "loss_barrier": "metatele.teleport",
+    "match_": "metatele.teleport",
+    "randomize_": "metatele.teleport",
     "save": "metatele.checkpoint",
     "teleport_": "metatele.optim.teleport",
 }
@@ -51,11 +72,19 @@ __all__ = [
     "MetaOptimizer",
     "Random",
     "Rescaling",
+    "Symmetries",
     "TeleportOptimizer",
     "Whitening",
     "__version__",
+    "balance_",
     "balance_heads_",
+    "carry_along_",
+    "find_symmetries",
+    "fold_norms_",
     "load",
+    "loss_barrier",
+    "match_",
+    "randomize_",
     "save",
     "teleport_",
 ]

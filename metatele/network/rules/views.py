@@ -1,0 +1,87 @@
+"""Views: what is done to activations is done to their units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from metatele.network.rules.sums import summed
+from metatele.network.trace import (
+    FLIPS,
+    MIXES,
+    SCALES,
+    SHIFTS,
+    Args,
+    Named,
+    RefusedError,
+    Tracer,
+    rule,
+)
+
+
+@rule(
+    *("view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand", "squeeze"),
+    *("unsqueeze", "select", "slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"),
+    *("unsafe_chunk", "chunk", "unbind", "alias", "detach", "roll", "flip", "repeat", "index_select", "narrow"),
+    *("diagonal", "unfold", "movedim", "swapaxes", "tile"),
+)
+def _view(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> None:
+    if tracer.parameter(args[0]) is not None and all(
+        t.untyped_storage()._cdata == args[0].untyped_storage()._cdata for t in tree_leaves(out)
+    ):
+        return  # still a view of the parameter
+    name = func.overloadpacket.__name__
+    if name.endswith("_"):  # in place: the units still have the old shape
+        packet = getattr(torch.ops.aten, name[:-1])
+        tracer.put(out, packet(tracer.units(args[0]), *args[1:], **kwargs))
+        return
+    units = tracer.units(args[0]).expand(args[0].shape)
+    if name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
+        moved: Any = units.reshape(out.shape)  # of expanded units a view may not exist
+    else:
+        moved = func(units, *args[1:], **kwargs)
+    for t, units in zip(tree_leaves(out), tree_leaves(moved), strict=True):
+        tracer.put(t, units)
+
+
+@rule("clone", "_to_copy", "contiguous", "to", "lift_fresh", "dropout", "copy")
+def _copy(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> None:
+    source = args[1] if func.overloadpacket.__name__.startswith("copy") else args[0]
+    tracer.put(out, tracer.units(source))
+
+
+@rule("cat", "stack")
+def _cat(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> None:
+    tracer.put(out, func([tracer.units(t).expand(t.shape) for t in args[0]], *args[1:], **kwargs))
+
+
+@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
+def _pad(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> None:
+    # Zeros stay zeros whatever is done to units, so a border is of its neighbour's unit.
+    value = args[2] if len(args) > 2 and func.__name__.startswith("constant") else 0
+    units = tracer.units(args[0])
+    if value:
+        tracer.forbid(units, MIXES | SCALES | FLIPS)
+    tracer.forbid(units, SHIFTS)
+    pad, grown = args[1], units.expand(args[0].shape)
+    for n, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        size = grown.shape[-1 - n]
+        at = torch.arange(-before, size + after).clamp(0, size - 1)
+        grown = grown.index_select(grown.dim() - 1 - n, at)
+    tracer.put(out, grown)
+
+
+@rule("where", "masked_fill", "_softmax_backward_data")
+def _where(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> None:
+    if func.overloadpacket.__name__.startswith("masked_fill"):
+        sides = [args[0], args[2]]
+    else:
+        sides = list(args[1:3])
+        if tracer.known(args[0]):
+            raise RefusedError("a condition that depends on units")
+    for t in sides:
+        if tracer.known(t):
+            tracer.forbid(tracer.units(t), SHIFTS)
+    summed(tracer, sides, out)
