@@ -1,20 +1,26 @@
 """Teleport moves by hand: along an objective, in closed form, at random."""
 
 from metatele.teleport.ascent import Ascent, GradientNormAscent, default_move
+from metatele.teleport.balance import MoveReport, balance_, fold_norms_, randomize_
+from metatele.teleport.barrier import Barrier, loss_barrier, refreshed_
 from metatele.teleport.closed_form import Random, Rescaling, Whitening
 from metatele.teleport.control import MatchedRandom
 from metatele.teleport.heads import HeadsReport, balance_heads_
+from metatele.teleport.match import MatchReport, match_
 from metatele.teleport.move import Course, Leg, Teleport, TeleportMove, in_sequence
 from metatele.teleport.report import Reason, Report, TeleportReport
 from metatele.teleport.transport import transport
 
 __all__ = [
     "Ascent",
+    "Barrier",
     "Course",
     "GradientNormAscent",
     "HeadsReport",
     "Leg",
+    "MatchReport",
     "MatchedRandom",
+    "MoveReport",
     "Random",
     "Reason",
     "Report",
@@ -23,8 +29,14 @@ __all__ = [
     "TeleportMove",
     "TeleportReport",
     "Whitening",
+    "balance_",
     "balance_heads_",
     "default_move",
+    "fold_norms_",
     "in_sequence",
+    "loss_barrier",
+    "match_",
+    "randomize_",
+    "refreshed_",
     "transport",
 ]
