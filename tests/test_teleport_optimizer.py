@@ -491,19 +491,6 @@ def test_settings_and_models_that_cannot_be_are_one_clear_error():
         build(base, model, "ascent", at=[0])
     with pytest.raises(ConfigError, match="LBFGS"):
         build(torch.optim.LBFGS(model.parameters()), model, metatele.Whitening(mode="conjugate"))
-    for layers, words in (
-        ((nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4)), r"'1' \(Dropout\).*mask"),
-        ((nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4)), r"'1' \(BatchNorm1d\).*statistics"),
-        ((nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 4)), r"'1' \(LayerNorm\).*mixes"),
-        ((nn.Conv2d(1, 1, 1), nn.Tanh(), nn.Linear(4, 4)), r"'0' \(Conv2d\)"),
-    ):
-        other = nn.Sequential(*layers)
-        with pytest.raises(UnsupportedModelError, match=words):
-            build(torch.optim.SGD(other.parameters(), lr=0.1), other, at=[0])
-    shared = nn.Linear(4, 4)
-    tied = nn.Sequential(shared, nn.Tanh(), shared)
-    with pytest.raises(UnsupportedModelError, match="'0' and '2' share a weight"):
-        build(torch.optim.SGD(tied.parameters(), lr=0.1), tied, at=[0])
     with pytest.raises(ShapeMismatchError, match="8 features"):
         metatele.teleport_(model, torch.randn(5, 7), torch.randn(5, 3), nn.functional.mse_loss)
     with pytest.raises(ShapeMismatchError, match="scalar"):
@@ -645,7 +632,7 @@ def test_tied_activations_and_computed_weights_are_seen():
     assert float(metatele.teleport_(model, x, y, nn.functional.mse_loss).loss_before) == pytest.approx(expected)
     pruned = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     prune.l1_unstructured(pruned[0], "weight", amount=0.5)
-    with pytest.raises(UnsupportedModelError, match="'0' is not a plain Linear"):
+    with pytest.raises(UnsupportedModelError, match="no continuous symmetry"):
         metatele.teleport_(pruned, torch.randn(3, 4), torch.randn(3, 4), nn.functional.mse_loss)
 
 
@@ -785,10 +772,6 @@ def test_refusals_at_construction():
     single = nn.Sequential(nn.Linear(3, 2))
     with pytest.raises(UnsupportedModelError, match="hidden layer"):
         metatele.TeleportOptimizer(torch.optim.SGD(single.parameters()), single, at=[0])
-    shared = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
-    shared[2].bias = shared[0].bias
-    with pytest.raises(UnsupportedModelError, match="'2' shares its bias"):
-        metatele.TeleportOptimizer(torch.optim.SGD(shared.parameters()), shared, at=[0])
     with pytest.raises(ShapeMismatchError, match="at least one sample"):
         metatele.teleport_(model, x[:0], y[:0], nn.functional.mse_loss)
     optimizer = metatele.TeleportOptimizer(base, model, at=[np.int64(0)])

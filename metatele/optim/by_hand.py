@@ -8,13 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metatele.errors import ConfigError, ShapeMismatchError
+from metatele.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
 from metatele.geometry import Landscape, Objective
 from metatele.geometry import objective as objective_by_name
 from metatele.network.sequential import flat_modules, read_sequential, unwrapped
+from metatele.optim.any_module import ascent_of, teleport_module_
 from metatele.perceptron.losses import Differentiable
 from metatele.teleport import Ascent, TeleportMove, TeleportReport
 from metatele.teleport.ascent import USUAL_CHANGE
+
+
+def is_perceptron(model: nn.Module) -> bool:
+    """Whether a model's teleports are those of perceptrons; what is none has the exact symmetries of any module.
+
+    Example:
+        >>> is_perceptron(nn.Sequential(nn.Linear(3, 2))), is_perceptron(nn.Sequential(nn.Conv2d(3, 2, 1)))
+        (True, False)
+    """
+    try:
+        read_sequential(model, framed=True)
+    except UnsupportedModelError:
+        return False
+    return True
+
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -151,7 +167,10 @@ def teleport_(
         "parametrisation": parametrisation,
         "max_drift": max_drift,
     }
-    chosen = _chosen(move, objective, {name: value for name, value in given.items() if value is not None})
+    settings = {name: value for name, value in given.items() if value is not None}
+    chosen = _chosen(move, objective, settings)
+    if not is_perceptron(model):
+        return teleport_module_(model, inputs, targets, loss_fn, ascent_of(move, objective, settings))
     device = next(model.parameters()).device.type
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         if isinstance(inputs, Tensor) and inputs.is_inference():

@@ -18,7 +18,7 @@ from metatele.network.capture import Capture
 from metatele.network.sequential import parameters_of, read_sequential, unwrapped
 from metatele.network.use import is_same_batch
 from metatele.network.wanted import NOTHING, Wanted
-from metatele.optim.by_hand import LossFunction, batch_landscape, teleport_
+from metatele.optim.by_hand import LossFunction, batch_landscape, is_perceptron, teleport_
 from metatele.optim.conjugate import Conjugation
 from metatele.optim.state import ADAPTIVE, STRATEGIES, carried_tensors, carry_state, metric_of, reset_state_
 from metatele.optim.wrapper import Wrapper, schedule
@@ -36,7 +36,7 @@ from metatele.teleport import (
 
 __all__ = ["TeleportOptimizer", "batch_landscape", "teleport_"]
 
-_COUNTERS = {"teleport_steps": 0, "teleports": 0, "teleports_rolled_back": 0}
+COUNTERS = {"teleport_steps": 0, "teleports": 0, "teleports_rolled_back": 0}
 
 
 class TeleportOptimizer(Wrapper):
@@ -108,6 +108,14 @@ class TeleportOptimizer(Wrapper):
         (1, True)
     """
 
+    def __new__(cls, base: Any = None, model: Any = None, *_: Any, **__: Any) -> TeleportOptimizer:
+        """One for any module where the model is no perceptron."""
+        if cls is TeleportOptimizer and isinstance(model, nn.Module) and not is_perceptron(model):
+            from metatele.optim.teleport_module import ModuleTeleportOptimizer
+
+            return super().__new__(ModuleTeleportOptimizer)
+        return super().__new__(cls)
+
     def __init__(
         self,
         base: torch.optim.Optimizer,
@@ -166,7 +174,7 @@ class TeleportOptimizer(Wrapper):
         self.report: TeleportReport | None = None
         self._linears, self._mlp = linears, mlp
         self._require_own(base.param_groups)
-        for name, value in _COUNTERS.items():
+        for name, value in COUNTERS.items():
             base.param_groups[0].setdefault(name, value)
         self._conjugation = Conjugation(move, self._linears) if isinstance(move, Whitening) and conjugate else None
         self._capture = Capture(self._linears)
@@ -217,7 +225,7 @@ class TeleportOptimizer(Wrapper):
         self.base.load_state_dict(state)
         if self._conjugation is not None and averages is not None:
             self._conjugation.load_state_dict(averages)
-        for name, value in _COUNTERS.items():
+        for name, value in COUNTERS.items():
             self.base.param_groups[0].setdefault(name, value)
         self._watch()
 

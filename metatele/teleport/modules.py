@@ -1,0 +1,150 @@
+r"""Ascent of the gradient norm along the orbit of any module's weights (Zhao et al. 2024, Section 5.1)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from metatele.network.spaces import Space
+from metatele.symmetry.exact import act_, element_of, pullback
+from metatele.symmetry.find import steady
+from metatele.teleport.report import Reason, TeleportReport
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Buffers as they were, whatever passes did to them."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        for b, was in buffers:
+            b.copy_(was)
+
+
+class _Slope:
+    """``‖∇L‖²`` of a module and half its derivative, ``∇²L ∇L``, by a difference of two gradients.
+
+    ``∇²L v = (∇L(w + ε v) - ∇L(w)) / ε`` with ``ε ‖v‖ = √u ‖w‖``, u the unit of the last place: as far off as
+    √u, relative (3e-4 in float32), where the loss is as curved as usual. It costs one gradient, where a second
+    differentiation costs more than three. No operation has to be differentiable twice, as fused attention is not.
+
+    Args:
+        model: The module; its parameters are read where they are.
+        loss: Makes a pass and gives the loss.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
+        self.loss = loss
+        self.own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.gradients: dict[str, Tensor] = {}
+
+    def value(self) -> tuple[float, float]:
+        """Loss and ``‖∇L‖²``; the gradients are kept."""
+        loss, self.gradients = self._gradients()
+        return loss, float(sum((g.double().square().sum() for g in self.gradients.values()), torch.zeros(())))
+
+    def derivative(self) -> dict[str, Tensor]:
+        """``∇²L ∇L`` where :meth:`value` was last asked for, by name."""
+        g = self.gradients
+        sizes = [sum(float(t.detach().double().square().sum()) for t in own.values()) for own in (self.own, g)]
+        unit = max(torch.finfo(p.dtype).eps for p in self.own.values())
+        step = math.sqrt(unit * sizes[0] / sizes[1]) if sizes[1] > 0 else 0.0
+        if not 0 < step < math.inf:
+            return {}
+        before = {name: self.own[name].detach().clone() for name in g}
+        for name, t in g.items():
+            self.own[name].add_(t, alpha=step)
+        _, there = self._gradients()
+        for name, t in before.items():
+            self.own[name].copy_(t)
+        return {name: (there[name] - t) / step for name, t in g.items() if name in there}
+
+    @torch.enable_grad()
+    def _gradients(self) -> tuple[float, dict[str, Tensor]]:
+        loss = self.loss()
+        gradients = torch.autograd.grad(loss, list(self.own.values()), allow_unused=True)
+        return float(loss.detach()), {n: g for n, g in zip(self.own, gradients, strict=True) if g is not None}
+
+
+@torch.no_grad()
+def ascend_(
+    model: nn.Module,
+    spaces: Sequence[Space],
+    loss: Callable[[], Tensor],
+    *,
+    steps: int = 10,
+    radius: float = 0.1,
+    max_change: float = 0.15,
+    max_drift: float = 0.01,
+    cap: float = math.inf,
+    descend: bool = False,
+) -> TeleportReport:
+    r"""Raise ``‖∇L(g·w)‖²`` in place by steps along the orbit; two gradients each.
+
+    At a step the derivative is pulled back to the algebra of every space, ``A = pullback(2 ∇²L ∇L)``, and all spaces
+    act by ``exp(T)`` with T along A and ``‖T‖ = radius`` over all together. The groups are not compact and the norm has
+    no largest value: ``steps · radius`` bounds how far it goes. A step that did not raise it, that changed the weights
+    by more than ``max_change`` of their norm or the loss by more than ``max_drift``, is taken back, and the radius
+    halved.
+
+    Args:
+        model: Whose parameters are moved.
+        spaces: Where; permutations are left out.
+        loss: Makes a pass of the model and gives a scalar, differentiable twice.
+        steps: Tried at most; each costs a Hessian-vector product, as a difference of gradients, and a gradient.
+        radius: ``‖T‖``, as a Frobenius norm.
+        max_change: Of the weights of all spaces by one step, relative.
+        max_drift: Of the loss, relative.
+        cap: Stop where ``‖∇L‖²`` reaches it.
+        descend: Lower it instead.
+    """
+    begin_s = time.perf_counter()
+    moving = [s for s in spaces if s.group != "perm"]
+    names = list(dict.fromkeys(name for s in moving for name in s.parameters))
+    own: dict[str, Tensor] = {n: p.data for n, p in model.named_parameters()}
+    tensors = {n: own[n] for n in own}
+    sign = -1.0 if descend else 1.0
+    with steady(model), _kept(model):
+        slope = _Slope(model, loss)
+        first_loss, first = slope.value()
+        best, known_loss, done, taken_back = first, first_loss, 0, False
+        kept = {n: tensors[n].clone() for n in names}
+        size = math.sqrt(sum(float(t.double().square().sum()) for t in kept.values()))
+        reason = Reason.MOVED
+        fresh = True
+        slopes: dict[str, Tensor] = {}
+        for _ in range(steps):
+            if math.isfinite(cap) and sign * best >= sign * cap:
+                reason = reason if done else Reason.CAP
+                break
+            slopes = slope.derivative() if fresh else slopes
+            tangents = [sign * pullback(s, tensors, slopes) for s in moving]
+            norm = math.sqrt(sum(float(t.square().sum()) for t in tangents))
+            if not (0 < norm < math.inf):
+                reason = Reason.NO_DIRECTION
+                break
+            for s, t in zip(moving, tangents, strict=True):
+                act_(s, element_of(s, t * (radius / norm)), tensors)
+            change = math.sqrt(sum(float((tensors[n] - kept[n]).double().square().sum()) for n in names)) / size
+            now_loss, now = slope.value() if change <= max_change else (math.nan, math.nan)
+            drift = abs(now_loss - first_loss) / max(abs(first_loss), 1e-30)
+            if math.isfinite(now) and drift <= max_drift and sign * now > sign * best:
+                best, known_loss, done, fresh = now, now_loss, done + 1, True
+                kept = {n: tensors[n].clone() for n in names}
+                continue
+            taken_back = taken_back or not drift <= max_drift
+            for n in names:
+                tensors[n].copy_(kept[n])
+            radius, fresh, reason = radius / 2, False, Reason.NO_GAIN
+    why = Reason.MOVED if done else reason
+    return TeleportReport(
+        *("grad-norm", first_loss, known_loss, first, best),
+        *(abs(known_loss - first_loss) / max(abs(first_loss), 1e-30), done > 0, taken_back, done),
+        *(time.perf_counter() - begin_s, why.sentence),
+    )

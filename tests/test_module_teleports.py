@@ -1,0 +1,216 @@
+"""Teleports of any module: along exact symmetries, drop-in around any optimizer."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import metatele
+from metatele.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
+from metatele.symmetry.exact import act, element_of, pullback
+from metatele.symmetry.find import find_symmetries
+from metatele.teleport.modules import ascend_
+
+
+class Residual(nn.Module):
+    def __init__(self, width=6):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.inner = nn.Sequential(nn.Conv2d(width, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, width, 1))
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        return self.head((x + self.inner(x)).mean((2, 3)))
+
+
+class Reader(nn.Module):
+    """Attention and SwiGLU on a residual stream with RMSNorm; tied embedding."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.table, self.first, self.second = nn.Embedding(11, width), nn.RMSNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.gate, self.up = nn.Linear(width, 12, bias=False), nn.Linear(width, 12, bias=False)
+        self.down, self.head = nn.Linear(12, width, bias=False), nn.Linear(width, 11, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens):
+        x = 0.1 * self.table(tokens)
+        h = self.first(x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        h = self.second(x)
+        return self.head(x + self.down(F.silu(self.gate(h)) * self.up(h)))
+
+
+def images(seed=0):
+    torch.manual_seed(seed)
+    return Residual(), torch.randn(24, 3, 6, 6), torch.randint(4, (24,)), F.cross_entropy
+
+
+def tokens(seed=0):
+    torch.manual_seed(seed)
+    model, x = Reader(), torch.randint(11, (6, 7))
+    return model, x, x.roll(1, 1), lambda out, y: F.cross_entropy(out.flatten(0, 1), y.flatten())
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("make", [images, tokens])
+@pytest.mark.parametrize("seed", range(3))
+def test_an_ascent_raises_the_gradient_norm_and_keeps_the_function(make, seed):
+    model, x, y, loss = make(seed)
+    statistics = [b.clone() for b in model.buffers()]
+    before = copy.deepcopy(model).double().eval().requires_grad_(False)
+    report = metatele.teleport_(model, x, y, loss)
+    assert report.moved
+    assert report.objective_after > 1.05 * report.objective_before
+    assert report.drift < 1e-5
+    own = next(torch.autograd.grad(loss(m(x), y), list(m.parameters())) for m in (copy.deepcopy(model),))
+    assert sum(float(g.square().sum()) for g in own) == pytest.approx(report.objective_after, rel=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers(), strict=True))
+    others = x.roll(3, 0).double() * 2 if x.is_floating_point() else (x * 3 + 1) % 11  # on other inputs as well
+    after = copy.deepcopy(model).double().eval().requires_grad_(False)
+    assert float((after(others) - before(others)).abs().max()) < 1e-4 * float(before(others).abs().max())
+
+
+def test_descent_lowers_it_and_a_cap_stops():
+    model, x, y, loss = images()
+    assert metatele.teleport_(copy.deepcopy(model), x, y, loss, descend=True).objective_after < 0.99 * (
+        metatele.teleport_(copy.deepcopy(model), x, y, loss, steps=1).objective_before
+    )
+    report = metatele.teleport_(model, x, y, loss, cap=1e-9)
+    assert not report.moved
+    assert "cap" in report.reason
+
+
+@pytest.mark.parametrize("make", [images, tokens])
+def test_the_pullback_is_the_derivative_of_the_action(make):
+    model, x, _, _ = make()
+    model = model.double().eval()
+    spaces = find_symmetries(model, x if not x.is_floating_point() else x.double()).spaces
+    tensors = {n: p.detach() for n, p in model.named_parameters()}
+    torch.manual_seed(1)
+    along = {n: torch.randn_like(t) for n, t in tensors.items()}
+    assert {s.group for s in spaces} >= ({"scale", "perm"} if make is images else {"GL", "O", "scale", "perm", "shift"})
+    for space in spaces:
+        if space.group == "perm":
+            with pytest.raises(ConfigError, match="no continuous group"):
+                pullback(space, tensors, along)
+            continue
+        ours = pullback(space, tensors, along)
+        zero = torch.zeros_like(ours).requires_grad_()
+        moved = act(space, element_of(space, zero), tensors)
+        (wanted,) = torch.autograd.grad(sum((moved[n] * along[n]).sum() for n in moved), zero)
+        if space.group == "O":  # tangents are antisymmetric, and keep the vector of ones where a mean is taken away
+            wanted = (wanted - wanted.mT) / 2
+            centre = torch.eye(space.k, dtype=torch.float64) - space.centred / space.k
+            wanted = centre @ wanted @ centre
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("state", ["keep", "reset"])
+def test_around_an_optimizer_it_teleports_when_due_and_is_that_optimizer_else(name, state):
+    model, x, y, loss = images()
+    twin = copy.deepcopy(model)
+    optimizer = metatele.TeleportOptimizer(
+        getattr(torch.optim, name)(model.parameters(), lr=1e-3), model, at=[2], state=state
+    )
+    plain = getattr(torch.optim, name)(twin.parameters(), lr=1e-3)
+    for step in range(5):
+        for own, net in ((optimizer, model), (plain, twin)):
+            own.zero_grad()
+            loss(net(x), y).backward()
+            own.step()
+        assert torch.equal(flat(model), flat(twin)) == (step < 2)
+    assert optimizer.param_groups[0]["teleports"] == 1
+    assert optimizer.report.moved
+    assert optimizer.report.drift < 1e-5
+    assert optimizer.report.loss_before is None
+    assert optimizer.report.objective_after > optimizer.report.objective_before
+
+
+def test_passes_of_the_loop_tell_what_the_loss_tells():
+    model, x, y, loss = images()
+    twin = copy.deepcopy(model)
+    optimizer = metatele.TeleportOptimizer(torch.optim.SGD(model.parameters(), lr=1e-12), model, at=[0])
+    for half in (slice(0, 12), slice(12, 24)):  # two passes whose gradients add up
+        (loss(model(x[half]), y[half]) / 2).backward()
+    optimizer.step()
+
+    def both():
+        return sum(loss(twin(x[half]), y[half]) / 2 for half in (slice(0, 12), slice(12, 24)))
+
+    report = ascend_(twin, find_symmetries(twin, x[:4]).spaces, both)
+    assert optimizer.report.objective_before == pytest.approx(report.objective_before, rel=1e-4)
+    assert optimizer.report.objective_after == pytest.approx(report.objective_after, rel=0.02)
+
+
+def test_frozen_parameters_and_those_in_no_group_stay():
+    model, x, y, loss = images()
+    model.head.requires_grad_(False)  # it reads the residual stream, which can't be scaled then
+    kept, inner = (flat(m) for m in (nn.ModuleList([model.stem, model.norm, model.head]), model.inner))
+    assert metatele.teleport_(model, x, y, loss).moved
+    assert torch.equal(kept, flat(nn.ModuleList([model.stem, model.norm, model.head])))
+    assert not torch.equal(inner, flat(model.inner))
+    model.head.requires_grad_(True)
+    optimizer = metatele.TeleportOptimizer(torch.optim.SGD(model.head.parameters(), lr=1e-3), model, at=[0])
+    before = flat(model.inner)
+    loss(model(x), y).backward()
+    optimizer.step()
+    assert torch.equal(before, flat(model.inner))
+
+
+def test_copies_pickles_and_states_go_on():
+    model, x, y, loss = images()
+    optimizer = metatele.TeleportOptimizer(torch.optim.Adam(model.parameters()), model, every=2)
+
+    def train(own, net, steps):
+        for _ in range(steps):
+            own.zero_grad()
+            loss(net(x), y).backward()
+            own.step()
+        return flat(net)
+
+    train(optimizer, model, 3)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert torch.equal(train(other, other.model, 3), train(*(lambda o: (o, o.model, 3))(copy.deepcopy(optimizer))))
+    fresh = copy.deepcopy(model)
+    loaded = metatele.TeleportOptimizer(torch.optim.Adam(fresh.parameters()), fresh, every=2)
+    loaded.load_state_dict(optimizer.state_dict())
+    assert torch.equal(train(loaded, fresh, 3), train(optimizer, model, 3))
+
+
+def test_bad_input_is_one_clear_error_and_moves_nothing():
+    model, x, y, loss = images()
+    before = flat(model)
+    for settings, words in (
+        ({"objective": "sharpness"}, "grad-norm, got sharpness"),
+        ({"action": "rescaling"}, "action is a setting of teleports of perceptrons"),
+        ({"move": metatele.Rescaling()}, "an ascent, got Rescaling"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            metatele.teleport_(model, x, y, loss, **settings)
+    with pytest.raises(ShapeMismatchError, match="scalar"):
+        metatele.teleport_(model, x, y, lambda out, y: out)
+    with pytest.raises(TypeError, match="loss_fn"):
+        metatele.teleport_(model, x, y, "cross_entropy")
+    with pytest.raises(ShapeMismatchError, match="at least one sample"):
+        metatele.teleport_(model, x[:0], y[:0], loss)
+    base = torch.optim.Adam(model.parameters())
+    for settings, words in (
+        ({"state": "transport"}, "keep or reset"),
+        ({"metric": "adaptive"}, "metric euclidean"),
+        ({"teleport": metatele.Random()}, "an ascent, got Random"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            metatele.TeleportOptimizer(base, model, at=[0], **settings)
+    with pytest.raises(UnsupportedModelError, match="no continuous symmetry"):
+        metatele.teleport_(nn.Sequential(nn.Conv2d(3, 4, 6), nn.Flatten()), x, y, loss)
+    assert torch.equal(before, flat(model))
