@@ -214,3 +214,21 @@ def test_bad_input_is_one_clear_error_and_moves_nothing():
     with pytest.raises(UnsupportedModelError, match="no continuous symmetry"):
         metatele.teleport_(nn.Sequential(nn.Conv2d(3, 4, 6), nn.Flatten()), x, y, loss)
     assert torch.equal(before, flat(model))
+
+
+@pytest.mark.parametrize("passes", range(1, 6))
+def test_a_loss_that_raises_leaves_the_weights_of_a_whole_step(passes):
+    model, x, y, loss = images()
+    spaces, seen, at = find_symmetries(model, x[:4]).spaces, [], []
+
+    def fails():
+        if len(seen) == passes:
+            raise RuntimeError("out of memory")
+        seen.append(1)
+        at.append(flat(model))
+        return loss(model(x), y)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ascend_(model, spaces, fails)
+    # Passes alternate between where a step led and a point beside it, where the slope is taken.
+    assert torch.equal(flat(model), at[passes - 1 - (passes - 1) % 2])

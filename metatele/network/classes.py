@@ -14,7 +14,6 @@ from metatele.network.shared import shared
 from metatele.network.trace import (
     ALONE,
     FIXED,
-    FLIPS,
     MIXES,
     SCALES,
     SHIFTS,
@@ -84,7 +83,7 @@ def classes_of(record: Record, folded: bool = False) -> Classes:
     of = np.where(of == first, 0, np.where(of < first, of + 1, of))
     count = int(of.max()) + 1
     flags = np.zeros(count, np.int64)
-    flags[0] = MIXES | SCALES | SWAPS | FLIPS | SHIFTS | ALONE
+    flags[0] = MIXES | SCALES | SWAPS | SHIFTS | ALONE
     for units, bits in record.flags:
         flags[np.unique(of[units.numpy()])] |= bits
     flags[of[rigid]] |= SCALES

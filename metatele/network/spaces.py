@@ -88,7 +88,7 @@ class Space:
         return {"GL": k * k, "O": k * (k - 1) // 2, "scale": k, "phase": 2 * k, "perm": 0, "shift": k}[self.group]
 
 
-def spaces_of(record: Record, shapes: Mapping[str, torch.Size]) -> list[Space]:
+def spaces_of(record: Record) -> list[Space]:
     """The spaces that a record allows; none of them is verified yet."""
     solved = classes_of(record)
     mixing = _mixing(record, solved)
@@ -388,20 +388,18 @@ def _places(solved: Classes, members: Mapping[int, tuple[int, bool]], k: int, gr
                 gain = None
                 if gains[0] >= 0:
                     gain = solved.names[gains[0]], torch.from_numpy(solved.row_of[units])
-                mine_here = _of_use(use, side, rows, mine[rows], counts, k)
+                mine_here = _of_use(use, side, rows, counts, k)
                 found += [place._replace(reads=place.reads != back, gain=gain) for place in mine_here]
     finally:
         number[list(members)] = -1
     unique: dict[object, Place] = {}
-    for (
-        place
-    ) in found:  # a weight that is used again is moved once; so is one that an orthogonal change reads and writes
+    for place in found:  # a weight used again is moved once; so is one that an orthogonal change reads and writes
         side = place.reads and group not in ("O", "perm")
         unique.setdefault((place.name, side, place.base.numpy().tobytes(), place.offsets.numpy().tobytes()), place)
     return tuple(unique.values())
 
 
-def _of_use(use: Use, side: int, rows: np.ndarray, numbers: np.ndarray, counts: np.ndarray, k: int) -> list[Place]:
+def _of_use(use: Use, side: int, rows: np.ndarray, counts: np.ndarray, k: int) -> list[Place]:
     axis, other = (use.rows, use.columns) if side == 0 else (use.columns, use.rows)
     base = axis[torch.from_numpy(rows) % len(axis)] if side == 1 and use.groups > 1 else axis[torch.from_numpy(rows)]
     if side == 1 and use.groups > 1:

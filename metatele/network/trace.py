@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 FIXED = 0  # the unit of inputs, outputs, and of whatever is not understood: it never changes
-MIXES, SCALES, SWAPS, FLIPS, SHIFTS, ALONE = 1, 2, 4, 8, 16, 32  # what may not be done to a unit: bits of its flags
+MIXES, SCALES, SWAPS, SHIFTS, ALONE = 1, 2, 4, 8, 16  # what may not be done to a unit: bits of its flags
 
 
 class Use(NamedTuple):
@@ -140,7 +140,6 @@ class Tracer(TorchDispatchMode):
 
     Args:
         parameters: By name; each in a storage of its own.
-        buffers: Constants by name.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -252,7 +251,7 @@ class Tracer(TorchDispatchMode):
     def unknown(self, name: str, seen: list[Tensor], out: Any) -> None:
         """Freeze what an operation touches."""
         self.record.unknown[name] = self.record.unknown.get(name, 0) + 1
-        everything = MIXES | SCALES | SWAPS | FLIPS | SHIFTS
+        everything = MIXES | SCALES | SWAPS | SHIFTS
         for t in seen:
             if t in self.labels:
                 self.forbid(self.labels[t], everything)

@@ -15,13 +15,13 @@ from metatele.errors import ConfigError, MetateleError, ShapeMismatchError, Unsu
 from metatele.geometry import GradientNorm, Landscape
 from metatele.network import ranks
 from metatele.network.capture import Capture
-from metatele.network.sequential import parameters_of, read_sequential, unwrapped
+from metatele.network.sequential import parameters_of, read_sequential
 from metatele.network.use import is_same_batch
 from metatele.network.wanted import NOTHING, Wanted
 from metatele.optim.by_hand import LossFunction, batch_landscape, is_perceptron, teleport_
 from metatele.optim.conjugate import Conjugation
 from metatele.optim.state import ADAPTIVE, STRATEGIES, carried_tensors, carry_state, metric_of, reset_state_
-from metatele.optim.wrapper import Wrapper, schedule
+from metatele.optim.wrapper import Wrapper, refuse, schedule
 from metatele.perceptron.losses import FixedGradient
 from metatele.symmetry import action
 from metatele.teleport import (
@@ -129,13 +129,7 @@ class TeleportOptimizer(Wrapper):
         batches: Callable[[], Iterable[tuple[Tensor, Tensor]]] | None = None,
         loss_fn: LossFunction | None = None,
     ) -> None:
-        if not isinstance(base, torch.optim.Optimizer):
-            raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
-        if isinstance(base, TeleportOptimizer):
-            raise ConfigError("base teleports already: give one TeleportOptimizer all the steps in at or every")
-        if not (teleport is None or isinstance(teleport, TeleportMove)):
-            raise TypeError(f"teleport must be a teleport move, got {type(teleport).__name__}")
-        ranks.refuse_sharded(unwrapped(model).parameters(), "TeleportOptimizer")
+        refuse(base, model, teleport)
         linears, mlp = read_sequential(model, framed=True)
         if not mlp.hidden_widths:
             raise UnsupportedModelError("a teleport needs a hidden layer, and the model has a single Linear")

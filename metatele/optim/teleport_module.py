@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from metatele.errors import ConfigError
-from metatele.network import ranks
 from metatele.network.unwrap import unwrapped
 from metatele.optim.any_module import ModuleTeleports, ascent_of
 from metatele.optim.state import STRATEGIES, reset_state_
 from metatele.optim.teleport import COUNTERS, TeleportOptimizer
-from metatele.optim.wrapper import schedule
+from metatele.optim.wrapper import refuse, schedule
 from metatele.teleport import TeleportMove, TeleportReport
 
 
@@ -35,13 +34,7 @@ class ModuleTeleportOptimizer(TeleportOptimizer):
         batches: Callable[[], Iterable[tuple[Any, Any]]] | None = None,
         loss_fn: Callable[..., torch.Tensor] | None = None,
     ) -> None:
-        if not isinstance(base, torch.optim.Optimizer):
-            raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
-        if isinstance(base, TeleportOptimizer):
-            raise ConfigError("base teleports already: give one TeleportOptimizer all the steps in at or every")
-        if not (teleport is None or isinstance(teleport, TeleportMove)):
-            raise TypeError(f"teleport must be a teleport move, got {type(teleport).__name__}")
-        ranks.refuse_sharded(unwrapped(model).parameters(), "TeleportOptimizer")
+        refuse(base, model, teleport)
         self.at, self.every = schedule(at, every)
         if state not in STRATEGIES:
             raise ConfigError(f"state must be one of {', '.join(STRATEGIES)}, got {state!r}")

@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from metatele.errors import ConfigError
+from metatele.network import ranks
+from metatele.network.unwrap import unwrapped
+from metatele.teleport import TeleportMove
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -48,6 +52,23 @@ class Wrapper(torch.optim.Optimizer):
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
         self.base.defaults = value
+
+
+def refuse(base: Any, model: nn.Module, teleport: Any) -> None:
+    """What no wrapper that teleports takes, of whatever module.
+
+    Raises:
+        TypeError: The base is no optimizer, or the move no move.
+        ConfigError: The base teleports already.
+        UnsupportedModelError: The model's parameters are split over processes.
+    """
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
+    if isinstance(base, Wrapper):
+        raise ConfigError("base teleports already: give one TeleportOptimizer all the steps in at or every")
+    if not (teleport is None or isinstance(teleport, TeleportMove)):
+        raise TypeError(f"teleport must be a teleport move, got {type(teleport).__name__}")
+    ranks.refuse_sharded(unwrapped(model).parameters(), "TeleportOptimizer")
 
 
 def schedule(at: Iterable[int] | None, every: int | None) -> tuple[frozenset[int] | None, int | None]:

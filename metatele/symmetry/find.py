@@ -303,7 +303,7 @@ def find_symmetries(model: nn.Module, inputs: Any, **named: Any) -> Symmetries:
             raise ConfigError("the model's outputs on the example are not finite")
         dropped: list[str] = []
         wider: list[tuple[Space, Space]] = []
-        kept = spaces_of(record, {name: p.shape for name, p in tensors.items()})
+        kept = spaces_of(record)
         # Nearby weights and other inputs come first: ones, zeros and units that sleep allow what does not last.
         here = Check(twin, tensors, original, inputs, named, before)
         checks = [check for check in (_elsewhere(twin, tensors, original, inputs, named), here) if check is not None]

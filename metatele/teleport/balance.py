@@ -104,8 +104,9 @@ def randomize_(
     """Move a module to a random point of its orbit; what it computes stays the same.
 
     Every space gets a random element: a matrix of a condition number, scales of up to its square root either way, a
-    rotation, an order, a shift of size 1. All act in double precision on a copy, which is written once, so that each
-    parameter is rounded once. Parameters that ask for no gradient stay, and with them every space that holds one.
+    rotation, an order, a shift about as large as what it is added to. All act in double precision on a copy, which is
+    written once, so that each parameter is rounded once. Parameters that ask for no gradient stay, and with them every
+    space that holds one.
 
     Args:
         model: Any module; it is not trained, its buffers stay.

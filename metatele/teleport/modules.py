@@ -58,11 +58,13 @@ class _Slope:
         if not 0 < step < math.inf:
             return {}
         before = {name: self.own[name].detach().clone() for name in g}
-        for name, t in g.items():
-            self.own[name].add_(t, alpha=step)
-        _, there = self._gradients()
-        for name, t in before.items():
-            self.own[name].copy_(t)
+        try:
+            for name, t in g.items():
+                self.own[name].add_(t, alpha=step)
+            _, there = self._gradients()
+        finally:
+            for name, t in before.items():
+                self.own[name].copy_(t)
         return {name: (there[name] - t) / step for name, t in g.items() if name in there}
 
     @torch.enable_grad()
@@ -96,7 +98,7 @@ def ascend_(
     Args:
         model: Whose parameters are moved.
         spaces: Where; permutations are left out.
-        loss: Makes a pass of the model and gives a scalar, differentiable twice.
+        loss: Makes a pass of the model and gives a scalar. What it raises leaves the model as it was at the last step.
         steps: Tried at most; each costs a Hessian-vector product, as a difference of gradients, and a gradient.
         radius: ``‖T‖``, as a Frobenius norm.
         max_change: Of the weights of all spaces by one step, relative.
@@ -107,8 +109,7 @@ def ascend_(
     begin_s = time.perf_counter()
     moving = [s for s in spaces if s.group != "perm"]
     names = list(dict.fromkeys(name for s in moving for name in s.parameters))
-    own: dict[str, Tensor] = {n: p.data for n, p in model.named_parameters()}
-    tensors = {n: own[n] for n in own}
+    tensors: dict[str, Tensor] = {n: p.data for n, p in model.named_parameters()}
     sign = -1.0 if descend else 1.0
     with steady(model), _kept(model):
         slope = _Slope(model, loss)
@@ -132,7 +133,12 @@ def ascend_(
             for s, t in zip(moving, tangents, strict=True):
                 act_(s, element_of(s, t * (radius / norm)), tensors)
             change = math.sqrt(sum(float((tensors[n] - kept[n]).double().square().sum()) for n in names)) / size
-            now_loss, now = slope.value() if change <= max_change else (math.nan, math.nan)
+            try:
+                now_loss, now = slope.value() if change <= max_change else (math.nan, math.nan)
+            except BaseException:  # whatever the loss raises: the model is not left half moved
+                for n in names:
+                    tensors[n].copy_(kept[n])
+                raise
             drift = abs(now_loss - first_loss) / max(abs(first_loss), 1e-30)
             if math.isfinite(now) and drift <= max_drift and sign * now > sign * best:
                 best, known_loss, done, fresh = now, now_loss, done + 1, True

@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_leaves
 from metatele.network.rules.products import biased, gained, paired
 from metatele.network.rules.sums import normalised, told_apart
 from metatele.network.trace import (
-    FLIPS,
     MIXES,
     SCALES,
     SHIFTS,
@@ -68,7 +67,7 @@ def _group_norm(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) 
     channels = tracer.channels(x, 1)
     for group in channels.view(groups, -1):
         own = tracer.new(1)
-        tracer.forbid(own, SCALES | MIXES | FLIPS)
+        tracer.forbid(own, SCALES | MIXES)
         tracer.link(own.expand(len(group)), group)
     tracer.forbid(units, MIXES | SCALES | SHIFTS)
     tracer.mark(units, 2 * tracer.step)
@@ -86,8 +85,7 @@ def _batch_norm(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) 
     channels = tracer.channels(x, 1)
     shape = (1, -1) + (1,) * (x.dim() - 2)
     units = channels.view(shape).expand(x.shape)
-    tracer.forbid(channels, MIXES | SCALES | FLIPS | SHIFTS)  # exact only up to its eps
+    tracer.forbid(channels, MIXES | SCALES | SHIFTS)  # exact only up to its eps
     tracer.mark(channels, 2 * tracer.step)
-    tracer.record.shifts.append(("batch norm", channels, tracer.step))
     tracer.put(result, units)
     with_gain(tracer, units, gain, bias, result, shape)

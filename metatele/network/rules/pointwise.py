@@ -9,7 +9,6 @@ from torch.utils._pytree import tree_leaves
 from metatele.network.rules.sums import varies
 from metatele.network.trace import (
     ALONE,
-    FLIPS,
     MIXES,
     SCALES,
     SHIFTS,
@@ -42,8 +41,8 @@ def _homogeneous(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any)
     t, name = args[0], func.overloadpacket.__name__
     units = tracer.units(t).expand(t.shape)
     if (name == "threshold" and args[1:3] != (0, 0)) or (name == "clamp_min" and args[1] != 0):
-        return _function(tracer, args, out)
-    tracer.forbid(units, MIXES | SHIFTS | (0 if name == "abs" else FLIPS))
+        return _elementwise(tracer, func, args, kwargs, out)
+    tracer.forbid(units, MIXES | SHIFTS)
     tracer.mark(units, 2 * tracer.step)
     first = tree_leaves(out)[0]
     if "pool" in name:
@@ -60,39 +59,29 @@ def _homogeneous(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any)
 @rule("prelu", "_prelu_kernel")
 def _prelu(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> None:
     units = tracer.units(args[0])
-    tracer.forbid(units, MIXES | FLIPS | SHIFTS)
+    tracer.forbid(units, MIXES | SHIFTS)
     tracer.mark(units, 2 * tracer.step)
     slope, name = args[1], tracer.parameter(args[1])
     if name is not None and slope.numel() > 1:
         own = tracer.units(slope).expand(out.shape)
-        tracer.forbid(own, SCALES | MIXES | FLIPS)
+        tracer.forbid(own, SCALES | MIXES)
         tracer.link(own, units.expand(out.shape))
     elif name is not None:
         tracer.freeze(name, slope)
     tracer.put(out, units)
 
 
-@rule("tanh", "sin", "atan", "asinh", "erf", "sign", "hardtanh")
-def _odd(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> None:
-    odd = func.overloadpacket.__name__ != "hardtanh" or (args[1:] or (-1, 1))[:2] == (-1, 1)
-    _function(tracer, args, out, MIXES | SCALES | (0 if odd else FLIPS))
-
-
 @rule(
+    *("tanh", "sin", "atan", "asinh", "erf", "sign", "hardtanh"),
     *("gelu", "silu", "sigmoid", "elu", "selu", "celu", "mish", "softplus", "hardswish", "hardsigmoid", "exp", "log"),
     *("log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "cos", "erfc", "log_sigmoid_forward", "relu6", "clamp"),
     *("softshrink", "hardshrink", "clamp_max"),
 )
 def _elementwise(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> None:
-    _function(tracer, args, out)
-
-
-def _function(tracer: Tracer, args: Args, out: Any, bits: int = MIXES | SCALES | FLIPS) -> None:
-    """Of one unit at a time; ``bits`` forbids what it does not allow."""
     if any(tracer.known(t) for t in args[1:]):
         raise RefusedError("bounds that depend on units")
     units = tracer.units(args[0])
-    tracer.forbid(units, bits | SHIFTS)
+    tracer.forbid(units, MIXES | SCALES | SHIFTS)
     tracer.mark(units, 2 * tracer.step)
     tracer.put(tree_leaves(out)[0], units)
 
@@ -114,7 +103,7 @@ def _power(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> No
         tracer.squares[out] = units  # as long as all that comes of it is a sum over all units
         tracer.put(out, units)
         return
-    tracer.forbid(units, MIXES | SCALES | FLIPS)
+    tracer.forbid(units, MIXES | SCALES)
     tracer.mark(units, 2 * tracer.step)
     tracer.put(out, units)
 
@@ -125,7 +114,7 @@ def _softmax(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> 
     units = tracer.units(t).expand(t.shape)
     if func.overloadpacket.__name__ == "logsumexp":
         raise RefusedError("a sum of exponentials")
-    tracer.forbid(units, MIXES | SCALES | FLIPS | ALONE)
+    tracer.forbid(units, MIXES | SCALES | ALONE)
     tracer.mark(units, 2 * tracer.step)
     tracer.record.shifts.append(("softmax", distinct(units), tracer.step))
     dim = args[1] % t.dim()
@@ -135,7 +124,7 @@ def _softmax(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> 
     old = tracer.channels(t, dim)
     distinct_units, inverse = old.unique(return_inverse=True)
     new = tracer.new(len(distinct_units))
-    tracer.forbid(new, MIXES | SCALES | FLIPS)
+    tracer.forbid(new, MIXES | SCALES)
     tracer.link(distinct_units, new)
     tracer.mark(new, 2 * tracer.step + 1)
     if len(distinct_units) == len(old):

@@ -10,7 +10,6 @@ from torch import Tensor
 from metatele.network.rules.sums import spread, summed, told_apart, varies
 from metatele.network.trace import (
     FIXED,
-    FLIPS,
     MIXES,
     NONE,
     SCALES,
@@ -25,7 +24,6 @@ from metatele.network.trace import (
     Tracer,
     Use,
     along,
-    distinct,
     pairs,
     places,
     rule,
@@ -64,7 +62,7 @@ def _mul(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> None
             return
     for x, y, factor in ((left, right, a), (right, left, b)):  # one gate for many units of a position
         if is_one_for_many(torch.broadcast_to(factor, out.shape), x, y):
-            tracer.forbid(x, SCALES | MIXES | FLIPS)
+            tracer.forbid(x, SCALES | MIXES)
             tracer.link(x, y)
             tracer.record.averages.append((pairs(x, y), tracer.step))
             tracer.put(out, y)
@@ -151,7 +149,7 @@ def biased(tracer: Tracer, bias: Any, units: Tensor) -> None:
         if tracer.known(bias):
             tracer.tie(tracer.channels(bias, -1).expand(units.shape), units)
         elif bool((bias != 0).any()):
-            tracer.forbid(units, MIXES | SCALES | SWAPS | FLIPS)
+            tracer.forbid(units, MIXES | SCALES | SWAPS)
         return
     if bias.dim() != 1:
         tracer.tie(tracer.channels(bias, -1).expand(units.shape), units)
@@ -231,7 +229,6 @@ def _contracted(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor) -> None:
     inner_a, inner_b = varies(one, 2), varies(other, 1)
     if not inner_a and not inner_b:  # over positions: of weights that are one unit, or of which one side is
         lead_a, lead_b = one[..., :1], other[:, :1]  # [b, n, 1], [b, 1, m]
-        tracer.record.shifts.append(("averaged", distinct(lead_a), tracer.step))
         if bool((lead_a == FIXED).all()) or bool((lead_b == FIXED).all()):
             tracer.forbid(lead_a, SHIFTS)
             tracer.forbid(lead_b, SHIFTS)
@@ -240,7 +237,7 @@ def _contracted(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor) -> None:
         elif bool((lead_b == FIXED).all()):
             units = lead_a.expand(shape)
         elif not varies(lead_a, 1):  # attention weights times values: the values' units
-            tracer.forbid(lead_a, SCALES | MIXES | FLIPS)
+            tracer.forbid(lead_a, SCALES | MIXES)
             tracer.link(lead_a.expand(shape), lead_b.expand(shape))
             tracer.mark(lead_a, 2 * tracer.step)
             tracer.mark(lead_b, 2 * tracer.step + 1)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from metatele.network.trace import (
     ALONE,
-    FLIPS,
     MIXES,
     SCALES,
     SHIFTS,
@@ -31,7 +30,7 @@ def summed(tracer: Tracer, sides: list[Any], out: Tensor) -> None:
         values = values[values.isfinite()]  # a mask of -inf is kept by every scale, and by softmax
         if values.numel() and bool((values != 0).any()):
             for t in known:
-                tracer.forbid(tracer.units(t), MIXES | SCALES | FLIPS)
+                tracer.forbid(tracer.units(t), MIXES | SCALES)
                 tracer.mark(tracer.units(t), 2 * tracer.step)  # perhaps to some units alone
                 told_apart(tracer, t, c)
     units = [tracer.units(t) for t in known]

@@ -9,7 +9,6 @@ from torch.utils._pytree import tree_leaves
 
 from metatele.network.rules.sums import summed
 from metatele.network.trace import (
-    FLIPS,
     MIXES,
     SCALES,
     SHIFTS,
@@ -63,7 +62,7 @@ def _pad(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> None
     value = args[2] if len(args) > 2 and func.__name__.startswith("constant") else 0
     units = tracer.units(args[0])
     if value:
-        tracer.forbid(units, MIXES | SCALES | FLIPS)
+        tracer.forbid(units, MIXES | SCALES)
     tracer.forbid(units, SHIFTS)
     pad, grown = args[1], units.expand(args[0].shape)
     for n, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
