@@ -43,6 +43,41 @@ class Place(NamedTuple):
         """Numbers of the elements in the flattened parameter ``[k, m]``."""
         return (self.base[:, :, None] + self.offsets).flatten(1)
 
+    def view(self, tensor: Tensor) -> Tensor | None:
+        """The elements as a view ``[k, …]`` of m in the order of :meth:`indices`, where they lie on a grid.
+
+        No number of an element is written down then: those of a matrix take twice its own memory.
+        """
+        grid = _grid(self.base[:, 0]), _grid(self.base[0]), _grid(self.offsets)
+        if not tensor.is_contiguous() or any(levels is None for levels in grid):
+            return None
+        if self.base.shape[1] > 1 and bool((self.base - self.base[:, :1] != self.base[0] - self.base[0, 0]).any()):
+            return None
+        first = tensor.storage_offset() + int(self.base[0, 0]) + int(self.offsets[0])
+        units, rest = grid[0] or [(1, 1)], [*(grid[1] or []), *(grid[2] or [])]
+        if len(units) > 1:
+            return None
+        sizes, strides = zip(*units, *rest, strict=True)
+        return tensor.as_strided(sizes, strides, first)
+
+
+def _grid(numbers: Tensor) -> list[tuple[int, int]] | None:
+    """Sizes and strides of numbers that lie on a grid, the last fastest; ``None`` where they do not."""
+    levels: list[tuple[int, int]] = []
+    while len(numbers) > 1:
+        steps = numbers.diff()
+        stride = int(steps[0])
+        other = (steps != stride).nonzero()
+        size = len(numbers) if not len(other) else int(other[0]) + 1
+        if stride <= 0 or len(numbers) % size:
+            return None
+        rows = numbers.view(-1, size)
+        if bool((rows - rows[:, :1] != rows[0] - rows[0, 0]).any()):
+            return None
+        levels.insert(0, (size, stride))
+        numbers = rows[:, 0]
+    return levels
+
 
 class Carry(NamedTuple):
     """Where a shift c of k units goes: what reads them as ``W h + b`` has ``b`` lowered by ``W c``.

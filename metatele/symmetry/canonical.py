@@ -23,7 +23,7 @@ from torch import Tensor
 
 from metatele.errors import SingularInputError
 from metatele.network.spaces import Place, Space
-from metatele.symmetry.exact import Element, act_
+from metatele.symmetry.exact import Element, act_, taken
 
 _CHUNK = 1 << 22  # elements that are read at a time
 _WORST = 1e12  # condition of a Gram matrix, up to which its inverse is known in double precision
@@ -143,8 +143,7 @@ def canonical_(
 
 
 def _flat(place: Place, tensors: Mapping[str, Tensor]) -> Tensor:
-    old = tensors[place.name]
-    return old.reshape(-1)[place.indices().to(old.device)]
+    return taken(place, tensors[place.name]).clone()
 
 
 def _pieces(space: Space, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Place, Tensor]]:

@@ -5,7 +5,7 @@ Where units are written, ``W ← M W``; where they are read, ``W ← W M⁻¹``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from metatele.errors import ConfigError
 from metatele.network.spaces import Place, Space
 
-_CHUNK = 1 << 22  # elements that are moved at a time
+_CHUNK = 1 << 20  # elements that are moved at a time
 
 
 class Element(NamedTuple):
@@ -41,8 +41,9 @@ def act(space: Space, element: Element, tensors: Mapping[str, Tensor]) -> dict[s
         Those that changed.
     """
     moved = dict(tensors)
-    for name, at, new in _changes(space, element, moved):
+    for name, where, new in _changes(space, element, moved, gathered):
         old = moved[name]
+        at = where.indices().to(old.device) if isinstance(where, Place) else where
         moved[name] = old.reshape(-1).index_put((at,), new.to(old.dtype)).view(old.shape)
     return {name: moved[name] for name in space.parameters}
 
@@ -50,8 +51,13 @@ def act(space: Space, element: Element, tensors: Mapping[str, Tensor]) -> dict[s
 @torch.no_grad()
 def act_(space: Space, element: Element, tensors: Mapping[str, Tensor]) -> None:
     """The same in place, rounded once to each tensor's dtype."""
-    for name, at, new in _changes(space, element, tensors):
+    for name, where, new in _changes(space, element, tensors, taken):
         old = tensors[name]
+        view = where.view(old) if isinstance(where, Place) else None
+        if view is not None:
+            view.copy_(new.view(view.shape))
+            continue
+        at = where.indices().to(old.device) if isinstance(where, Place) else where
         if old.is_contiguous():
             old.view(-1)[at] = new.to(old.dtype)
         else:
@@ -60,20 +66,34 @@ def act_(space: Space, element: Element, tensors: Mapping[str, Tensor]) -> None:
             old.copy_(flat.view(old.shape))
 
 
-def _changes(space: Space, element: Element, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Names, numbers of elements in the flattened parameter, and what they become; one after another."""
+def gathered(place: Place, tensor: Tensor) -> Tensor:
+    """The elements of a place ``[k, m]``, copied; differentiable, also by transforms of functions."""
+    return tensor.reshape(-1)[place.indices().to(tensor.device)]
+
+
+def taken(place: Place, tensor: Tensor) -> Tensor:
+    """The elements of a place ``[k, m]``, to be read: where they lie on a grid it is a view of the tensor."""
+    view = place.view(tensor)
+    if view is None:
+        return gathered(place, tensor)
+    return view.flatten(1) if view.ndim > 1 else view[:, None]
+
+
+def _changes(
+    space: Space, element: Element, tensors: Mapping[str, Tensor], take: Callable[[Place, Tensor], Tensor]
+) -> Iterator[tuple[str, Place | Tensor, Tensor]]:
+    """Names, elements of the parameter (or their numbers), and what they become; one after another."""
     for carry in space.carries:
-        weight, bias = tensors[carry.weight.name], tensors[carry.name]
-        columns = weight.reshape(-1)[carry.weight.indices().to(weight.device)]
-        change = element.value.to(weight.device) @ columns.to(element.value.dtype)
+        bias = tensors[carry.name]
+        columns = take(carry.weight, tensors[carry.weight.name])
+        change = element.value.to(columns.device) @ columns.to(element.value.dtype)
         at = carry.at.to(bias.device)
         yield carry.name, at, bias.reshape(-1)[at].to(change.dtype) - change
     for whole in space.places:
         each = max(1, _CHUNK // whole.base.numel())
         for offsets in whole.offsets.split(each):  # a vocabulary's indices alone would be as large as its weights
             place, old = whole._replace(offsets=offsets), tensors[whole.name]
-            at = place.indices().to(old.device)
-            x, gain = old.reshape(-1)[at], None
+            x, gain = take(place, old), None
             if place.gain is not None:
                 name, rows = place.gain
                 gain = tensors[name].reshape(-1)[rows.to(old.device)].to(element.value.dtype)[:, None]
@@ -81,7 +101,7 @@ def _changes(space: Space, element: Element, tensors: Mapping[str, Tensor]) -> I
             x = _on(space, element, place, x)
             if gain is not None:
                 x = x / gain if place.reads else x * gain
-            yield place.name, at, x
+            yield place.name, place, x
 
 
 def _on(space: Space, element: Element, place: Place, x: Tensor) -> Tensor:
@@ -196,8 +216,7 @@ def pullback(space: Space, tensors: Mapping[str, Tensor], cotangents: Mapping[st
     for place in space.places:
         if place.name not in cotangents:
             continue
-        at = place.indices().to(tensors[place.name].device)
-        X, V = (t[place.name].reshape(-1)[at].double() for t in (tensors, cotangents))
+        X, V = (taken(place, t[place.name]).double() for t in (tensors, cotangents))
         if place.gain is not None:
             name, rows = place.gain
             gain = tensors[name].reshape(-1)[rows.to(X.device)].double()[:, None]
@@ -206,7 +225,7 @@ def pullback(space: Space, tensors: Mapping[str, Tensor], cotangents: Mapping[st
         total = part if total is None else total + part
     for carry in space.carries:
         if carry.name in cotangents:
-            W = tensors[carry.weight.name].reshape(-1)[carry.weight.indices().to(tensors[carry.weight.name].device)]
+            W = taken(carry.weight, tensors[carry.weight.name])
             part = -(W.double() @ cotangents[carry.name].reshape(-1)[carry.at.to(W.device)].double())
             total = part if total is None else total + part
     if total is None:

@@ -217,26 +217,34 @@ def _refuse(model: nn.Module) -> None:
             raise ConfigError(f"parameter {name} holds numbers that are not finite")
 
 
-class _Nearby(Mapping[str, Tensor]):
-    """Parameters near by in float64, none of them 0 or 1, where symmetries may hold that go with training.
+_PERIOD = 1048573  # a prime: no two rows of a matrix have the same numbers, whatever its width
 
-    Each is made when it is asked for: a second copy of all would take as much memory as the model in float64.
+
+class _Point:
+    """Where spaces are verified: parameters in float64 as they are, or near by.
+
+    Near by none is 0 or 1, where symmetries may hold that go with training. The noise is one list of numbers again and
+    again, from a place of each name's own: a second copy of all parameters would take as much memory as the first.
+
+    Args:
+        original: Parameters by name.
+        nearby: Whether near by.
     """
 
-    def __init__(self, original: Mapping[str, Tensor]) -> None:
+    def __init__(self, original: Mapping[str, Tensor], nearby: bool) -> None:
         self.original = original
+        g = torch.Generator().manual_seed(2)
+        self.noise = torch.randn(_PERIOD, generator=g, dtype=torch.float64).repeat(2) if nearby else None
 
-    def __getitem__(self, name: str) -> Tensor:
-        t = self.original[name].detach().double()
-        g = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        noise = torch.randn(t.shape, generator=g, dtype=t.dtype).to(t.device)
-        return noise.mul_(0.1 * (float(t.square().mean().sqrt()) + 0.1)).add_(t)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.original)
-
-    def __len__(self) -> int:
-        return len(self.original)
+    def put_(self, name: str, parameter: Tensor) -> None:
+        """Write one into a contiguous tensor."""
+        parameter.copy_(self.original[name])
+        if self.noise is None:
+            return
+        size = 0.1 * (float(torch.linalg.vector_norm(parameter)) / max(1, parameter.numel()) ** 0.5 + 0.1)
+        noise = self.noise[zlib.crc32(name.encode()) % _PERIOD :].to(parameter.device)
+        for part in parameter.view(-1).split(_PERIOD):
+            part.add_(noise[: len(part)], alpha=size)
 
 
 def _others(tree: Any, g: torch.Generator) -> Any:
@@ -305,11 +313,11 @@ def find_symmetries(model: nn.Module, inputs: Any, **named: Any) -> Symmetries:
         wider: list[tuple[Space, Space]] = []
         kept = spaces_of(record)
         # Nearby weights and other inputs come first: ones, zeros and units that sleep allow what does not last.
-        here = Check(twin, tensors, original, inputs, named, before)
+        here = Check(twin, tensors, _Point(original, nearby=False), inputs, named, before)
         checks = [check for check in (_elsewhere(twin, tensors, original, inputs, named), here) if check is not None]
         for check in checks:
             for name, p in tensors.items():
-                p.copy_(check.point[name])
+                check.point.put_(name, p)
             kept, failed = _verified(kept, check.holds)
             dropped += failed
             if check is checks[0]:  # at the first point all that may be wider is tried, at the next what was
@@ -335,7 +343,7 @@ class Check(NamedTuple):
 
     model: nn.Module
     tensors: Mapping[str, Tensor]
-    point: Mapping[str, Tensor]
+    point: _Point
     inputs: tuple[Any, ...]
     named: Mapping[str, Any]
     before: Tensor
@@ -352,7 +360,7 @@ class Check(NamedTuple):
             act_(space, _tried(space, g, swap), self.tensors)
         change = _change(_outputs(self.model, self.tensors, self.inputs, self.named), self.before)
         for name in {name for space in chosen for name in space.parameters}:
-            self.tensors[name].copy_(self.point[name])
+            self.point.put_(name, self.tensors[name])
         return change
 
 
@@ -364,11 +372,11 @@ def _elsewhere(
     named: Mapping[str, Any],
 ) -> Check | None:
     """A check of nearby weights on other inputs; ``None`` where the model does not work on them."""
-    g, point = torch.Generator().manual_seed(1), _Nearby(original)
+    g, point = torch.Generator().manual_seed(1), _Point(original, nearby=True)
     for other in (_others((inputs, dict(named)), g), (inputs, named)):
         try:
             for name, p in tensors.items():
-                p.copy_(point[name])
+                point.put_(name, p)
             before = _outputs(twin, tensors, *other)
         except Exception:  # whatever the model says to inputs that were made up
             continue
