@@ -12,9 +12,10 @@ from metatele.errors import ConfigError, ShapeMismatchError, UnsupportedModelErr
 from metatele.geometry import Landscape, Objective
 from metatele.geometry import objective as objective_by_name
 from metatele.network.sequential import flat_modules, read_sequential, unwrapped
-from metatele.optim.any_module import ascent_of, teleport_module_
+from metatele.optim.any_module import plan_of, teleport_module_
 from metatele.perceptron.losses import Differentiable
-from metatele.teleport import Ascent, TeleportMove, TeleportReport
+from metatele.symmetry import action as action_by_name
+from metatele.teleport import Ascent, Balance, TeleportMove, TeleportReport
 from metatele.teleport.ascent import USUAL_CHANGE
 
 
@@ -30,6 +31,17 @@ def is_perceptron(model: nn.Module) -> bool:
     except UnsupportedModelError:
         return False
     return True
+
+
+def refuse_balance(model: nn.Module, move: TeleportMove | None) -> None:
+    """Refuse to balance perceptrons whose units have no scales.
+
+    Raises:
+        NotExactError: An activation is not positively homogeneous.
+    """
+    if isinstance(move, Balance) and is_perceptron(model):
+        for activation in read_sequential(model, framed=True)[1].activations:
+            action_by_name("rescaling").check(activation)
 
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -169,8 +181,9 @@ def teleport_(
     }
     settings = {name: value for name, value in given.items() if value is not None}
     chosen = _chosen(move, objective, settings)
-    if not is_perceptron(model):
-        return teleport_module_(model, inputs, targets, loss_fn, ascent_of(move, objective, settings))
+    if isinstance(move, Balance) or not is_perceptron(model):
+        refuse_balance(model, move)
+        return teleport_module_(model, inputs, targets, loss_fn, plan_of(move, objective, settings))
     device = next(model.parameters()).device.type
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         if isinstance(inputs, Tensor) and inputs.is_inference():

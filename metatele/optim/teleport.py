@@ -26,6 +26,7 @@ from metatele.perceptron.losses import FixedGradient
 from metatele.symmetry import action
 from metatele.teleport import (
     Ascent,
+    Balance,
     Reason,
     Report,
     TeleportMove,
@@ -108,9 +109,12 @@ class TeleportOptimizer(Wrapper):
         (1, True)
     """
 
-    def __new__(cls, base: Any = None, model: Any = None, *_: Any, **__: Any) -> TeleportOptimizer:
-        """One for any module where the model is no perceptron."""
-        if cls is TeleportOptimizer and isinstance(model, nn.Module) and not is_perceptron(model):
+    def __new__(
+        cls, base: Any = None, model: Any = None, teleport: Any = None, *_: Any, **__: Any
+    ) -> TeleportOptimizer:
+        """One for any module where the model is no perceptron, or the move none of theirs."""
+        general = isinstance(model, nn.Module) and (isinstance(teleport, Balance) or not is_perceptron(model))
+        if cls is TeleportOptimizer and general:
             from metatele.optim.teleport_module import ModuleTeleportOptimizer
 
             return super().__new__(ModuleTeleportOptimizer)
