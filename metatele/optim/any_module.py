@@ -199,6 +199,10 @@ class Passes:
             raise ConfigError("a teleport needs a backward pass of the model, and none was seen")
         return torch.stack(terms).sum()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies of the model copy its hooks: theirs hear nothing, and hold no batch."""
+        return {**self.__dict__, "wanted": False, "deaf": True, "seen": [], "group": None}
+
     def close(self) -> None:
         """Listen no more."""
         self._handle.remove()

@@ -158,15 +158,22 @@ class ModuleTeleports:
         told = torch.tensor([math.nan if n is None else n for n in (*numbers, *counts)], dtype=torch.float64)
         told = told.to(next(iter(own.values())).device)
         ranks.broadcast_([told, *(own[name] for name in sorted(names)), *memories()], group)
-        before, after, *rest = told.tolist()
-        said = TeleportReport(
-            report.objective,
-            before if math.isfinite(before) else None,
-            after if math.isfinite(after) else None,
-            *rest[:3],
-            *(bool(rest[3]), bool(rest[4]), int(rest[5]), report.seconds, Reason(int(rest[8])).sentence),
+        values = told.tolist()
+        before, after = (value if math.isfinite(value) else None for value in values[:2])
+        reason = Reason(int(values[10])).sentence
+        said = dataclasses.replace(
+            report,
+            loss_before=before,
+            loss_after=after,
+            objective_before=values[2],
+            objective_after=values[3],
+            drift=values[4],
+            moved=bool(values[5]),
+            rolled_back=bool(values[6]),
+            steps=int(values[7]),
+            reason=reason,
         )
-        return Outcome(said, int(rest[6]), int(rest[7]), outcome.path)
+        return Outcome(said, int(values[8]), int(values[9]), outcome.path)
 
 
 def digest(spaces: Sequence[Space]) -> int:

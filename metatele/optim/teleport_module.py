@@ -97,14 +97,14 @@ class ModuleTeleportOptimizer(TeleportOptimizer):
             if due and moving:
                 device = moving[0].device.type
                 with torch.autocast(device, enabled=False):
-                    self._teleport(moving)
+                    self._move(moving)
         finally:
             group["teleport_steps"] += bool(moving)
             passes.clear()
             self._watch()
         return loss
 
-    def _teleport(self, moving: list[nn.Parameter]) -> None:
+    def _move(self, moving: list[nn.Parameter]) -> None:
         lost = self.strategy == "transport" and isinstance(self.base, torch.optim.LBFGS)  # pairs of the old point
         rule = "reset" if lost else self.strategy
         outcome = self._moves.teleport(moving)

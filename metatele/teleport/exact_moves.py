@@ -180,8 +180,8 @@ def _plan(
         return scales_of(spaces), lambda some, tensors, _: _rescaled(some, tensors, radius)
     assert isinstance(move, Random)
     g, device = move.generator, next(model.parameters()).device
-    seed = torch.randint(1 << 48, (), generator=g, device="cpu" if g is None else g.device)
-    seed = int(ranks.told(int(seed), group, device)[0])
+    drawn = torch.randint(1 << 48, (), generator=g, device="cpu" if g is None else g.device)
+    seed = int(ranks.told(int(drawn), group, device)[0])
     own, radius = torch.Generator().manual_seed(seed), move.radius
     return [s for s in spaces if s.dimension], lambda some, tensors, _: _wandered(some, tensors, radius, own)
 
