@@ -147,7 +147,8 @@ def teleport_(
         parametrisation: From T to g: ``exp`` (if not given), ``cayley``, ``first-order`` or ``direct``.
         max_drift: Largest accepted relative change of the loss on this batch; 0.01 if not given.
         move: A teleport move to make in place of the ascent, such as :class:`~metatele.Rescaling`; it has its own
-            settings, so none of the ascent's may be given beside it.
+            settings, so none of the ascent's may be given beside it. A module that is no perceptron takes
+            :class:`~metatele.Balance`, :class:`~metatele.Rescaling` and :class:`~metatele.Random`.
         whole_data: The batch is all the data there is: action ``auto`` may then be the exact one.
 
     Returns:

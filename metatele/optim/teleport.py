@@ -83,7 +83,8 @@ class TeleportOptimizer(Wrapper):
         every: Teleport after every so many steps, in place of ``at``.
         state: What happens to the wrapped optimizer's state at a teleport. ``keep``: nothing. ``reset``: it is
             as in a new optimizer. ``transport``: it is carried to the new point, see
-            :func:`metatele.optim.state.carry_state`; L-BFGS, whose pairs belong to the old point, is reset.
+            :func:`metatele.optim.state.carry_state`, of other modules :func:`metatele.carry_along_`; L-BFGS, whose
+            pairs belong to the old point, is reset.
         metric: ``euclidean``, or ``adaptive``: an ascent of the gradient norm then uses ``‖∇L‖²_A`` with A from
             the wrapped optimizer's state (AdaGrad, RMSprop, Adam and their kin).
         batches: Called at each teleport; gives ``(inputs, targets)`` pairs.
