@@ -326,3 +326,21 @@ def test_in_half_precision_an_ascent_is_rounded_once(make):
     for space, element in path:
         act_(space, element, wide)
     assert all(torch.equal(p.detach(), wide[n].bfloat16()) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("make", [images, tokens])
+@pytest.mark.parametrize("name", MOVES)
+def test_in_half_precision_every_move_works_around_an_optimizer(make, name):
+    move = metatele.GradientNormAscent() if name == "ascent" else MOVES[name]  # a few of its steps are too short there
+    for seed in range(3):
+        model, x, y, loss = half(lambda seed=seed: make(seed))
+        base = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        optimizer = metatele.TeleportOptimizer(base, model, move, every=1, state="transport")
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+            assert not optimizer.report.rolled_back or name == "ascent", optimizer.report
+            assert optimizer.report.drift < 0.0313
+        assert optimizer.param_groups[0]["teleports"] >= 1
+        assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in model.parameters())

@@ -194,7 +194,9 @@ class Passes:
         terms = []
         for args, kwargs, errors in self.seen:
             outputs = [t for t in tensors_in(self.model(*args, **kwargs)) if t.requires_grad]
-            terms += [(t * e).sum() for t, e in zip(outputs, errors, strict=True) if e is not None]
+            pairs = [(t, e) for t, e in zip(outputs, errors, strict=True) if e is not None]
+            # Sums of half precision would be known to a hundredth, which is how far a loss may drift.
+            terms += [(t * e).sum() if t.element_size() > 3 else (t.float() * e.float()).sum() for t, e in pairs]
         if not terms:
             raise ConfigError("a teleport needs a backward pass of the model, and none was seen")
         return torch.stack(terms).sum()

@@ -27,6 +27,7 @@ from metatele.teleport.move import TeleportMove
 from metatele.teleport.report import Reason, TeleportReport
 
 Act = Callable[[Sequence[Space], dict[str, Tensor], float], Course]
+_ROUNDING = 4.0  # units of the last place of half precision, by which a largest output may change
 _MEAN_THE_SAME = ("radius", "goal", "max_drift", "generator", "groups")  # settings, on perceptrons and on any module
 
 
@@ -127,12 +128,15 @@ def exact_(
         path: Gets the spaces and elements that acted, for :func:`metatele.carry_along_`.
 
     Returns:
-        What happened; past ``max_drift`` it is taken back.
+        What happened; past ``max_drift`` it is taken back. Of outputs in half precision, a change by four units of the
+        last place is rounding, whatever ``max_drift`` is.
     """
     begin_s = time.perf_counter()
     chosen, act = _plan(model, spaces, move, group)
     device = next(model.parameters()).device
     slope = _Slope(model, loss, group)
+    narrow = [torch.finfo(p.dtype).eps for p in model.parameters() if p.element_size() < 4]
+    rounding = _ROUNDING * max(narrow, default=0.0)
 
     def report(reason: Reason, after: tuple[float, float], drift: float = 0.0, taken_back: bool = False) -> Any:
         moved = reason is Reason.MOVED
@@ -158,7 +162,7 @@ def exact_(
         after = slope.value()
         if known and drift < math.inf:
             drift = abs(after[0] - before[0]) / max(abs(before[0]), 1e-30)
-        if not drift <= move.max_drift:
+        if not drift <= max(move.max_drift, 0.0 if known else rounding):
             for name, p in model.named_parameters():
                 if name in old:
                     p.copy_(old[name])
