@@ -171,6 +171,7 @@ class Passes:
         self.wanted = self.deaf = False
         self.group: ranks.Group | None = None
         self.seen: list[tuple[tuple[Any, ...], dict[str, Any], list[Tensor | None]]] = []
+        self._size: Tensor | None = None
         self._handle = model.register_forward_hook(self._note, with_kwargs=True)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
@@ -187,23 +188,31 @@ class Passes:
 
     def clear(self) -> None:
         """Forget."""
-        self.seen = []
+        self.seen, self._size = [], None
 
     def surrogate(self) -> Tensor:
-        """``Σ ⟨outputs, ∂L/∂outputs⟩`` of all passes, at the weights as they are now."""
-        terms = []
+        """``Σ ⟨outputs, ∂L/∂outputs⟩`` of all passes, at the weights as they are now, and a constant.
+
+        The constant makes it ``Σ |outputs · ∂L/∂outputs|`` at first: a sum that cancels cannot tell how far it drifted.
+        """
+        terms, sizes = [], []
         for args, kwargs, errors in self.seen:
             outputs = [t for t in tensors_in(self.model(*args, **kwargs)) if t.requires_grad]
             pairs = [(t, e) for t, e in zip(outputs, errors, strict=True) if e is not None]
             # Sums of half precision would be known to a hundredth, which is how far a loss may drift.
-            terms += [(t * e).sum() if t.element_size() > 3 else (t.float() * e.float()).sum() for t, e in pairs]
+            products = [t * e if t.element_size() > 3 else t.float() * e.float() for t, e in pairs]
+            terms += [t.sum() for t in products]
+            sizes += [t.detach().abs().sum() for t in products]
         if not terms:
             raise ConfigError("a teleport needs a backward pass of the model, and none was seen")
-        return torch.stack(terms).sum()
+        total = torch.stack(terms).sum()
+        if self._size is None:
+            self._size = torch.stack(sizes).sum() - total.detach()
+        return total + self._size
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies of the model copy its hooks: theirs hear nothing, and hold no batch."""
-        return {**self.__dict__, "wanted": False, "deaf": True, "seen": [], "group": None}
+        return {**self.__dict__, "wanted": False, "deaf": True, "seen": [], "group": None, "_size": None}
 
     def close(self) -> None:
         """Listen no more."""
