@@ -12,7 +12,8 @@ from torch import nn
 import metatele
 from metatele.errors import ConfigError, NotExactError
 from metatele.optim import module_moves
-from metatele.symmetry.exact import act_
+from metatele.optim.any_module import Passes, teleport_module_
+from metatele.symmetry.exact import act_, random_element
 from metatele.symmetry.find import find_symmetries
 from metatele.teleport.exact_moves import exact_, scales_of
 from metatele.teleport.modules import ascend_
@@ -103,6 +104,45 @@ def test_balance_is_that_of_the_function_and_a_random_move_of_one_radius_in_each
             assert float(element.value.log().norm()) == pytest.approx(0.3)
         if space.group in ("GL", "O"):
             assert 0.2 < float((element.value - torch.eye(space.k)).norm()) < 0.45
+
+
+def test_rescaling_of_any_module_is_that_of_perceptrons():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.LeakyReLU(0.1), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(7, 5).double(), torch.randn(7, 3).double()
+    twin = copy.deepcopy(model)
+    theirs = metatele.teleport_(model, x, y, F.mse_loss, move=metatele.Rescaling())
+    ours = teleport_module_(twin, x, y, F.mse_loss, metatele.Rescaling())
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-8, atol=1e-8)
+    for name in ("loss_before", "loss_after", "objective_before", "objective_after"):
+        assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-8)
+
+
+def test_a_move_by_groups_that_the_module_lacks_says_so():
+    model, x, y, loss = images()
+    before = flat(model)
+    report = metatele.teleport_(model, x, y, loss, move=metatele.Balance(groups=("phase",)))
+    assert not report.moved
+    assert "no units" in report.reason
+    assert torch.equal(before, flat(model))
+
+
+def test_what_stands_for_the_loss_has_its_gradient_and_cannot_cancel():
+    model, x, y, loss = double(images)
+    passes = Passes(model)
+    passes.wanted = True
+    loss(model(x), y).backward()
+    passes.wanted = False
+    value = passes.surrogate()
+    for p, g in zip(model.parameters(), torch.autograd.grad(value, list(model.parameters())), strict=True):
+        torch.testing.assert_close(p.grad, g)
+    ((_, _, (errors,)),) = passes.seen
+    assert float(value.detach()) == pytest.approx(float((errors * model(x)).detach().abs().sum()))
+    twin = copy.deepcopy(model)  # its copy of the hook holds no batch
+    loss(twin(x), y).backward()
+    (hook,) = twin._forward_hooks.values()
+    assert hook.__self__ is not passes
+    assert hook.__self__.seen == []
 
 
 def test_one_generator_is_one_move():
@@ -287,8 +327,6 @@ def half(make):
 def test_in_half_precision_an_action_is_rounded_once(make):
     model, x, _, _ = half(make)
     for n, space in enumerate(find_symmetries(model, x).spaces):
-        from metatele.symmetry.exact import random_element
-
         narrow = {name: p.detach().clone() for name, p in model.named_parameters()}
         wide = {name: t.double() for name, t in narrow.items()}
         element = random_element(space, 10.0, n, wide)

@@ -79,17 +79,18 @@ class ModuleTeleports:
     def _teleport(self, parameters: Sequence[nn.Parameter]) -> Outcome:
         group, path = self.passes.group, list[tuple[Space, Element]]()
         if self.batches is not None and self.loss_fn is not None:
-            reports = []
-            given = list(self.batches())
-            if given:
-                first = given[0][0]
-                self._find(first if isinstance(first, tuple) else (first,), {}, parameters, group)
+            reports, given = [], list(self.batches())
+            if not all(
+                ranks.told(len(given), group, parameters[0].device)
+            ):  # a rank without may not leave others alone
+                return Outcome(nothing(Reason.EMPTY), 0, 0, ())
+            first = given[0][0]
+            self._find(first if isinstance(first, tuple) else (first,), {}, parameters, group)
             for inputs, targets in given:
                 reports.append(
                     teleport_module_(self.model, inputs, targets, self.loss_fn, self.plan, self.spaces, path)
                 )
-            last = reports[-1] if reports else nothing(Reason.EMPTY)
-            return Outcome(last, sum(r.moved for r in reports), sum(r.rolled_back for r in reports), tuple(path))
+            return Outcome(reports[-1], sum(r.moved for r in reports), sum(r.rolled_back for r in reports), tuple(path))
         if not self.passes.seen:
             return Outcome(nothing(Reason.EMPTY), 0, 0, ())
         inputs, named, _ = self.passes.seen[0]

@@ -148,6 +148,8 @@ def exact_(
         before = slope.value()
         if not (math.isfinite(before[0]) and math.isfinite(before[1])):
             return report(Reason.INPUTS, before)
+        if not chosen:
+            return report(Reason.NO_SPACE, before)
         old = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         drift, done = math.inf, MoveReport((), 0.0)
         try:
