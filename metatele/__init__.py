@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from metatele.optim.teleport import TeleportOptimizer, teleport_
     from metatele.symmetry.find import Symmetries, find_symmetries
     from metatele.teleport import (
+        Balance,
         GradientNormAscent,
         Random,
         Rescaling,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 install()
 
 _HOME = {
+    "Balance": "metatele.teleport",
     "Checkpoint": "metatele.checkpoint",
     "GradientNormAscent": "metatele.teleport",
     "LearnedOptimizer": "metatele.optim.learned",
@@ -66,6 +68,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Balance",
     "Checkpoint",
     "GradientNormAscent",
     "LearnedOptimizer",

@@ -193,7 +193,7 @@ def test_bad_input_is_one_clear_error_and_moves_nothing():
     for settings, words in (
         ({"objective": "sharpness"}, "grad-norm, got sharpness"),
         ({"action": "rescaling"}, "action is a setting of teleports of perceptrons"),
-        ({"move": metatele.Rescaling()}, "an ascent, got Rescaling"),
+        ({"move": metatele.Whitening()}, "Balance, Rescaling or Random, got Whitening"),
     ):
         with pytest.raises(ConfigError, match=words):
             metatele.teleport_(model, x, y, loss, **settings)
@@ -205,9 +205,9 @@ def test_bad_input_is_one_clear_error_and_moves_nothing():
         metatele.teleport_(model, x[:0], y[:0], loss)
     base = torch.optim.Adam(model.parameters())
     for settings, words in (
-        ({"state": "transport"}, "keep or reset"),
-        ({"metric": "adaptive"}, "metric euclidean"),
-        ({"teleport": metatele.Random()}, "an ascent, got Random"),
+        ({"state": "forget"}, "keep, reset, transport"),
+        ({"metric": "adaptive"}, "metric is euclidean"),
+        ({"teleport": metatele.Whitening()}, "Balance, Rescaling or Random, got Whitening"),
     ):
         with pytest.raises(ConfigError, match=words):
             metatele.TeleportOptimizer(base, model, at=[0], **settings)

@@ -47,6 +47,24 @@ def sum_(tensors: Iterable[Tensor], group: Group | None) -> None:
     _joint(tensors, group, lambda t: dist.all_reduce(t, group=group))
 
 
+def mean_(tensors: Sequence[Tensor], group: Group | None) -> None:
+    """Replace tensors by their means over the ranks, as gradients are under ``DistributedDataParallel``."""
+    if group is not None:
+        sum_(tensors, group)
+        for t in tensors:
+            t.detach().div_(size(group))
+
+
+def told(number: float, group: Group | None, device: torch.device) -> list[float]:
+    """A number of every rank, in their order; on a device on which the group sends."""
+    if group is None:
+        return [number]
+    numbers = torch.zeros(size(group), dtype=torch.float64, device=device)
+    numbers[dist.get_rank(group)] = number
+    dist.all_reduce(numbers, group=group)
+    return [float(n) for n in numbers.tolist()]
+
+
 def broadcast_(tensors: Iterable[Tensor], group: Group | None) -> None:
     """Replace tensors by those of the first rank, with one message for each dtype."""
     if group is not None:

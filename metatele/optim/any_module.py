@@ -14,12 +14,15 @@ from torch.utils._pytree import tree_map
 from metatele.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
 from metatele.geometry import GradientNorm, Objective
 from metatele.geometry import objective as objective_by_name
+from metatele.network import ranks
 from metatele.network.graph import tensors_in
 from metatele.network.spaces import Space
 from metatele.network.unwrap import unwrapped
+from metatele.symmetry.exact import Element
 from metatele.symmetry.find import find_symmetries
-from metatele.teleport import Ascent, Reason, TeleportMove, TeleportReport
+from metatele.teleport import Ascent, Balance, Random, Reason, Rescaling, TeleportMove, TeleportReport
 from metatele.teleport.ascent import USUAL_CHANGE
+from metatele.teleport.exact_moves import exact_, refuse_settings
 from metatele.teleport.modules import ascend_
 
 _EXAMPLES = 4  # samples of the pass that symmetries are found from: they don't depend on how many there are
@@ -34,7 +37,10 @@ def ascent_of(move: TeleportMove | None, wanted: str | Objective, settings: Mapp
     """
     if move is not None:
         if not isinstance(move, Ascent):
-            raise ConfigError(f"on a module that is no perceptron a teleport is an ascent, got {type(move).__name__}")
+            raise ConfigError(
+                "on a module that is no perceptron a teleport is an ascent, Balance, Rescaling or Random, got "
+                f"{type(move).__name__}"
+            )
         wanted, change = move.objective, move.max_change
         usual = {f.name: f.default for f in dataclasses.fields(move) if f.default is not dataclasses.MISSING}
         settings = {name: getattr(move, name) for name in (*_OWN, "rate", "action", "parametrisation", "lr")}
@@ -48,6 +54,22 @@ def ascent_of(move: TeleportMove | None, wanted: str | Objective, settings: Mapp
         if name not in _OWN:
             raise ConfigError(f"{name} is a setting of teleports of perceptrons: this module moves by exact symmetries")
     return {"max_change": min(change, 1.0), **settings}
+
+
+Plan = Mapping[str, Any] | Balance | Rescaling | Random
+_EXACT = (Balance, Rescaling, Random)
+
+
+def plan_of(move: TeleportMove | None, wanted: str | Objective, settings: Mapping[str, Any]) -> Plan:
+    """What to do with any module: settings of :func:`ascent_of`, or a move that needs no data.
+
+    Raises:
+        ConfigError: A move or a setting that has no meaning on any module.
+    """
+    if not isinstance(move, _EXACT):
+        return ascent_of(move, wanted, settings)
+    refuse_settings(move)
+    return move
 
 
 def movable(
@@ -67,12 +89,29 @@ def movable(
 
 
 def first_samples(tree: Any) -> Any:
-    """The first few samples of all tensors of a batch."""
-    return tree_map(lambda t: t[:_EXAMPLES] if isinstance(t, Tensor) and t.dim() > 1 else t, tree)
+    """The first few samples of all tensors of a batch; of an empty one samples that are made up."""
+
+    def few(t: Any) -> Any:
+        if not isinstance(t, Tensor) or t.dim() < 2:
+            return t
+        if len(t):
+            return t[:_EXAMPLES]
+        made_up = torch.zeros(_EXAMPLES, *t.shape[1:], dtype=t.dtype)
+        if t.is_floating_point():
+            made_up.normal_(generator=torch.Generator().manual_seed(0))
+        return made_up.to(t.device)
+
+    return tree_map(few, tree)
 
 
 def teleport_module_(
-    model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[..., Tensor], settings: Mapping[str, Any]
+    model: nn.Module,
+    inputs: Any,
+    targets: Any,
+    loss_fn: Callable[..., Tensor],
+    plan: Plan,
+    spaces: Sequence[Space] | None = None,
+    path: list[tuple[Space, Element]] | None = None,
 ) -> TeleportReport:
     """See :func:`~metatele.teleport_`; along the exact symmetries of any module.
 
@@ -81,7 +120,9 @@ def teleport_module_(
         inputs: What it is called with: a tensor, or a tuple of all its arguments.
         targets: What ``loss_fn`` takes beside the outputs.
         loss_fn: Gives a scalar.
-        settings: Of :func:`ascent_of`.
+        plan: Of :func:`plan_of`.
+        spaces: Where; all that :func:`movable` finds if not given.
+        path: Gets the spaces and elements that acted.
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (outputs, targets), got {loss_fn!r}")
@@ -97,8 +138,13 @@ def teleport_module_(
             raise ShapeMismatchError(f"loss_fn must give a scalar tensor, got {got}")
         return result
 
-    spaces = movable(bare, given, {}, [p for p in bare.parameters() if p.requires_grad])
-    return ascend_(bare, spaces, loss, **settings) if spaces else nothing(Reason.FROZEN)
+    if spaces is None:
+        spaces = movable(bare, given, {}, [p for p in bare.parameters() if p.requires_grad])
+    if not spaces:
+        return nothing(Reason.FROZEN)
+    if isinstance(plan, _EXACT):
+        return exact_(bare, spaces, plan, loss, first_samples(given), {}, known=True, path=path)
+    return ascend_(bare, spaces, loss, path=path, **plan)
 
 
 def nothing(reason: Reason) -> TeleportReport:
@@ -114,16 +160,25 @@ class Passes:
 
     Args:
         model: It is listened to while :attr:`wanted`.
+
+    Attributes:
+        group: Of ranks: that of the ``DistributedDataParallel`` that made the last pass.
+        deaf: Whether passes are those of a teleport itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.wanted = False
+        self.wanted = self.deaf = False
+        self.group: ranks.Group | None = None
         self.seen: list[tuple[tuple[Any, ...], dict[str, Any], list[Tensor | None]]] = []
+        self._size: Tensor | None = None
         self._handle = model.register_forward_hook(self._note, with_kwargs=True)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
-        if not (self.wanted and torch.is_grad_enabled()):
+        if self.deaf or not torch.is_grad_enabled():
+            return
+        self.group = ranks.active_group()
+        if not self.wanted:
             return
         found = [t for t in tensors_in(outputs) if t.requires_grad]
         errors: list[Tensor | None] = [None] * len(found)
@@ -133,71 +188,32 @@ class Passes:
 
     def clear(self) -> None:
         """Forget."""
-        self.seen = []
+        self.seen, self._size = [], None
 
     def surrogate(self) -> Tensor:
-        """``Σ ⟨outputs, ∂L/∂outputs⟩`` of all passes, at the weights as they are now."""
-        terms = []
+        """``Σ ⟨outputs, ∂L/∂outputs⟩`` of all passes, at the weights as they are now, and a constant.
+
+        The constant makes it ``Σ |outputs · ∂L/∂outputs|`` at first: a sum that cancels cannot tell how far it drifted.
+        """
+        terms, sizes = [], []
         for args, kwargs, errors in self.seen:
             outputs = [t for t in tensors_in(self.model(*args, **kwargs)) if t.requires_grad]
-            terms += [(t * e).sum() for t, e in zip(outputs, errors, strict=True) if e is not None]
+            pairs = [(t, e) for t, e in zip(outputs, errors, strict=True) if e is not None]
+            # Sums of half precision would be known to a hundredth, which is how far a loss may drift.
+            products = [t * e if t.element_size() > 3 else t.float() * e.float() for t, e in pairs]
+            terms += [t.sum() for t in products]
+            sizes += [t.detach().abs().sum() for t in products]
         if not terms:
             raise ConfigError("a teleport needs a backward pass of the model, and none was seen")
-        return torch.stack(terms).sum()
+        total = torch.stack(terms).sum()
+        if self._size is None:
+            self._size = torch.stack(sizes).sum() - total.detach()
+        return total + self._size
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies of the model copy its hooks: theirs hear nothing, and hold no batch."""
+        return {**self.__dict__, "wanted": False, "deaf": True, "seen": [], "group": None, "_size": None}
 
     def close(self) -> None:
         """Listen no more."""
         self._handle.remove()
-
-
-class ModuleTeleports:
-    """What a :class:`~metatele.TeleportOptimizer` does with a module that is no perceptron.
-
-    Args:
-        model: The module.
-        settings: Of :func:`ascent_of`.
-        batches: Gives ``(inputs, targets)``, or ``None``: the passes of the training loop.
-        loss_fn: For ``batches``.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: Mapping[str, Any],
-        batches: Callable[[], Iterable[tuple[Any, Any]]] | None,
-        loss_fn: Callable[..., Tensor] | None,
-    ) -> None:
-        if (
-            torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-            and torch.distributed.get_world_size() > 1
-        ):
-            raise UnsupportedModelError(
-                "in several processes teleports are of perceptrons alone: their batches are summed, others' can't be"
-            )
-        self.model, self.settings, self.batches, self.loss_fn = unwrapped(model), dict(settings), batches, loss_fn
-        self.passes = Passes(self.model)
-        self.spaces: list[Space] | None = None
-        self.of: frozenset[int] = frozenset()
-
-    def teleport(self, parameters: Sequence[nn.Parameter]) -> list[TeleportReport]:
-        """Teleport in place.
-
-        Args:
-            parameters: Those that may move.
-        """
-        free = frozenset(id(p) for p in parameters)
-        reports = []
-        if self.batches is not None and self.loss_fn is not None:
-            for inputs, targets in self.batches():
-                reports.append(teleport_module_(self.model, inputs, targets, self.loss_fn, self.settings))
-            return reports
-        if not self.passes.seen:
-            return [nothing(Reason.EMPTY)]
-        seen, self.passes.wanted = self.passes.seen, False
-        if self.spaces is None or free != self.of:
-            self.spaces, self.of = movable(self.model, seen[0][0], seen[0][1], parameters), free
-        if not self.spaces:
-            return [nothing(Reason.FROZEN)]
-        report = ascend_(self.model, self.spaces, self.passes.surrogate, **self.settings)
-        return [dataclasses.replace(report, loss_before=None, loss_after=None)]

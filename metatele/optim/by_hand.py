@@ -12,9 +12,10 @@ from metatele.errors import ConfigError, ShapeMismatchError, UnsupportedModelErr
 from metatele.geometry import Landscape, Objective
 from metatele.geometry import objective as objective_by_name
 from metatele.network.sequential import flat_modules, read_sequential, unwrapped
-from metatele.optim.any_module import ascent_of, teleport_module_
+from metatele.optim.any_module import plan_of, teleport_module_
 from metatele.perceptron.losses import Differentiable
-from metatele.teleport import Ascent, TeleportMove, TeleportReport
+from metatele.symmetry import action as action_by_name
+from metatele.teleport import Ascent, Balance, TeleportMove, TeleportReport
 from metatele.teleport.ascent import USUAL_CHANGE
 
 
@@ -30,6 +31,17 @@ def is_perceptron(model: nn.Module) -> bool:
     except UnsupportedModelError:
         return False
     return True
+
+
+def refuse_balance(model: nn.Module, move: TeleportMove | None) -> None:
+    """Refuse to balance perceptrons whose units have no scales.
+
+    Raises:
+        NotExactError: An activation is not positively homogeneous.
+    """
+    if isinstance(move, Balance) and is_perceptron(model):
+        for activation in read_sequential(model, framed=True)[1].activations:
+            action_by_name("rescaling").check(activation)
 
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -135,7 +147,8 @@ def teleport_(
         parametrisation: From T to g: ``exp`` (if not given), ``cayley``, ``first-order`` or ``direct``.
         max_drift: Largest accepted relative change of the loss on this batch; 0.01 if not given.
         move: A teleport move to make in place of the ascent, such as :class:`~metatele.Rescaling`; it has its own
-            settings, so none of the ascent's may be given beside it.
+            settings, so none of the ascent's may be given beside it. A module that is no perceptron takes
+            :class:`~metatele.Balance`, :class:`~metatele.Rescaling` and :class:`~metatele.Random`.
         whole_data: The batch is all the data there is: action ``auto`` may then be the exact one.
 
     Returns:
@@ -169,8 +182,9 @@ def teleport_(
     }
     settings = {name: value for name, value in given.items() if value is not None}
     chosen = _chosen(move, objective, settings)
-    if not is_perceptron(model):
-        return teleport_module_(model, inputs, targets, loss_fn, ascent_of(move, objective, settings))
+    if isinstance(move, Balance) or not is_perceptron(model):
+        refuse_balance(model, move)
+        return teleport_module_(model, inputs, targets, loss_fn, plan_of(move, objective, settings))
     device = next(model.parameters()).device.type
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         if isinstance(inputs, Tensor) and inputs.is_inference():

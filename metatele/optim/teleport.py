@@ -26,6 +26,7 @@ from metatele.perceptron.losses import FixedGradient
 from metatele.symmetry import action
 from metatele.teleport import (
     Ascent,
+    Balance,
     Reason,
     Report,
     TeleportMove,
@@ -82,7 +83,8 @@ class TeleportOptimizer(Wrapper):
         every: Teleport after every so many steps, in place of ``at``.
         state: What happens to the wrapped optimizer's state at a teleport. ``keep``: nothing. ``reset``: it is
             as in a new optimizer. ``transport``: it is carried to the new point, see
-            :func:`metatele.optim.state.carry_state`; L-BFGS, whose pairs belong to the old point, is reset.
+            :func:`metatele.optim.state.carry_state`, of other modules :func:`metatele.carry_along_`; L-BFGS, whose
+            pairs belong to the old point, is reset.
         metric: ``euclidean``, or ``adaptive``: an ascent of the gradient norm then uses ``‖∇L‖²_A`` with A from
             the wrapped optimizer's state (AdaGrad, RMSprop, Adam and their kin).
         batches: Called at each teleport; gives ``(inputs, targets)`` pairs.
@@ -108,9 +110,12 @@ class TeleportOptimizer(Wrapper):
         (1, True)
     """
 
-    def __new__(cls, base: Any = None, model: Any = None, *_: Any, **__: Any) -> TeleportOptimizer:
-        """One for any module where the model is no perceptron."""
-        if cls is TeleportOptimizer and isinstance(model, nn.Module) and not is_perceptron(model):
+    def __new__(
+        cls, base: Any = None, model: Any = None, teleport: Any = None, *_: Any, **__: Any
+    ) -> TeleportOptimizer:
+        """One for any module where the model is no perceptron, or the move none of theirs."""
+        general = isinstance(model, nn.Module) and (isinstance(teleport, Balance) or not is_perceptron(model))
+        if cls is TeleportOptimizer and general:
             from metatele.optim.teleport_module import ModuleTeleportOptimizer
 
             return super().__new__(ModuleTeleportOptimizer)

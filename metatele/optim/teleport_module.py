@@ -11,11 +11,14 @@ from torch import nn
 
 from metatele.errors import ConfigError
 from metatele.network.unwrap import unwrapped
-from metatele.optim.any_module import ModuleTeleports, ascent_of
-from metatele.optim.state import STRATEGIES, reset_state_
+from metatele.optim.along import carry_along_
+from metatele.optim.any_module import plan_of
+from metatele.optim.by_hand import refuse_balance
+from metatele.optim.module_moves import ModuleTeleports
+from metatele.optim.state import STRATEGIES, carried_tensors, reset_state_
 from metatele.optim.teleport import COUNTERS, TeleportOptimizer
 from metatele.optim.wrapper import refuse, schedule
-from metatele.teleport import TeleportMove, TeleportReport
+from metatele.teleport import MoveReport, TeleportMove, TeleportReport
 
 
 class ModuleTeleportOptimizer(TeleportOptimizer):
@@ -38,13 +41,14 @@ class ModuleTeleportOptimizer(TeleportOptimizer):
         self.at, self.every = schedule(at, every)
         if state not in STRATEGIES:
             raise ConfigError(f"state must be one of {', '.join(STRATEGIES)}, got {state!r}")
-        if state == "transport" or metric != "euclidean":
-            raise ConfigError("on a module that is no perceptron state is keep or reset, and metric euclidean")
+        if metric != "euclidean":
+            raise ConfigError(f"on a module that is no perceptron metric is euclidean, got {metric!r}")
         if (batches is None) != (loss_fn is None):
             raise ConfigError("batches and loss_fn belong together")
         if not (batches is None or callable(batches)):
             raise ConfigError(f"batches must be a function that gives (inputs, targets) pairs, got {batches!r}")
-        settings = ascent_of(teleport, "grad-norm", {})
+        plan = plan_of(teleport, "grad-norm", {})
+        refuse_balance(model, teleport)
         super(TeleportOptimizer, self).__init__(base)
         self.model, self.teleport = model, teleport  # type: ignore[assignment]
         self.strategy, self.metric, self.batches, self.loss_fn = state, metric, batches, loss_fn
@@ -52,7 +56,7 @@ class ModuleTeleportOptimizer(TeleportOptimizer):
         self._require_own(base.param_groups)
         for name, value in COUNTERS.items():
             base.param_groups[0].setdefault(name, value)
-        self._moves = ModuleTeleports(model, settings, batches, loss_fn)
+        self._moves = ModuleTeleports(model, plan, batches, loss_fn)
         self._watch()
 
     def _watch(self) -> None:
@@ -93,17 +97,26 @@ class ModuleTeleportOptimizer(TeleportOptimizer):
             if due and moving:
                 device = moving[0].device.type
                 with torch.autocast(device, enabled=False):
-                    for report in self._moves.teleport(moving):
-                        self.report = report
-                        group["teleports"] += report.moved
-                        group["teleports_rolled_back"] += report.rolled_back
-                if self.report is not None and self.report.moved and self.strategy == "reset":
-                    reset_state_(self.base)
+                    self._move(moving)
         finally:
             group["teleport_steps"] += bool(moving)
             passes.clear()
             self._watch()
         return loss
+
+    def _move(self, moving: list[nn.Parameter]) -> None:
+        lost = self.strategy == "transport" and isinstance(self.base, torch.optim.LBFGS)  # pairs of the old point
+        rule = "reset" if lost else self.strategy
+        outcome = self._moves.teleport(moving)
+        if rule == "transport" and outcome.path:
+            carry_along_(self.base, self.model, MoveReport((), 0.0, path=outcome.path))
+        own = list(self._moves.model.parameters())
+        outcome = self._moves.shared(outcome, lambda: carried_tensors(self.base, own) if rule == "transport" else [])
+        if rule == "reset" and outcome.teleports:
+            reset_state_(self.base)
+        self.report = outcome.report
+        self.param_groups[0]["teleports"] += outcome.teleports
+        self.param_groups[0]["teleports_rolled_back"] += outcome.rolled_back
 
     @property
     def listening(self) -> bool:
@@ -113,14 +126,14 @@ class ModuleTeleportOptimizer(TeleportOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry: wrapped optimizer and model together."""
         kept = ("base", "model", "teleport", "at", "every", "strategy", "metric", "batches", "loss_fn", "report")
-        return {**{name: self.__dict__[name] for name in kept}, "settings": self._moves.settings}
+        return {**{name: self.__dict__[name] for name in kept}, "plan": self._moves.plan}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and listen to the copied model."""
-        settings = state.pop("settings")
+        plan = state.pop("plan")
         self.__dict__.update(state)
         super(TeleportOptimizer, self).__setstate__({})
-        self._moves = ModuleTeleports(self.model, settings, self.batches, self.loss_fn)
+        self._moves = ModuleTeleports(self.model, plan, self.batches, self.loss_fn)
         self._watch()
 
     def __repr__(self) -> str:

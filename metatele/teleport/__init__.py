@@ -5,6 +5,7 @@ from metatele.teleport.balance import MoveReport, balance_, fold_norms_, randomi
 from metatele.teleport.barrier import Barrier, loss_barrier, refreshed_
 from metatele.teleport.closed_form import Random, Rescaling, Whitening
 from metatele.teleport.control import MatchedRandom
+from metatele.teleport.exact_moves import Balance
 from metatele.teleport.heads import HeadsReport, balance_heads_
 from metatele.teleport.match import MatchReport, match_
 from metatele.teleport.move import Course, Leg, Teleport, TeleportMove, in_sequence
@@ -13,6 +14,7 @@ from metatele.teleport.transport import transport
 
 __all__ = [
     "Ascent",
+    "Balance",
     "Barrier",
     "Course",
     "GradientNormAscent",

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from metatele.network import ranks
 from metatele.network.spaces import Space
-from metatele.symmetry.exact import act_, element_of, pullback
+from metatele.symmetry.exact import Element, act_, element_of, pullback
 from metatele.symmetry.find import steady
 from metatele.teleport.report import Reason, TeleportReport
 
@@ -37,10 +38,11 @@ class _Slope:
     Args:
         model: The module; its parameters are read where they are.
         loss: Makes a pass and gives the loss.
+        group: Of ranks, of whose losses and gradients the means are taken.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
-        self.loss = loss
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], group: ranks.Group | None = None) -> None:
+        self.loss, self.group = loss, group
         self.own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.gradients: dict[str, Tensor] = {}
 
@@ -71,6 +73,12 @@ class _Slope:
     def _gradients(self) -> tuple[float, dict[str, Tensor]]:
         loss = self.loss()
         gradients = torch.autograd.grad(loss, list(self.own.values()), allow_unused=True)
+        if self.group is not None:  # a rank may not use what others do
+            gradients = tuple(
+                torch.zeros_like(p) if g is None else g for p, g in zip(self.own.values(), gradients, strict=True)
+            )
+            loss = loss.detach().clone()
+            ranks.mean_([loss, *gradients], self.group)
         return float(loss.detach()), {n: g for n, g in zip(self.own, gradients, strict=True) if g is not None}
 
 
@@ -86,6 +94,8 @@ def ascend_(
     max_drift: float = 0.01,
     cap: float = math.inf,
     descend: bool = False,
+    group: ranks.Group | None = None,
+    path: list[tuple[Space, Element]] | None = None,
 ) -> TeleportReport:
     r"""Raise ``‖∇L(g·w)‖²`` in place by steps along the orbit; two gradients each.
 
@@ -105,17 +115,29 @@ def ascend_(
         max_drift: Of the loss, relative.
         cap: Stop where ``‖∇L‖²`` reaches it.
         descend: Lower it instead.
+        group: Of ranks that hold the same weights: the loss is then the mean of theirs, and all make the same steps.
+        path: Gets the spaces and elements of the steps that were kept, for :func:`metatele.carry_along_`.
     """
     begin_s = time.perf_counter()
     moving = [s for s in spaces if s.group != "perm"]
     names = list(dict.fromkeys(name for s in moving for name in s.parameters))
     tensors: dict[str, Tensor] = {n: p.data for n, p in model.named_parameters()}
+    # Steps in half precision would be lost, or add up their rounding: what is written is rounded once.
+    exact = {n: tensors[n].double() if tensors[n].element_size() < 4 else tensors[n] for n in names}
+
+    def write(to: dict[str, Tensor]) -> None:
+        for n, t in to.items():
+            if t is not exact[n]:
+                exact[n].copy_(t)
+            if exact[n] is not tensors[n]:
+                tensors[n].copy_(exact[n])
+
     sign = -1.0 if descend else 1.0
     with steady(model), _kept(model):
-        slope = _Slope(model, loss)
+        slope = _Slope(model, loss, group)
         first_loss, first = slope.value()
         best, known_loss, done, taken_back = first, first_loss, 0, False
-        kept = {n: tensors[n].clone() for n in names}
+        kept = {n: t.clone() for n, t in exact.items()}
         size = math.sqrt(sum(float(t.double().square().sum()) for t in kept.values()))
         reason = Reason.MOVED
         fresh = True
@@ -130,23 +152,25 @@ def ascend_(
             if not (0 < norm < math.inf):
                 reason = Reason.NO_DIRECTION
                 break
-            for s, t in zip(moving, tangents, strict=True):
-                act_(s, element_of(s, t * (radius / norm)), tensors)
-            change = math.sqrt(sum(float((tensors[n] - kept[n]).double().square().sum()) for n in names)) / size
+            elements = [element_of(s, t * (radius / norm)) for s, t in zip(moving, tangents, strict=True)]
+            for s, element in zip(moving, elements, strict=True):
+                act_(s, element, {**tensors, **exact})
+            change = math.sqrt(sum(float((t - kept[n]).double().square().sum()) for n, t in exact.items())) / size
+            write(exact)
             try:
                 now_loss, now = slope.value() if change <= max_change else (math.nan, math.nan)
             except BaseException:  # whatever the loss raises: the model is not left half moved
-                for n in names:
-                    tensors[n].copy_(kept[n])
+                write(kept)
                 raise
             drift = abs(now_loss - first_loss) / max(abs(first_loss), 1e-30)
             if math.isfinite(now) and drift <= max_drift and sign * now > sign * best:
                 best, known_loss, done, fresh = now, now_loss, done + 1, True
-                kept = {n: tensors[n].clone() for n in names}
+                kept = {n: t.clone() for n, t in exact.items()}
+                if path is not None:
+                    path += zip(moving, elements, strict=True)
                 continue
             taken_back = taken_back or not drift <= max_drift
-            for n in names:
-                tensors[n].copy_(kept[n])
+            write(kept)
             radius, fresh, reason = radius / 2, False, Reason.NO_GAIN
     why = Reason.MOVED if done else reason
     return TeleportReport(

@@ -31,6 +31,7 @@ class Reason(IntEnum):
     FROZEN = 9
     TOO_FAR = 10
     IMBALANCE = 11
+    NO_SPACE = 12
 
     @property
     def sentence(self) -> str:
@@ -51,6 +52,7 @@ _SENTENCES = {
     Reason.FROZEN: "no hidden layer may move: a layer before or behind each is frozen, in no group, or has lr 0",
     Reason.TOO_FAR: "every step, also the shortest that was tried, changed the weights by more than max_change",
     Reason.IMBALANCE: "all hidden units that the objective would scale are out of balance by max_imbalance already",
+    Reason.NO_SPACE: "no units of the model that may move have a group by which this move acts",
 }
 
 
