@@ -1,8 +1,11 @@
 """What a teleport can aim at, as functions of the weights on a batch."""
 
 from metatele.errors import ConfigError
-from metatele.geometry.curvature import Curvature, Curvatures, curvatures, derivatives
+from metatele.geometry.along_spaces import module_curvatures, module_derivatives, random_tangents
+from metatele.geometry.curvature import Curvature, curvatures, derivatives
+from metatele.geometry.kappa import Curvatures
 from metatele.geometry.landscape import Landscape, Point
+from metatele.geometry.module_point import ModulePoint
 from metatele.geometry.objectives import GradientNorm, Objective
 from metatele.geometry.optimality import OptimalityReport, commutator, one_teleport_is_enough
 from metatele.geometry.sharpness import Sharpness
@@ -33,6 +36,7 @@ __all__ = [
     "EigenSolver",
     "GradientNorm",
     "Landscape",
+    "ModulePoint",
     "Objective",
     "OptimalityReport",
     "Point",
@@ -44,6 +48,9 @@ __all__ = [
     "hessian",
     "largest_eigenvalues",
     "log_volume",
+    "module_curvatures",
+    "module_derivatives",
     "objective",
     "one_teleport_is_enough",
+    "random_tangents",
 ]
