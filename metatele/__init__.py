@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         fold_norms_,
         loss_barrier,
         match_,
+        null_space_,
         randomize_,
     )
 
@@ -60,6 +61,7 @@ _HOME = {
     "load": "metatele.checkpoint",
     "loss_barrier": "metatele.teleport",
     "match_": "metatele.teleport",
+    "null_space_": "metatele.teleport",
     "randomize_": "metatele.teleport",
     "save": "metatele.checkpoint",
     "teleport_": "metatele.optim.teleport",
@@ -84,6 +86,7 @@ __all__ = [
     "load",
     "loss_barrier",
     "match_",
+    "null_space_",
     "randomize_",
     "save",
     "teleport_",

@@ -12,6 +12,7 @@ from metatele.geometry.sharpness import Sharpness
 from metatele.geometry.spectrum import EigenSolver, count_above, hessian, largest_eigenvalues, log_volume
 
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (GradientNorm, Sharpness, Curvature)}
+ModuleObjective = GradientNorm | Sharpness | Curvature  # those that also take a ModulePoint
 
 
 def objective(name: str) -> Objective:
@@ -36,6 +37,7 @@ __all__ = [
     "EigenSolver",
     "GradientNorm",
     "Landscape",
+    "ModuleObjective",
     "ModulePoint",
     "Objective",
     "OptimalityReport",
