@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from metatele.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
-from metatele.geometry import GradientNorm, Objective
+from metatele.geometry import Curvature, GradientNorm, ModuleObjective, Objective
 from metatele.geometry import objective as objective_by_name
 from metatele.network.graph import tensors_in
 from metatele.network.spaces import Space
@@ -42,12 +42,18 @@ def ascent_of(move: TeleportMove | None, wanted: str | Objective, settings: Mapp
     else:
         change = USUAL_CHANGE
     goal = wanted if isinstance(wanted, Objective) else objective_by_name(wanted)
-    if not isinstance(goal, GradientNorm) or goal.metric is not None:
-        raise ConfigError(f"on a module that is no perceptron the objective is grad-norm, got {goal.name}")
+    if not isinstance(goal, ModuleObjective):
+        raise ConfigError(
+            f"on a module that is no perceptron the objective is grad-norm, sharpness or curvature, got {goal!r}"
+        )
+    if isinstance(goal, GradientNorm) and goal.metric is not None:
+        raise ConfigError("on a module that is no perceptron grad-norm has no metric")
+    if isinstance(goal, Curvature) and goal.truncate:
+        raise ConfigError("truncate is of curves that depend on data: those of this module's symmetries do not")
     for name in settings:
         if name not in _OWN:
             raise ConfigError(f"{name} is a setting of teleports of perceptrons: this module moves by exact symmetries")
-    return {"max_change": min(change, 1.0), **settings}
+    return {"objective": goal, "max_change": min(change, 1.0), **settings}
 
 
 def movable(
@@ -98,12 +104,14 @@ def teleport_module_(
         return result
 
     spaces = movable(bare, given, {}, [p for p in bare.parameters() if p.requires_grad])
-    return ascend_(bare, spaces, loss, **settings) if spaces else nothing(Reason.FROZEN)
+    return ascend_(bare, spaces, loss, **settings) if spaces else nothing(Reason.FROZEN, settings)
 
 
-def nothing(reason: Reason) -> TeleportReport:
+def nothing(reason: Reason, settings: Mapping[str, Any]) -> TeleportReport:
     """The report of a teleport that was not tried."""
-    return TeleportReport("grad-norm", None, None, math.nan, math.nan, 0.0, False, False, 0, 0.0, reason.sentence)
+    return TeleportReport(
+        settings["objective"].name, None, None, math.nan, math.nan, 0.0, False, False, 0, 0.0, reason.sentence
+    )
 
 
 class Passes:
@@ -175,6 +183,8 @@ class ModuleTeleports:
             raise UnsupportedModelError(
                 "in several processes teleports are of perceptrons alone: their batches are summed, others' can't be"
             )
+        if settings["objective"].needs_loss and batches is None:
+            raise ConfigError(f"an ascent of {settings['objective'].name} needs the loss: give batches and loss_fn")
         self.model, self.settings, self.batches, self.loss_fn = unwrapped(model), dict(settings), batches, loss_fn
         self.passes = Passes(self.model)
         self.spaces: list[Space] | None = None
@@ -193,11 +203,11 @@ class ModuleTeleports:
                 reports.append(teleport_module_(self.model, inputs, targets, self.loss_fn, self.settings))
             return reports
         if not self.passes.seen:
-            return [nothing(Reason.EMPTY)]
+            return [nothing(Reason.EMPTY, self.settings)]
         seen, self.passes.wanted = self.passes.seen, False
         if self.spaces is None or free != self.of:
             self.spaces, self.of = movable(self.model, seen[0][0], seen[0][1], parameters), free
         if not self.spaces:
-            return [nothing(Reason.FROZEN)]
+            return [nothing(Reason.FROZEN, self.settings)]
         report = ascend_(self.model, self.spaces, self.passes.surrogate, **self.settings)
         return [dataclasses.replace(report, loss_before=None, loss_after=None)]
