@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         fold_norms_,
         loss_barrier,
         match_,
+        null_space_,
         randomize_,
     )
 
@@ -62,6 +63,7 @@ _HOME = {
     "load": "metatele.checkpoint",
     "loss_barrier": "metatele.teleport",
     "match_": "metatele.teleport",
+    "null_space_": "metatele.teleport",
     "randomize_": "metatele.teleport",
     "save": "metatele.checkpoint",
     "teleport_": "metatele.optim.teleport",
@@ -87,6 +89,7 @@ __all__ = [
     "load",
     "loss_barrier",
     "match_",
+    "null_space_",
     "randomize_",
     "save",
     "teleport_",

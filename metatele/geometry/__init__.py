@@ -1,14 +1,18 @@
 """What a teleport can aim at, as functions of the weights on a batch."""
 
 from metatele.errors import ConfigError
-from metatele.geometry.curvature import Curvature, Curvatures, curvatures, derivatives
+from metatele.geometry.along_spaces import module_curvatures, module_derivatives, random_tangents
+from metatele.geometry.curvature import Curvature, curvatures, derivatives
+from metatele.geometry.kappa import Curvatures
 from metatele.geometry.landscape import Landscape, Point
+from metatele.geometry.module_point import ModulePoint
 from metatele.geometry.objectives import GradientNorm, Objective
 from metatele.geometry.optimality import OptimalityReport, commutator, one_teleport_is_enough
 from metatele.geometry.sharpness import Sharpness
 from metatele.geometry.spectrum import EigenSolver, count_above, hessian, largest_eigenvalues, log_volume
 
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (GradientNorm, Sharpness, Curvature)}
+ModuleObjective = GradientNorm | Sharpness | Curvature  # those that also take a ModulePoint
 
 
 def objective(name: str) -> Objective:
@@ -33,6 +37,8 @@ __all__ = [
     "EigenSolver",
     "GradientNorm",
     "Landscape",
+    "ModuleObjective",
+    "ModulePoint",
     "Objective",
     "OptimalityReport",
     "Point",
@@ -44,6 +50,9 @@ __all__ = [
     "hessian",
     "largest_eigenvalues",
     "log_volume",
+    "module_curvatures",
+    "module_derivatives",
     "objective",
     "one_teleport_is_enough",
+    "random_tangents",
 ]

@@ -19,12 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from metatele.errors import ConfigError, NotExactError, SingularInputError
+from metatele.geometry.along_spaces import module_curvatures, random_tangents
 from metatele.geometry.jets import (
     Jet,
     acted,
@@ -38,27 +39,13 @@ from metatele.geometry.jets import (
     times,
     with_ones_jet,
 )
+from metatele.geometry.kappa import Curvatures, from_derivatives
 from metatele.geometry.landscape import RANK, Landscape, Point, landscape_given, point_given
+from metatele.geometry.module_point import ModulePoint
 from metatele.geometry.objectives import Objective
 from metatele.network.bias import with_ones
 from metatele.perceptron.mlp import MLP, Weights, affine
 from metatele.symmetry import has_full_rank, pseudo_inverse
-
-
-class Curvatures(NamedTuple):
-    """Curvature of curves and how it changes along them, a value for each network and curve ``[..., curves]``.
-
-    Attributes:
-        kappa: ``κ(0)``, per unit of the weights.
-        slope: ``κ'(0)``, with respect to t, or ``None``.
-
-    Example:
-        >>> Curvatures(kappa=torch.zeros(2, 5), slope=None).kappa.shape  # 2 networks, 5 curves
-        torch.Size([2, 5])
-    """
-
-    kappa: Tensor
-    slope: Tensor | None
 
 
 def derivatives(
@@ -229,37 +216,7 @@ def curvatures(
     """
     order = 3 if slope else 2
     rows = derivatives(landscape, weights, M, order, coordinates=True, truncate=truncate, pre=pre)
-    # In units of the largest entry of γ', so that no square over- or underflows; κ is in units of its inverse.
-    unit = torch.stack([part.detach().abs().amax((-2, -1)) for part in rows[0]]).amax(0)
-    unit = torch.where(unit == 0, 1.0, unit)
-    rows = [[part / unit[..., None, None] for part in row] for row in rows]
-    first, second = rows[0], rows[1]
-    squared = _inner(first, first)
-    moving = squared != 0  # what is not a number stays so
-    safe = torch.where(moving, squared, 1.0)
-    along = _inner(first, second) / safe
-    bend = [b - along[..., None, None] * a for a, b in zip(first, second, strict=True)]
-    size = _root(_inner(bend, bend))
-    kappa = torch.where(moving, size / safe, 0.0)
-    if not slope:
-        return Curvatures(kappa / unit, None)
-    third = rows[2]
-    straight = size == 0
-    ahead = _inner(first, third) / safe
-    rest = [c - ahead[..., None, None] * a for a, c in zip(first, third, strict=True)]
-    turning = torch.where(straight, _root(_inner(rest, rest)), _inner(bend, third) / torch.where(straight, 1.0, size))
-    return Curvatures(kappa / unit, torch.where(moving, turning / safe - 3 * kappa * along, 0.0) / unit)
-
-
-def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    parts = [(a * b).sum((-2, -1)) for a, b in zip(left, right, strict=True)]
-    return sum(parts[1:], parts[0])
-
-
-def _root(square: Tensor) -> Tensor:
-    """Square root with derivative zero at zero."""
-    zero = square <= 0  # false for what is not a number
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+    return from_derivatives(rows)
 
 
 @dataclass(frozen=True)
@@ -270,6 +227,9 @@ class Curvature(Objective):
     as in the reference implementation, one M for each hidden layer, all layers in one curve. Memory is
     bounded by chunks. A network whose weights are not finite gets not a number. Of several networks, one whose
     hidden units are rank deficient does too and leaves the others alone; a single one is an error.
+
+    Of a :class:`~metatele.geometry.ModulePoint` the curves are those of its spaces, one M for each, which need neither
+    data nor chunks; see :func:`~metatele.geometry.random_tangents`.
 
     Args:
         curves: k.
@@ -309,8 +269,10 @@ class Curvature(Objective):
         return [(M / M.norm(dim=(-2, -1), keepdim=True)).to(like) for M in drawn]
 
     @torch.no_grad()
-    def value(self, point: Point) -> Tensor:
+    def value(self, point: Point | ModulePoint) -> Tensor:
         """See the class."""
+        if isinstance(point, ModulePoint):
+            return self._of_module(point)[0]
         point_given(point)
 
         def mean(at: Point) -> tuple[Tensor, ...]:
@@ -322,8 +284,15 @@ class Curvature(Objective):
 
         return _where_defined(point, mean)[0]
 
-    def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(self, point: Point | ModulePoint) -> tuple[Tensor, Tensor]:
         """See the class."""
+        if isinstance(point, ModulePoint):
+            with torch.enable_grad():
+                value, parts = self._of_module(point)
+                found = torch.autograd.grad(value, list(parts.values()), allow_unused=True)
+            return value.detach(), point.flatten(
+                {n: g for n, g in zip(parts, found, strict=True) if g is not None and n in point.own}
+            )
         point_given(point)
         mlp = point.landscape.mlp
 
@@ -340,6 +309,22 @@ class Curvature(Objective):
 
         value, gradient = _where_defined(point, mean)
         return value, gradient
+
+    def _of_module(self, point: ModulePoint) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of any module, with the weights that it was computed from; curve after curve."""
+        if self.truncate:
+            raise ConfigError("truncate is of curves that depend on data: those of exact symmetries do not")
+        if not point.spaces:
+            raise ConfigError("curvature needs spaces of continuous groups: ModulePoint(model, loss, found.spaces)")
+        own = {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32)).requires_grad_(p.requires_grad)
+            for name, p in point.model.named_parameters()
+        }
+        drawn = random_tangents(point.spaces, self.curves, self.seed, point.like)
+        total = torch.zeros_like(point.like)
+        for n in range(self.curves):
+            total = total + module_curvatures(own, point.spaces, [M[n : n + 1] for M in drawn]).kappa[0]
+        return total / self.curves, {name: t for name, t in own.items() if t.requires_grad}
 
     def _chunks(self, point: Point) -> Iterator[list[Tensor]]:
         mlp, networks = point.landscape.mlp, point.flat.shape[:-1].numel()

@@ -10,13 +10,15 @@ from typing import ClassVar
 from torch import Tensor
 
 from metatele.geometry.landscape import Point, point_given
+from metatele.geometry.module_point import ModulePoint
 from metatele.perceptron.mlp import Weights
 
 
 class Objective(ABC):
     """What a teleport raises or lowers on a level set of the loss: a number for each network, and its gradient.
 
-    A subclass gives the value ``[...]`` and the gradient ``[..., P]`` at a :class:`Point`.
+    A subclass gives the value ``[...]`` and the gradient ``[..., P]`` at a :class:`Point`. Those of this package also
+    take a :class:`~metatele.geometry.ModulePoint`, any module, and give one number and ``[P]``.
 
     Attributes:
         name: Key in ``OBJECTIVES``.
@@ -50,7 +52,7 @@ class Objective(ABC):
 class GradientNorm(Objective):
     r"""``‖∇L(w)‖²``, or with a metric ``‖∇L(w)‖²_A = ∇Lᵀ A ∇L`` (Zhao et al. 2024, Eq. 67).
 
-    Its derivative is ``2 ∇²L A ∇L``, one Hessian-vector product.
+    Its derivative is ``2 ∇²L A ∇L``, one Hessian-vector product; of any module a difference of gradients.
 
     Args:
         metric: Diagonal of A ``[..., P]``, held fixed: an adaptive optimizer's step is ``-η A ∇L``, so
@@ -70,13 +72,22 @@ class GradientNorm(Objective):
     metric: Tensor | None = None
     name: ClassVar[str] = "grad-norm"
 
-    def value(self, point: Point) -> Tensor:
+    def value(self, point: Point | ModulePoint) -> Tensor:
         """See the class."""
+        if isinstance(point, ModulePoint):
+            gradient = point.flatten(point.gradients()[1])
+            return (gradient * self._of_flat(gradient)).sum()
         point_given(point)
         return _inner(point.derivative, self._scaled(point))
 
-    def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(self, point: Point | ModulePoint) -> tuple[Tensor, Tensor]:
         """See the class."""
+        if isinstance(point, ModulePoint):
+            here = point.gradients()[1]
+            gradient = point.flatten(here)
+            scaled = self._of_flat(gradient)
+            product = point.hessian_product(point.unflatten(scaled), here)
+            return (gradient * scaled).sum(), 2 * point.flatten(product)
         point_given(point)
         value, derivative = self.value_and_derivative(point)
         return value, point.landscape.mlp.flatten(derivative)
@@ -87,10 +98,13 @@ class GradientNorm(Objective):
         scaled = self._scaled(point)
         return _inner(point.derivative, scaled), _map(lambda t: 2 * t, point.curvature(scaled))
 
+    def _of_flat(self, gradient: Tensor) -> Tensor:
+        return gradient if self.metric is None else self.metric * gradient
+
     def _scaled(self, point: Point) -> Weights:
         if self.metric is None:
             return point.derivative
-        return point.landscape.mlp.unflatten(self.metric * point.gradient)
+        return point.landscape.mlp.unflatten(self._of_flat(point.gradient))
 
 
 def _map(function: Callable[[Tensor], Tensor], weights: Weights) -> Weights:

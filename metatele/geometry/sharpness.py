@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metatele.errors import ConfigError
 from metatele.geometry.landscape import Landscape, Point, point_given
+from metatele.geometry.module_point import ModulePoint
 from metatele.geometry.objectives import Objective
 from metatele.perceptron.losses import Differentiable
 from metatele.perceptron.mlp import MLP, affine, product
@@ -31,6 +32,9 @@ class Sharpness(Objective):
     The directions are the same for every network and every call, so that differences between networks, or
     between the points of an ascent, are not those of the draw. A displaced loss that is not finite makes φ
     infinite. Memory is bounded by chunks, chosen from the sizes.
+
+    Of a :class:`~metatele.geometry.ModulePoint` each displaced loss is a pass, and its gradient one more backward:
+    4000 of them by default. There, chunks play no part.
 
     Args:
         displacements: T.
@@ -72,13 +76,13 @@ class Sharpness(Objective):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
-    def value(self, point: Point) -> Tensor:
+    def value(self, point: Point | ModulePoint) -> Tensor:
         """See the class."""
-        return self._sum(point, gradient=False)[0]
+        return self._of(point, gradient=False)[0]
 
-    def value_and_gradient(self, point: Point) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(self, point: Point | ModulePoint) -> tuple[Tensor, Tensor]:
         """See the class."""
-        value, gradient = self._sum(point, gradient=True)
+        value, gradient = self._of(point, gradient=True)
         assert gradient is not None
         return value, gradient
 
@@ -89,6 +93,31 @@ class Sharpness(Objective):
             d = torch.randn(size, generator=random)
             d = (d.abs() if self.orthant else d) / d.norm()
             yield d.to(like)
+
+    def _of(self, point: Point | ModulePoint, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        return self._over_passes(point, gradient) if isinstance(point, ModulePoint) else self._sum(point, gradient)
+
+    @torch.no_grad()
+    def _over_passes(self, point: ModulePoint, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Of any module: a pass for each direction and displacement, at weights that come back."""
+        count, like = self.directions * len(self.displacements), point.like
+        total = torch.zeros_like(like, dtype=torch.float64)
+        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in point.own.items()} if gradient else {}
+        with point.restored(point.own) as before:
+            for flat in self.draw(point.size, like):
+                direction = point.unflatten(flat)
+                for t in self.displacements:
+                    for name, p in point.own.items():
+                        p.copy_(torch.add(before[name], direction[name], alpha=t))
+                    if gradient:
+                        loss, found = point.gradients()
+                        for name, g in found.items():
+                            sums[name] += g
+                    else:
+                        loss = point.loss()
+                    total += loss
+        value = torch.where(torch.isfinite(total), total / count, math.inf).to(like)
+        return value, point.flatten({name: s / count for name, s in sums.items()}) if gradient else None
 
     def _sum(self, point: Point, gradient: bool) -> tuple[Tensor, Tensor | None]:
         point_given(point)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from metatele.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
-from metatele.geometry import GradientNorm, Objective
+from metatele.geometry import Curvature, GradientNorm, ModuleObjective, Objective
 from metatele.geometry import objective as objective_by_name
 from metatele.network import ranks
 from metatele.network.graph import tensors_in
@@ -48,12 +48,18 @@ def ascent_of(move: TeleportMove | None, wanted: str | Objective, settings: Mapp
     else:
         change = USUAL_CHANGE
     goal = wanted if isinstance(wanted, Objective) else objective_by_name(wanted)
-    if not isinstance(goal, GradientNorm) or goal.metric is not None:
-        raise ConfigError(f"on a module that is no perceptron the objective is grad-norm, got {goal.name}")
+    if not isinstance(goal, ModuleObjective):
+        raise ConfigError(
+            f"on a module that is no perceptron the objective is grad-norm, sharpness or curvature, got {goal!r}"
+        )
+    if isinstance(goal, GradientNorm) and goal.metric is not None:
+        raise ConfigError("on a module that is no perceptron grad-norm has no metric")
+    if isinstance(goal, Curvature) and goal.truncate:
+        raise ConfigError("truncate is of curves that depend on data: those of this module's symmetries do not")
     for name in settings:
         if name not in _OWN:
             raise ConfigError(f"{name} is a setting of teleports of perceptrons: this module moves by exact symmetries")
-    return {"max_change": min(change, 1.0), **settings}
+    return {"objective": goal, "max_change": min(change, 1.0), **settings}
 
 
 Plan = Mapping[str, Any] | Balance | Rescaling | Random
@@ -141,15 +147,16 @@ def teleport_module_(
     if spaces is None:
         spaces = movable(bare, given, {}, [p for p in bare.parameters() if p.requires_grad])
     if not spaces:
-        return nothing(Reason.FROZEN)
+        return nothing(Reason.FROZEN, plan)
     if isinstance(plan, _EXACT):
         return exact_(bare, spaces, plan, loss, first_samples(given), {}, known=True, path=path)
     return ascend_(bare, spaces, loss, path=path, **plan)
 
 
-def nothing(reason: Reason) -> TeleportReport:
+def nothing(reason: Reason, plan: Plan) -> TeleportReport:
     """The report of a teleport that was not tried."""
-    return TeleportReport("grad-norm", None, None, math.nan, math.nan, 0.0, False, False, 0, 0.0, reason.sentence)
+    name = GradientNorm.name if isinstance(plan, _EXACT) else plan["objective"].name
+    return TeleportReport(name, None, None, math.nan, math.nan, 0.0, False, False, 0, 0.0, reason.sentence)
 
 
 class Passes:

@@ -133,7 +133,8 @@ def teleport_(
         targets: What ``loss_fn`` takes beside the model's output.
         loss_fn: Gives a scalar, like ``torch.nn.functional.cross_entropy``; it is differentiated twice.
         objective: What to raise: ``grad-norm``, ``sharpness``, ``curvature``, or an
-            :class:`~metatele.geometry.Objective`.
+            :class:`~metatele.geometry.Objective`. Of a module that is no perceptron ``sharpness`` costs 4000 passes a
+            value by default: give ``Sharpness(directions=5)``.
         steps: Ascent steps at most; 10 if not given.
         rate: How long a step is: ``line-search`` (if not given), ``normalised`` or ``fixed`` (if ``lr`` is given); see
             :class:`~metatele.teleport.Ascent`. A step of the line search changes the weights by 15 % of their norm at

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metatele.errors import MetateleError, UnsupportedModelError
+from metatele.errors import ConfigError, MetateleError, UnsupportedModelError
 from metatele.network import ranks
 from metatele.network.spaces import Space
 from metatele.network.unwrap import unwrapped
@@ -55,6 +55,8 @@ class ModuleTeleports:
         batches: Callable[[], Iterable[tuple[Any, Any]]] | None,
         loss_fn: Callable[..., Tensor] | None,
     ) -> None:
+        if isinstance(plan, Mapping) and plan["objective"].needs_loss and batches is None:
+            raise ConfigError(f"an ascent of {plan['objective'].name} needs the loss: give batches and loss_fn")
         self.model, self.plan, self.batches, self.loss_fn = unwrapped(model), plan, batches, loss_fn
         self.passes = Passes(self.model)
         self.spaces: list[Space] = []
@@ -83,7 +85,7 @@ class ModuleTeleports:
             if not all(
                 ranks.told(len(given), group, parameters[0].device)
             ):  # a rank without may not leave others alone
-                return Outcome(nothing(Reason.EMPTY), 0, 0, ())
+                return Outcome(nothing(Reason.EMPTY, self.plan), 0, 0, ())
             first = given[0][0]
             self._find(first if isinstance(first, tuple) else (first,), {}, parameters, group)
             for inputs, targets in given:
@@ -92,11 +94,11 @@ class ModuleTeleports:
                 )
             return Outcome(reports[-1], sum(r.moved for r in reports), sum(r.rolled_back for r in reports), tuple(path))
         if not self.passes.seen:
-            return Outcome(nothing(Reason.EMPTY), 0, 0, ())
+            return Outcome(nothing(Reason.EMPTY, self.plan), 0, 0, ())
         inputs, named, _ = self.passes.seen[0]
         self._find(inputs, named, parameters, group)
         if not self.spaces:
-            return Outcome(nothing(Reason.FROZEN), 0, 0, ())
+            return Outcome(nothing(Reason.FROZEN, self.plan), 0, 0, ())
         surrogate, plan = self.passes.surrogate, self.plan
         if isinstance(plan, Mapping):
             report = ascend_(self.model, self.spaces, surrogate, group=group, path=path, **plan)

@@ -9,6 +9,7 @@ from metatele.teleport.exact_moves import Balance
 from metatele.teleport.heads import HeadsReport, balance_heads_
 from metatele.teleport.match import MatchReport, match_
 from metatele.teleport.move import Course, Leg, Teleport, TeleportMove, in_sequence
+from metatele.teleport.null_space import NullSpaceReport, null_space_
 from metatele.teleport.report import Reason, Report, TeleportReport
 from metatele.teleport.transport import transport
 
@@ -23,6 +24,7 @@ __all__ = [
     "MatchReport",
     "MatchedRandom",
     "MoveReport",
+    "NullSpaceReport",
     "Random",
     "Reason",
     "Report",
@@ -38,6 +40,7 @@ __all__ = [
     "in_sequence",
     "loss_barrier",
     "match_",
+    "null_space_",
     "randomize_",
     "refreshed_",
     "transport",

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from metatele.errors import ConfigError, NotExactError
-from metatele.geometry import Point
+from metatele.geometry import ModulePoint, Point
+from metatele.geometry.module_point import kept
 from metatele.network import ranks
 from metatele.network.spaces import GROUPS, Space
 from metatele.symmetry.canonical import Course, _shrink, canonical_
@@ -21,10 +22,10 @@ from metatele.symmetry.exact import Element, act_, element_of
 from metatele.symmetry.find import Symmetries, steady
 from metatele.teleport.balance import _SWEEPS, _TOLERANCE, MoveReport, _move
 from metatele.teleport.closed_form import Random, Rescaling
-from metatele.teleport.modules import _kept, _Slope
 from metatele.teleport.move import Course as Legs
 from metatele.teleport.move import TeleportMove
 from metatele.teleport.report import Reason, TeleportReport
+from metatele.teleport.slopes import GradientNormSlope
 
 Act = Callable[[Sequence[Space], dict[str, Tensor], float], Course]
 _ROUNDING = 4.0  # units of the last place of half precision, by which a largest output may change
@@ -134,7 +135,7 @@ def exact_(
     begin_s = time.perf_counter()
     chosen, act = _plan(model, spaces, move, group)
     device = next(model.parameters()).device
-    slope = _Slope(model, loss, group)
+    slope = GradientNormSlope(ModulePoint(model, loss, group=group))
     narrow = [torch.finfo(p.dtype).eps for p in model.parameters() if p.element_size() < 4]
     rounding = _ROUNDING * max(narrow, default=0.0)
 
@@ -144,7 +145,7 @@ def exact_(
         seconds = time.perf_counter() - begin_s
         return TeleportReport("grad-norm", *values, moved, taken_back, int(moved), seconds, reason.sentence)
 
-    with torch.no_grad(), steady(model), _kept(model):
+    with torch.no_grad(), steady(model), kept(model):
         before = slope.value()
         if not (math.isfinite(before[0]) and math.isfinite(before[1])):
             return report(Reason.INPUTS, before)

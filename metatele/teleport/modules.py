@@ -1,85 +1,22 @@
-r"""Ascent of the gradient norm along the orbit of any module's weights (Zhao et al. 2024, Section 5.1)."""
+r"""Ascent of an objective along the orbit of any module's weights (Zhao et al. 2024, Section 5.1)."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from metatele.geometry import GradientNorm, ModuleObjective, ModulePoint
+from metatele.geometry.module_point import kept as buffers_kept
 from metatele.network import ranks
 from metatele.network.spaces import Space
 from metatele.symmetry.exact import Element, act_, element_of, pullback
 from metatele.symmetry.find import steady
 from metatele.teleport.report import Reason, TeleportReport
-
-
-@contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """Buffers as they were, whatever passes did to them."""
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    try:
-        yield
-    finally:
-        for b, was in buffers:
-            b.copy_(was)
-
-
-class _Slope:
-    """``‖∇L‖²`` of a module and half its derivative, ``∇²L ∇L``, by a difference of two gradients.
-
-    ``∇²L v = (∇L(w + ε v) - ∇L(w)) / ε`` with ``ε ‖v‖ = √u ‖w‖``, u the unit of the last place: as far off as
-    √u, relative (3e-4 in float32), where the loss is as curved as usual. It costs one gradient, where a second
-    differentiation costs more than three. No operation has to be differentiable twice, as fused attention is not.
-
-    Args:
-        model: The module; its parameters are read where they are.
-        loss: Makes a pass and gives the loss.
-        group: Of ranks, of whose losses and gradients the means are taken.
-    """
-
-    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], group: ranks.Group | None = None) -> None:
-        self.loss, self.group = loss, group
-        self.own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.gradients: dict[str, Tensor] = {}
-
-    def value(self) -> tuple[float, float]:
-        """Loss and ``‖∇L‖²``; the gradients are kept."""
-        loss, self.gradients = self._gradients()
-        return loss, float(sum((g.double().square().sum() for g in self.gradients.values()), torch.zeros(())))
-
-    def derivative(self) -> dict[str, Tensor]:
-        """``∇²L ∇L`` where :meth:`value` was last asked for, by name."""
-        g = self.gradients
-        sizes = [sum(float(t.detach().double().square().sum()) for t in own.values()) for own in (self.own, g)]
-        unit = max(torch.finfo(p.dtype).eps for p in self.own.values())
-        step = math.sqrt(unit * sizes[0] / sizes[1]) if sizes[1] > 0 else 0.0
-        if not 0 < step < math.inf:
-            return {}
-        before = {name: self.own[name].detach().clone() for name in g}
-        try:
-            for name, t in g.items():
-                self.own[name].add_(t, alpha=step)
-            _, there = self._gradients()
-        finally:
-            for name, t in before.items():
-                self.own[name].copy_(t)
-        return {name: (there[name] - t) / step for name, t in g.items() if name in there}
-
-    @torch.enable_grad()
-    def _gradients(self) -> tuple[float, dict[str, Tensor]]:
-        loss = self.loss()
-        gradients = torch.autograd.grad(loss, list(self.own.values()), allow_unused=True)
-        if self.group is not None:  # a rank may not use what others do
-            gradients = tuple(
-                torch.zeros_like(p) if g is None else g for p, g in zip(self.own.values(), gradients, strict=True)
-            )
-            loss = loss.detach().clone()
-            ranks.mean_([loss, *gradients], self.group)
-        return float(loss.detach()), {n: g for n, g in zip(self.own, gradients, strict=True) if g is not None}
+from metatele.teleport.slopes import slope_of
 
 
 @torch.no_grad()
@@ -88,6 +25,7 @@ def ascend_(
     spaces: Sequence[Space],
     loss: Callable[[], Tensor],
     *,
+    objective: ModuleObjective | None = None,
     steps: int = 10,
     radius: float = 0.1,
     max_change: float = 0.15,
@@ -97,23 +35,26 @@ def ascend_(
     group: ranks.Group | None = None,
     path: list[tuple[Space, Element]] | None = None,
 ) -> TeleportReport:
-    r"""Raise ``‖∇L(g·w)‖²`` in place by steps along the orbit; two gradients each.
+    r"""Raise ``F(g·w)`` in place by steps along the orbit; F is ``‖∇L‖²`` where nothing else is said.
 
-    At a step the derivative is pulled back to the algebra of every space, ``A = pullback(2 ∇²L ∇L)``, and all spaces
-    act by ``exp(T)`` with T along A and ``‖T‖ = radius`` over all together. The groups are not compact and the norm has
-    no largest value: ``steps · radius`` bounds how far it goes. A step that did not raise it, that changed the weights
-    by more than ``max_change`` of their norm or the loss by more than ``max_drift``, is taken back, and the radius
-    halved.
+    At a step the derivative is pulled back to the algebra of every space, ``A = pullback(∇F)``, and all spaces act by
+    ``exp(T)`` with T along A and ``‖T‖ = radius`` over all together. The groups are not compact and the norm has no
+    largest value: ``steps · radius`` bounds how far it goes. A step that did not raise it, that changed the weights by
+    more than ``max_change`` of their norm or the loss by more than ``max_drift``, is taken back, and the radius halved.
+
+    A step costs two gradients for ``‖∇L‖²``. For sharpness it costs as many passes as there are displacements of all
+    directions, once forward and once backward; these stay the same along the ascent. Curvature costs one pass.
 
     Args:
         model: Whose parameters are moved.
         spaces: Where; permutations are left out.
         loss: Makes a pass of the model and gives a scalar. What it raises leaves the model as it was at the last step.
-        steps: Tried at most; each costs a Hessian-vector product, as a difference of gradients, and a gradient.
+        objective: F.
+        steps: Tried at most.
         radius: ``‖T‖``, as a Frobenius norm.
         max_change: Of the weights of all spaces by one step, relative.
         max_drift: Of the loss, relative.
-        cap: Stop where ``‖∇L‖²`` reaches it.
+        cap: Stop where F reaches it.
         descend: Lower it instead.
         group: Of ranks that hold the same weights: the loss is then the mean of theirs, and all make the same steps.
         path: Gets the spaces and elements of the steps that were kept, for :func:`metatele.carry_along_`.
@@ -133,8 +74,9 @@ def ascend_(
                 tensors[n].copy_(exact[n])
 
     sign = -1.0 if descend else 1.0
-    with steady(model), _kept(model):
-        slope = _Slope(model, loss, group)
+    goal = GradientNorm() if objective is None else objective
+    with steady(model), buffers_kept(model):
+        slope = slope_of(goal, ModulePoint(model, loss, moving, group))
         first_loss, first = slope.value()
         best, known_loss, done, taken_back = first, first_loss, 0, False
         kept = {n: t.clone() for n, t in exact.items()}
@@ -174,7 +116,7 @@ def ascend_(
             radius, fresh, reason = radius / 2, False, Reason.NO_GAIN
     why = Reason.MOVED if done else reason
     return TeleportReport(
-        *("grad-norm", first_loss, known_loss, first, best),
+        *(goal.name, first_loss, known_loss, first, best),
         *(abs(known_loss - first_loss) / max(abs(first_loss), 1e-30), done > 0, taken_back, done),
         *(time.perf_counter() - begin_s, why.sentence),
     )
