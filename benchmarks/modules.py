@@ -219,7 +219,7 @@ def missing(runs: Runs[Job], seeds: int) -> list[Job]:
 
 
 def result(runs: Runs[Job]) -> Row:
-    """A row for each network, optimizer and arm, of the seeds that are finished with it and without moves."""
+    """A row for each network, optimizer and arm, of the seeds, two or more, finished with it and without moves."""
     rows = []
     for network in NETWORKS:
         for optimizer in CHOSEN:
@@ -233,7 +233,7 @@ def result(runs: Runs[Job]) -> Row:
             }
             for arm, lr in best.items():
                 seeds = sorted(n for a, n in of if a == arm and (NONE, n) in of)
-                if not seeds:
+                if len(seeds) < 2:
                     continue
                 row: Row = {"network": network, "optimizer": optimizer, "arm": arm, "lr": lr, "seeds": seeds}
                 for what in ("held_out", "train"):

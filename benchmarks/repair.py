@@ -104,24 +104,25 @@ def missing(runs: Runs[Job], seeds: int) -> list[Job]:
 
 
 def result(runs: Runs[Job]) -> Row:
-    """A row for each network, optimizer and start, of the seeds that are finished at all three."""
+    """A row for each network, optimizer and start, of the two or more seeds that are finished at all three."""
     rows = []
     for network in NETWORKS:
         for optimizer in OPTIMIZERS:
             waits, best = best_of(runs, network, optimizer)
             if waits:
                 continue
-            of = {(row["start"], row["seed"]): _end(row) for job, row in runs.rows.items() if _shown(job, best)
-                  and (job.network, job.optimizer) == (network, optimizer)}  # fmt: skip
+            own = {job: r for job, r in runs.rows.items() if (job.network, job.optimizer) == (network, optimizer)}
+            of = {(job.start, job.seed): _end(r) for job, r in own.items() if _shown(job, best)}
             seeds = [n for n in sorted({seed for _, seed in of}) if all((s, n) in of for s in STARTS)]
-            if not seeds:
+            if len(seeds) < 2:
                 continue
-            tried = [j.lr for j in runs.rows if (j.network, j.optimizer, j.seed) == (network, optimizer, TUNED_ON)]
+            tried = {s: [job.lr for job in own if (job.start, job.seed) == (s, TUNED_ON)] for s in ("good", "bad")}
             for start in STARTS:
                 ends = [of[start, n] for n in seeds]
                 above = interval([end - of["good", n] for end, n in zip(ends, seeds, strict=True)])
                 row = {"network": network, "optimizer": optimizer, "start": start, "lr": best[start], "seeds": seeds}
-                row |= {"ends": [finite(end) for end in ends], "at_edge": best[start] in (min(tried), max(tried))}
+                rates = tried["bad" if start == "bad" else "good"]
+                row |= {"ends": [finite(end) for end in ends], "at_edge": best[start] in (min(rates), max(rates))}
                 rows.append(row if start == "good" else {**row, "above": above})
     return {"rows": rows, "steps": STEPS, "condition": CONDITION, "near": NEAR}
 
