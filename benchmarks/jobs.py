@@ -216,61 +216,77 @@ class Study(Generic[J]):
     drawn: Callable[[Row], bytes]
 
 
-class _Bound:
+class Bound:
     """A study's run with the data of the process it is in; goes to other processes by its function's name."""
 
     def __init__(self, run: Callable[[J, Arrays], Row]) -> None:
         self.run = run
 
     def __call__(self, job: Any) -> Row:
+        """The row of a job."""
         return with_data(self.run, job)
 
 
-def main(study: Study[J], description: str | None, seeds: int = 5, arguments: Sequence[str] | None = None) -> None:
-    """Parse, run what is missing; write JSON, table and figure, print the table."""
+def flags(description: str | None, seeds: int) -> argparse.ArgumentParser:
+    """What every study's command line has beside where its results go."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--json", type=Path, required=True, metavar="FILE", help="raw runs, table and figure go beside it")
     p.add_argument("--data-root", type=Path, metavar="DATA", help="folder of MNIST, Fashion-MNIST, CIFAR-10, text")
     p.add_argument("--data", type=Path, metavar="FILE", help="what breadth.py --pack wrote, in place of --data-root")
     p.add_argument("--seeds", type=whole_number(1), default=seeds, metavar="N", help=f"(default {seeds})")
     p.add_argument("--processes", type=whole_number(1), default=1, metavar="N", help="runs at a time (default 1)")
     p.add_argument("--limit-s", type=float, default=math.inf, metavar="S", help="begin nothing that ends later")
     p.add_argument("--redraw", action="store_true", help="no runs: JSON, table and figure from the raw file")
-    given = p.parse_args(arguments)
-    if not given.redraw and (given.data_root is None) == (given.data is None):
+    return p
+
+
+def arrays_of(p: argparse.ArgumentParser, given: argparse.Namespace) -> Arrays:
+    """The data that the flags name."""
+    if (given.data_root is None) == (given.data is None):
         p.error("one of --data-root and --data says where the data are")
+    return unpacked(given.data) if given.data else gathered(given.data_root)
+
+
+def brief(row: Row) -> str:
+    """A row in a line, without what is long."""
+    short = {k: v for k, v in row.items() if not isinstance(v, (list, dict))}
+    return str({k: round(v, 4) if isinstance(v, float) else v for k, v in short.items()})
+
+
+def main(study: Study[J], description: str | None, seeds: int = 5, arguments: Sequence[str] | None = None) -> None:
+    """Parse, run what is missing; write JSON, table and figure, print the table."""
+    p = flags(description, seeds)
+    p.add_argument("--json", type=Path, required=True, metavar="FILE", help="raw runs, table and figure go beside it")
+    given = p.parse_args(arguments)
     runs = Runs(given.json.with_suffix(".raw.jsonl"), study.kind)
-    made = {**where(), "processes": given.processes}
     if given.redraw:
         if not runs.rows:
             p.error(f"there are no runs in {runs.path}")
-        if given.json.is_file():
-            made = json.loads(given.json.read_text(encoding="utf-8"))["environment"]
-    else:
-        arrays = unpacked(given.data) if given.data else gathered(given.data_root)
-        pool = pool_of(given.processes, arrays)
+        write(study, runs, given.json, None)
+        return
+    pool = pool_of(given.processes, arrays_of(p, given))
 
-        def jobs() -> list[J]:
-            return study.missing(runs, given.seeds)
+    def jobs() -> list[J]:
+        return study.missing(runs, given.seeds)
 
-        def told(job: J, row: Row) -> str:
-            return str({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if not _long(v)})
+    many = (runs, jobs, given.limit_s, Bound(study.run), study.seconds, study.part, lambda _, row: brief(row))
+    for line in work(pool, given.processes, *many):
+        print(line, file=sys.stderr, flush=True)
+    pool.shutdown()
+    print(f"{len(jobs())} runs could begin now", file=sys.stderr)
+    write(study, runs, given.json, given.processes)
 
-        many = (runs, jobs, given.limit_s, _Bound(study.run), study.seconds, study.part, told)
-        for line in work(pool, given.processes, *many):
-            print(line, file=sys.stderr, flush=True)
-        pool.shutdown()
-        print(f"{len(jobs())} runs could begin now", file=sys.stderr)
+
+def write(study: Study[J], runs: Runs[J], path: Path, processes: int | None) -> None:
+    """JSON, table and figure of what is there; without a number of processes, where it ran stays as it is stored."""
+    made = {**where(), "processes": processes}
+    if processes is None and path.is_file():
+        made = json.loads(path.read_text(encoding="utf-8"))["environment"]
     result = study.result(runs)
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps({**result, "environment": made}, indent=1) + "\n", encoding="utf-8")
-    given.json.with_suffix(".md").write_text(study.table(result) + "\n", encoding="utf-8")
-    given.json.with_suffix(".png").write_bytes(study.drawn(result))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**result, "environment": made}, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(study.table(result) + "\n", encoding="utf-8")
+    path.with_suffix(".png").write_bytes(study.drawn(result))
     print(study.table(result))
-
-
-def _long(value: Any) -> bool:
-    return isinstance(value, (list, dict))
 
 
 def where() -> dict[str, Any]:

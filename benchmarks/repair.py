@@ -91,7 +91,7 @@ def best_of(runs: Runs[Job], network: str, optimizer: str) -> tuple[list[Job], d
 
 
 def missing(runs: Runs[Job], seeds: int) -> list[Job]:
-    """What can begin now: of the choice of rates, then of the shown runs."""
+    """What can begin now: of the choice of rates, then of the shown runs, seed by seed."""
     first, later = [], []
     for network in NETWORKS:
         for optimizer in OPTIMIZERS:
@@ -100,7 +100,7 @@ def missing(runs: Runs[Job], seeds: int) -> list[Job]:
             if not waits:
                 wanted = (Job(network, optimizer, s, n, best[s]) for n in range(seeds) for s in STARTS)
                 later += [job for job in wanted if job not in runs.rows]
-    return first + later
+    return first + sorted(later, key=lambda job: job.seed)
 
 
 def result(runs: Runs[Job]) -> Row:
