@@ -153,6 +153,9 @@ def table(doc: Row) -> str:
         f"At most {NEAR} above the good start, with an interval that reaches 0 or below: {counts[0]} of {len(pairs)} "
         f"bad starts, {counts[1]} of {len(pairs)} balanced ones.",
     ]
+    edges = [f"{TASKS[r['network']].title}, {r['optimizer']}, {r['start']}" for r in doc["rows"] if r["at_edge"]]
+    if edges:
+        lines += ["", f"The best rate is the lowest or highest of those tried: {'; '.join(edges)}."]
     return "\n".join(lines)
 
 

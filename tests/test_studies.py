@@ -159,6 +159,7 @@ def test_repairs_table_tells_what_is_mended():
     assert by["balanced"]["above"]["mean"] == pytest.approx(0.01)
     assert repair.mended(by["balanced"])
     assert not repair.mended(by["bad"])
+    assert "lowest or highest" not in repair.table(doc)
     assert "0 of 18 bad starts, 18 of 18 balanced ones" in repair.table(doc)
     assert repair.drawn(doc)[1:4] == b"PNG"
 
