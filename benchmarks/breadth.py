@@ -14,19 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -34,7 +27,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from breadth_runs import Job, trained  # noqa: E402
 from breadth_summary import drawn, summary, table  # noqa: E402
 from breadth_tasks import TASKS, Arrays, gathered, packed, unpacked  # noqa: E402
-from peers import METHODS, OURS, UnavailableError, neighbour  # noqa: E402
+from jobs import Runs, pool_of, where, with_data  # noqa: E402
+from jobs import work as all_work  # noqa: E402
+from peers import METHODS, OURS, neighbour  # noqa: E402
 
 SHOWN, TUNED_ON = (0, 1, 2), (1000,)  # seeds
 MOST_RATES = 12
@@ -43,27 +38,11 @@ MOST_RATES = 12
 # --- what is there, and what is missing
 
 
-class Raw:
+class Raw(Runs[Job]):
     """Finished runs, in memory and as lines of a file that only grows."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[Job, dict[str, Any]] = {}
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:  # what a killed run left behind
-                    continue
-                self.rows.setdefault(job_of(row), row)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Append one run."""
-        self.rows[job_of(row)] = row
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        broken = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * broken + json.dumps(row) + "\n")
+        super().__init__(path, Job)
 
     def drop(self, methods: Sequence[str]) -> None:
         """Forget all runs of some methods."""
@@ -71,11 +50,6 @@ class Raw:
 
         self.rows = {job: row for job, row in self.rows.items() if job.method not in methods}
         write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in self.rows.values()).encode())
-
-
-def job_of(row: dict[str, Any]) -> Job:
-    """What identifies a row."""
-    return Job(*(row[k] for k in ("task", "method", "seed", "lr", "weight_decay", "rest_lr")))
 
 
 def end(row: dict[str, Any]) -> float:
@@ -137,33 +111,13 @@ def missing(tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], 
 
 # --- many runs
 
-_data: Arrays = {}
+
+def _run(job: Job, arrays: Arrays) -> dict[str, Any]:
+    return trained(job, arrays, beside=job.seed not in TUNED_ON and job.method != "adamw")
 
 
-def _begin(arrays: Arrays, threads: int) -> None:
-    global _data
-    _data = arrays
-    torch.set_num_threads(threads)
-
-
-def _run(job: Job) -> dict[str, Any]:
-    return trained(job, _data, beside=job.seed not in TUNED_ON and job.method != "adamw")
-
-
-class Here:
-    """The interface of a pool, in this process."""
-
-    def submit(self, run: Callable[[Job], dict[str, Any]], job: Job) -> Future[dict[str, Any]]:
-        """Run at once."""
-        future: Future[dict[str, Any]] = Future()
-        try:
-            future.set_result(run(job))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self) -> None:
-        """Nothing to stop."""
+def _run_with_data(job: Job) -> dict[str, Any]:
+    return with_data(_run, job)
 
 
 def work(
@@ -172,44 +126,20 @@ def work(
     raw: Raw,
     jobs: Callable[[], list[Job]],
     limit_s: float,
-    run: Callable[[Job], dict[str, Any]] = _run,
+    run: Callable[[Job], dict[str, Any]] = _run_with_data,
 ) -> Iterator[str]:
-    """Do what is missing until nothing is or the time is over; a line for each run.
+    """Do what is missing until nothing is or the time is over; a line for each run. See :func:`jobs.work`."""
 
-    Args:
-        pool: Where runs are submitted.
-        processes: Runs at a time.
-        raw: Where results go, and what ``jobs`` looks at.
-        jobs: Runs that can begin now; asked again after every result, since choices depend on them.
-        limit_s: No run begins that would probably end later.
-        run: What is submitted.
-    """
-    begin, running, refused = time.monotonic(), {}, set()
-    while True:
-        for job in jobs():
-            if len(running) >= processes:
-                break
-            late = time.monotonic() - begin + 2 * TASKS[job.task].seconds > limit_s
-            known = {(job.task, job.method), ("", job.method)} & refused
-            if job not in running.values() and not known and not late:
-                running[pool.submit(run, job)] = job
-        if not running:
-            return
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            job, error = running.pop(future), future.exception()
-            what = f"{job.task}, {METHODS[job.method].title}, seed {job.seed}, {job.settings or 'as it comes'}"
-            if error is None:
-                row = future.result()
-                raw.add(row)
-                yield f"{what}: {row['train_end']} / {end(row):.6g}, {row['ms_per_step']} ms {row['failed']}"
-            else:
-                everywhere = isinstance(error, UnavailableError) and error.everywhere
-                wide = ("" if everywhere else job.task, job.method)
-                if wide not in refused:
-                    place = "every task" if everywhere else job.task
-                    told = error.reason if isinstance(error, UnavailableError) else repr(error)
-                    yield f"left out: {METHODS[job.method].title} on {place}: {told}"
-                refused.add(wide)
+    def told(job: Job, row: dict[str, Any]) -> str:
+        what = f"{job.task}, {METHODS[job.method].title}, seed {job.seed}, {job.settings or 'as it comes'}"
+        return f"{what}: {row['train_end']} / {end(row):.6g}, {row['ms_per_step']} ms {row['failed']}"
+
+    return all_work(
+        *(pool, processes, raw, jobs, limit_s, run),
+        seconds=lambda job: 2 * TASKS[job.task].seconds,
+        part=lambda job: (job.task, METHODS[job.method].title),
+        told=told,
+    )
 
 
 def result(raw: Raw) -> dict[str, Any]:
@@ -267,12 +197,7 @@ def main() -> None:
     if args.redo:
         raw.drop(args.redo)
     if not args.redraw:
-        if args.processes > 1:
-            context = get_context("spawn")
-            pool: Any = ProcessPoolExecutor(args.processes, context, _begin, (arrays, args.threads))
-        else:
-            _begin(arrays, args.threads)
-            pool = Here()
+        pool = pool_of(args.processes, arrays, args.threads)
 
         def jobs() -> list[Job]:
             return missing(args.tasks, args.methods, args.seeds, args.tune, raw)
@@ -292,16 +217,6 @@ def main() -> None:
         args.json.with_suffix(".png").write_bytes(drawn(found["summary"]))
     except ImportError as error:
         print(f"no figure: {error}", file=sys.stderr)
-
-
-def where() -> dict[str, Any]:
-    """Machine and versions, as far as what is installed can tell."""
-    try:
-        from common import environment
-
-        return environment()
-    except ImportError:  # a bare machine that only runs peers
-        return {"torch": torch.__version__, "machine": platform.machine(), "cores": os.cpu_count()}
 
 
 if __name__ == "__main__":

@@ -5,23 +5,17 @@ python benchmarks/repair.py --json results/benchmarks/repair.json --redraw      
 
 A char-GPT, a CNN and a residual CNN with BatchNorm begin as they were drawn (``good``), at a random point of the same
 orbit (``bad``: matrices of condition 100, scales from 0.1 to 10, by ``randomize_``), or at that point after one
-``balance_`` (``balanced``). All three compute the same. Every optimizer has the better of its rates on ``good`` and on
-``bad``, chosen on another seed, and warm-up and decay; a balanced start has the rate of ``good``. What is told is the
-training loss at the end, on fixed samples, less that of the good start with the same seed.
-
-Every finished run is appended to FILE.raw.jsonl beside the JSON at once; a repeated call does what is missing.
+``balance_`` (``balanced``). All three compute the same. Every optimizer has its best rate on ``good`` and its best on
+``bad``, chosen on another seed by the training loss at the end, and warm-up and decay; a balanced start has the rate of
+``good``. What is told is the training loss at the end, on fixed
+samples, less that of the good start with the same seed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,37 +24,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from breadth_runs import loss_on  # noqa: E402
-from breadth_tasks import TASKS, Arrays, gathered, unpacked  # noqa: E402
-from common import environment, save  # noqa: E402
-from peers import METHODS, schedule  # noqa: E402
+from breadth_tasks import TASKS, Arrays  # noqa: E402
+from jobs import TUNED_ON, Row, Runs, Study, climbed, main  # noqa: E402
+from short_runs import OPTIMIZERS, finite, interval, number, run_steps, shown  # noqa: E402
 
 import metatele  # noqa: E402
-from metatele.intervals import half_width  # noqa: E402
+from metatele.figures import png, subplots  # noqa: E402
 
-NETWORKS = ("gpt", "cnn", "resnet")
+NETWORKS = ("gpt", "resnet", "cnn")
 STARTS = ("good", "bad", "balanced")
-TUNED_ON = 1000  # seed
 STEPS = 200
 CONDITION = 100.0
-
-Make = Callable[[nn.Module, float], torch.optim.Optimizer]
-
-
-def _peer(name: str) -> Make:
-    def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        return METHODS[name].make(model, STEPS, {"lr": lr, "weight_decay": 0.0, "rest_lr": 3e-3})
-
-    return make
-
-
-OPTIMIZERS: dict[str, tuple[Make, tuple[float, ...]]] = {
-    "SGD": (lambda m, lr: torch.optim.SGD(m.parameters(), lr), (0.01, 0.03, 0.1, 0.3, 1.0)),
-    "momentum": (lambda m, lr: torch.optim.SGD(m.parameters(), lr, momentum=0.9), (0.003, 0.01, 0.03, 0.1, 0.3)),
-    "Adam": (lambda m, lr: torch.optim.Adam(m.parameters(), lr), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
-    "AdamW": (lambda m, lr: torch.optim.AdamW(m.parameters(), lr, weight_decay=0.1), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
-    "Muon": (_peer("muon"), (3e-3, 1e-2, 3e-2, 1e-1)),
-    "SOAP": (_peer("soap"), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
-}
+NEAR = 0.02  # of training loss: a balanced start above a good one by at most this, on average, is as good
 
 
 @dataclass(frozen=True)
@@ -85,104 +60,114 @@ def started(job: Job, x: torch.Tensor) -> nn.Module:
     return model
 
 
-def trained(job: Job, arrays: Arrays) -> dict[str, Any]:
+def trained(job: Job, arrays: Arrays, steps: int = STEPS) -> Row:
     """Training loss before and after."""
     task = TASKS[job.network]
     split, random = task.split(arrays), torch.Generator().manual_seed(job.seed)
     model = started(job, split.subset[0][:4])
     optimizer = OPTIMIZERS[job.optimizer][0](model, job.lr)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: schedule(min(t, STEPS - 1), STEPS))
-    begin, last = loss_on(task, model, split.subset), math.nan
-    for _ in range(STEPS):
-        x, y = split.draw(random)
-        optimizer.zero_grad()
-        loss = task.loss(model(x), y)
-        if not math.isfinite(last := loss.item()):
-            break
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-    end = loss_on(task, model, split.subset) if math.isfinite(last) else math.inf
-    end = end if math.isfinite(end) else math.inf
-    return {**asdict(job), "begin": begin, "end": end if math.isfinite(end) else None}
+    begin = loss_on(task, model, split.subset)
+    ended = run_steps(task, split, model, optimizer, steps, random)
+    end = loss_on(task, model, split.subset) if ended.finite else float("inf")
+    return {**asdict(job), "begin": begin, "end": finite(end), "seconds": ended.steps_s}
 
 
-class Runs:
-    """Finished runs, in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines]
-        self.done = {Job(**{k: row[k] for k in Job.__dataclass_fields__}): row for row in rows}
-
-    def loss(self, job: Job, arrays: Arrays) -> float:
-        """Of a run, which is made if it is missing."""
-        if job not in self.done:
-            self.done[job] = trained(job, arrays)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(self.done[job]) + "\n")
-            print(self.done[job], file=sys.stderr, flush=True)
-        end = self.done[job]["end"]
-        return math.inf if end is None else float(end)
+def _end(row: Row) -> float:
+    return number(row["end"])
 
 
-def measured(runs: Runs, arrays: Arrays, networks: tuple[str, ...], seeds: int) -> list[dict[str, Any]]:
-    """A row for each network, optimizer and start."""
+def best_of(runs: Runs[Job], network: str, optimizer: str) -> tuple[list[Job], dict[str, float]]:
+    """The runs that the choice of rates waits for, and the rates of each start."""
+    missing, best = [], {}
+    for start in ("good", "bad"):
+
+        def at(lr: float, start: str = start) -> Job:
+            return Job(network, optimizer, start, TUNED_ON, lr)
+
+        waits, best[start] = climbed(runs, at, OPTIMIZERS[optimizer][1], _end)
+        missing += waits
+    best["balanced"] = best["good"]
+    return missing, best
+
+
+def missing(runs: Runs[Job], seeds: int) -> list[Job]:
+    """What can begin now: of the choice of rates, then of the shown runs, seed by seed."""
+    first, later = [], []
+    for network in NETWORKS:
+        for optimizer in OPTIMIZERS:
+            waits, best = best_of(runs, network, optimizer)
+            first += waits
+            if not waits:
+                wanted = (Job(network, optimizer, s, n, best[s]) for n in range(seeds) for s in STARTS)
+                later += [job for job in wanted if job not in runs.rows]
+    return first + sorted(later, key=lambda job: job.seed)
+
+
+def result(runs: Runs[Job]) -> Row:
+    """A row for each network, optimizer and start, of the two or more seeds that are finished at all three."""
     rows = []
-    for network in networks:
-        for name, (_, rates) in OPTIMIZERS.items():
-            best = {
-                start: min(rates, key=lambda lr, s=start: runs.loss(Job(network, name, s, TUNED_ON, lr), arrays))
-                for start in ("good", "bad")
-            }
-            best["balanced"] = best["good"]
-            ends = {
-                start: [runs.loss(Job(network, name, start, seed, best[start]), arrays) for seed in range(seeds)]
-                for start in STARTS
-            }
+    for network in NETWORKS:
+        for optimizer in OPTIMIZERS:
+            waits, best = best_of(runs, network, optimizer)
+            if waits:
+                continue
+            own = {job: r for job, r in runs.rows.items() if (job.network, job.optimizer) == (network, optimizer)}
+            of = {(job.start, job.seed): _end(r) for job, r in own.items() if _shown(job, best)}
+            seeds = [n for n in sorted({seed for _, seed in of}) if all((s, n) in of for s in STARTS)]
+            if len(seeds) < 2:
+                continue
+            tried = {s: [job.lr for job in own if (job.start, job.seed) == (s, TUNED_ON)] for s in ("good", "bad")}
             for start in STARTS:
-                above = [a - b for a, b in zip(ends[start], ends["good"], strict=True)]
-                row = {"network": network, "optimizer": name, "start": start, "lr": best[start], "ends": ends[start]}
-                row["at_edge"] = best[start] in (rates[0], rates[-1])
-                if start != "good" and all(map(math.isfinite, above)):
-                    mean, half = sum(above) / len(above), half_width(above)
-                    row["above"] = {"mean": mean, "low": mean - half, "high": mean + half}
-                rows.append(row)
-    return rows
+                ends = [of[start, n] for n in seeds]
+                above = interval([end - of["good", n] for end, n in zip(ends, seeds, strict=True)])
+                row = {"network": network, "optimizer": optimizer, "start": start, "lr": best[start], "seeds": seeds}
+                rates = tried["bad" if start == "bad" else "good"]
+                row |= {"ends": [finite(end) for end in ends], "at_edge": best[start] in (min(rates), max(rates))}
+                rows.append(row if start == "good" else {**row, "above": above})
+    return {"rows": rows, "steps": STEPS, "condition": CONDITION, "near": NEAR}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def _shown(job: Job, best: dict[str, float]) -> bool:
+    return job.seed != TUNED_ON and job.lr == best[job.start]
+
+
+def mended(row: Row) -> bool:
+    """Whether a start is as good as a good one: by at most ``NEAR`` above it, or by chance."""
+    above = row.get("above")
+    return above is not None and above["mean"] <= NEAR and above["low"] <= 0
+
+
+def table(doc: Row) -> str:
     """Loss of the good start, and how far the others end above it."""
-    lines = ["| network | optimizer | good | bad, above it | balanced, above it |", "|---|---|---|---|---|"]
-    by = {(r["network"], r["optimizer"], r["start"]): r for r in rows}
-    for network, name in dict.fromkeys((r["network"], r["optimizer"]) for r in rows):
-        cells = [TASKS[network].title, name]
-        good = by[network, name, "good"]["ends"]
-        cells.append(f"{sum(good) / len(good):.3f}")
-        for start in ("bad", "balanced"):
-            above = by[network, name, start].get("above")
-            text = (
-                "diverges" if above is None else f"{above['mean']:+.3f} ({above['low']:+.3f} to {above['high']:+.3f})"
-            )
-            cells.append(text)
+    lines = ["| network | optimizer | seeds | good | bad, above it | balanced, above it |", "|:--|:--|--:|--:|--:|--:|"]
+    by = {(r["network"], r["optimizer"], r["start"]): r for r in doc["rows"]}
+    pairs = list(dict.fromkeys((r["network"], r["optimizer"]) for r in doc["rows"]))
+    for network, name in pairs:
+        ends = [number(end) for end in by[network, name, "good"]["ends"]]
+        cells = [TASKS[network].title, name, str(len(ends)), f"{sum(ends) / len(ends):.3f}"]
+        cells += [shown(by[network, name, start]["above"]) for start in ("bad", "balanced")]
         lines.append("| " + " | ".join(cells) + " |")
+    counts = [sum(mended(by[network, name, start]) for network, name in pairs) for start in ("bad", "balanced")]
+    lines += [
+        "",
+        f"At most {NEAR} above the good start, with an interval that reaches 0 or below: {counts[0]} of {len(pairs)} "
+        f"bad starts, {counts[1]} of {len(pairs)} balanced ones.",
+    ]
+    edges = [f"{TASKS[r['network']].title}, {r['optimizer']}, {r['start']}" for r in doc["rows"] if r["at_edge"]]
+    if edges:
+        lines += ["", f"The best rate is the lowest or highest of those tried: {'; '.join(edges)}."]
     return "\n".join(lines)
 
 
-def drawn(rows: list[dict[str, Any]], path: Path) -> None:
+def drawn(doc: Row) -> bytes:
     """How far bad and balanced starts end above good ones."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    networks = list(dict.fromkeys(r["network"] for r in rows))
-    figure, axes = plt.subplots(1, len(networks), figsize=(4 * len(networks), 3), squeeze=False, layout="constrained")
+    rows = doc["rows"]
+    networks = list(dict.fromkeys(r["network"] for r in rows)) or list(NETWORKS)
+    figure, axes = subplots(1, len(networks), figsize=(4 * len(networks), 3), squeeze=False, layout="constrained")
     for axis, network in zip(axes[0], networks, strict=True):
         for shift, start, colour in ((-0.15, "bad", "tab:red"), (0.15, "balanced", "tab:blue")):
             mine = [r for r in rows if r["network"] == network and r["start"] == start]
-            known = [(n, r["above"]) for n, r in enumerate(mine) if "above" in r]
+            known = [(n, r["above"]) for n, r in enumerate(mine) if r["above"] is not None]
             middle = [above["mean"] for _, above in known]
             spread = [[a["mean"] - a["low"] for _, a in known], [a["high"] - a["mean"] for _, a in known]]
             at = [n + shift for n, _ in known]
@@ -193,32 +178,19 @@ def drawn(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(TASKS[network].title, fontsize=10)
     axes[0][0].set_ylabel("training loss above a good start's")
     axes[0][0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    return png(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument(
-        "--data", type=Path, metavar="FILE", help="what breadth.py --pack wrote, in place of --data-root"
-    )
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--redraw", action="store_true", help="no runs: table and figure from what is stored")
-    given = parser.parse_args()
-    if given.redraw:
-        rows = json.loads(given.json.read_text(encoding="utf-8"))["rows"]
-    else:
-        torch.set_num_threads(1)
-        arrays = unpacked(given.data) if given.data else gathered(given.data_root or ROOT / "data")
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        rows = measured(Runs(given.json.with_suffix(".raw.jsonl")), arrays, tuple(given.networks), given.seeds)
-        save(given.json, {"rows": rows, "steps": STEPS, "condition": CONDITION, "environment": environment()})
-    drawn(rows, given.json.with_suffix(".png"))
-    given.json.with_suffix(".md").write_text(table(rows) + "\n", encoding="utf-8")
-    print(table(rows))
-
+STUDY = Study(
+    Job,
+    trained,
+    missing,
+    seconds=lambda job: 20.0,
+    part=lambda job: (job.network, job.optimizer),
+    result=result,
+    table=table,
+    drawn=drawn,
+)
 
 if __name__ == "__main__":
-    main()
+    main(STUDY, __doc__)

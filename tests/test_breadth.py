@@ -17,8 +17,9 @@ import breadth_runs  # noqa: E402
 import breadth_summary  # noqa: E402
 import breadth_tasks  # noqa: E402
 import peers  # noqa: E402
-from breadth import Here, Raw, missing, tuned, work  # noqa: E402
+from breadth import Raw, missing, tuned, work  # noqa: E402
 from breadth_runs import Job, trained  # noqa: E402
+from jobs import Here  # noqa: E402
 
 
 @pytest.fixture(scope="module")
