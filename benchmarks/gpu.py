@@ -216,6 +216,8 @@ class Run:
         environment = {"PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(self.scratch / "triton"), **os.environ}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         print(f"{name} ...", flush=True)
+        self.results[name] = {"status": "running", "values": {}, "rows": [], "failures": []}
+        self.write()
         begin_s = time.monotonic()
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True

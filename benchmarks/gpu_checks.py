@@ -114,6 +114,8 @@ def checks(kit: Kit) -> None:
     def agree(name: str, far: float, bound: float, **more: Any) -> None:
         fine = far <= bound
         done[name] = fine
+        kit.rows.clear()  # of what was checked so far, should the time be over
+        kit.row("checks that agree", sum(done.values()), f"of {len(done)}", goal="all")
         kit.add(f"check {name}", {"far": far, "bound": bound, "fine": fine, **more})
         if not fine:
             kit.failures.append(f"{name}: {far:.1e} apart, at most {bound:.1e} expected")
@@ -135,7 +137,6 @@ def checks(kit: Kit) -> None:
         _meta_training(kit, agree)
     with kit.tried("replicas"):
         _replicas(kit, agree)
-    kit.row("checks that agree", sum(done.values()), f"of {len(done)}", goal="all")
 
 
 Agree = Callable[..., None]
@@ -170,7 +171,7 @@ def _learned(kit: Kit, name: str, agree: Agree) -> None:
     exact = _curve(name, cpu, torch.float64, steps)
     near = _apart(_curve(name, cpu, torch.float32, steps), exact)
     curve = _curve(name, kit.device, torch.float32, steps)
-    agree(f"learned optimizer, {name}", _apart(curve, exact), max(30 * near, 2e-4), cpu=near, end=curve[-1])
+    agree(f"learned optimizer, {name}", _apart(curve, exact), max(30 * near, 5e-4), cpu=near, end=curve[-1])
     half = _curve(name, kit.device, torch.float32, steps, autocast=True)
     agree(f"learned optimizer, {name}, bf16 autocast", _apart(half, exact), 0.1, end=half[-1])
 

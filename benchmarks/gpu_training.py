@@ -87,7 +87,7 @@ def _measured(kit: Kit, precision: str, batch: int, graph: bool) -> dict[str, An
             window()
             alone()
     except Exception as error:
-        kit.values["failed_graph"] = [precision, batch, told(error)]
+        kit.values.setdefault("failed_graph", [precision, batch, told(error)])
         raise
     starts_s = time.perf_counter() - begin_s
     ours, products = [], []
