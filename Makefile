@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv train test lint types clean
+.PHONY: venv train test lint types gpu clean
 
 venv: $(VENV)/.ready
 
@@ -26,6 +26,10 @@ lint: venv
 
 types: venv
 	$(BIN)/mypy
+
+# As it is installed, without an environment of its own; with data: make gpu DATA=folder
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --out runs/gpu $(if $(DATA),--data-root $(DATA))
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

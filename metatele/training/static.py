@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -18,6 +20,30 @@ Body = Callable[[Trajectories], tuple[Trajectories, Tensor]]
 def _tensors(at: Trajectories) -> list[Tensor]:
     found = [at.problems.inputs, at.problems.targets, at.problems.initial, at.weights, at.loss, at.gradient]
     return found + ([] if at.prepared is None else [at.prepared]) + at.states.tensors()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection in here, but one before: a CUDA graph that is freed while another is captured spoils that.
+
+    Trainers and their windows refer to each other, so graphs that are not needed any more are garbage until it is
+    collected, at whatever line that happens.
+
+    Example:
+        >>> with uncollected():
+        ...     gc.isenabled()
+        False
+        >>> gc.isenabled()
+        True
+    """
+    was = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 class StaticWindow:
@@ -73,7 +99,7 @@ class StaticWindow:
                 self._run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with uncollected(), torch.cuda.graph(graph):
             self._run()
         return graph
 

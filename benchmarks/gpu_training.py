@@ -1,0 +1,224 @@
+"""Parts of gpu.py about meta-training and the paper's figures: what they cost."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_kit import ROOT, Kit, spread, told
+from meta_training import UNROLL, naive_ms, peak_gflops, products_window, training_window
+
+from metatele.data import ImageSet, load_images
+from metatele.errors import DataError
+from metatele.experiments import fig5, images, table1
+from metatele.perceptron.activations import LeakyReLU
+from metatele.perceptron.mlp import MLP
+from metatele.training.population import Population
+from metatele.training.replicas import Replicas
+
+GOALS = {("bf16", 8192): "<= 0.0003 (was 0.0011)", ("bf16", 1024): "<= 0.001 (was 0.0097)"}
+STARTS = 3  # windows before those that are timed: a graph is captured in the first
+
+
+# --- d: meta-training
+
+
+def meta(kit: Kit) -> None:
+    """Ms per trajectory-step by batch and precision, beside its products alone and the naive loop."""
+    first = [("bf16", 8192), ("bf16", 1024), ("float32", 8192), ("tf32", 8192), ("bf16", 64)]
+    _cases(kit, [*first, *((p, b) for b in (1024, 64) for p in ("float32", "tf32"))], graph=False)
+
+
+def graphs(kit: Kit) -> None:
+    """The same, each window replayed as one CUDA graph."""
+    _cases(kit, [("bf16", 64), ("bf16", 1024), ("bf16", 8192), ("float32", 64), ("float32", 1024)], graph=True)
+
+
+def _cases(kit: Kit, wanted: list[tuple[str, int]], graph: bool) -> None:
+    device = str(kit.device)
+    peaks: dict[str, float] = kit.values.setdefault("peak_gflops", {})
+    if "naive_ms" not in kit.values:
+        with kit.tried("naive loop"):
+            kit.add("naive_ms", naive_ms(kit.sized(7, 1), device))
+    how = "graph" if graph else "eager"
+    for precision, batch in wanted[: kit.sized(len(wanted), 2)]:
+        batch = kit.sized(batch, {64: 1, 1024: 2, 8192: 3}[batch])
+        with kit.tried(f"{how} {precision} {batch}"):
+            if precision not in peaks:
+                peaks[precision] = peak_gflops(precision, device, kit.sized(2048, 128), kit.sized(9, 1))
+            found = _measured(kit, precision, batch, graph)
+            found["share_of_peak"] = found.pop("gflops") / peaks[precision]
+            naive = kit.values.get("naive_ms", math.nan)
+            found["naive_over_ours"] = naive / found["ms"]["median"]
+            kit.add(f"{how}_{precision}_{batch}", found)
+            note = (
+                f"{100 * found['share_of_products']:.0f} % of its products, {100 * found['share_of_peak']:.0f} % of "
+                f"peak, {found['naive_over_ours']:.0f} x naive"
+            )
+            goal = GOALS.get((precision, batch), "")
+            kit.row(
+                f"meta-training, {precision}, batch {batch}, {how}", found["ms"]["median"], "ms/traj-step", goal, note
+            )
+    ratios = [v["naive_over_ours"] for k, v in kit.values.items() if k.startswith(how)]
+    if ratios:
+        kit.row(f"naive loop over ours, best, {how}", max(ratios), "x", ">= 20000 (was 6090)")
+
+
+def _measured(kit: Kit, precision: str, batch: int, graph: bool) -> dict[str, Any]:
+    """Times of windows, and of their products alone, in turns."""
+    device = str(kit.device)
+    alone, flops = products_window(batch, precision, device)
+    begin_s = time.perf_counter()
+    window = training_window(batch, precision, device, graph=graph)
+    built_s = time.perf_counter() - begin_s
+    gc.collect()
+    begin_s = time.perf_counter()
+    try:
+        for _ in range(kit.sized(STARTS, 1)):
+            window()
+            alone()
+    except Exception as error:
+        kit.values.setdefault("failed_graph", [precision, batch, told(error)])
+        raise
+    starts_s = time.perf_counter() - begin_s
+    ours, products = [], []
+    for _ in range(kit.sized(10, 2)):  # as many windows as a trajectory has: all begin anew once
+        for run, kept in ((window, ours), (alone, products)):
+            begin_s = kit.now_s()
+            run()
+            kept.append(kit.now_s() - begin_s)
+    unit = 1e3 / (UNROLL * batch)
+    share = statistics.median(products) / statistics.median(ours)
+    if kit.gpu:
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB", flush=True)
+        torch.cuda.reset_peak_memory_stats()
+    return {
+        "ms": spread([unit * t for t in ours]),
+        "ms_mean_with_restarts": unit * statistics.mean(ours),
+        "products_ms": spread([unit * t for t in products]),
+        "share_of_products": share,
+        "gflops": flops / statistics.median(ours) / 1e9,
+        "built_s": built_s,
+        "starts_s": starts_s,
+    }
+
+
+# --- e: quick
+
+
+def quick(kit: Kit) -> None:
+    """``train_meta.py quick`` as a user starts it, to its checkpoint."""
+    tiny = "--trajectories 4 --batch 2 --hidden 8 --horizon 20 --unroll 5 --validation-trajectories 2 "
+    tiny += "--validation-steps 10 --validation-score-at 9"
+    for name, flags in (("quick", []), ("quick, --graph", ["--graph"])):
+        if flags and kit.left_s() < 1.2 * kit.values.get("quick", {}).get("seconds", 0.0):
+            kit.add(name, "left out: no time left")
+            continue
+        with kit.tried(name), tempfile.TemporaryDirectory() as folder:
+            extra = kit.sized([], tiny.split())
+            command = [sys.executable, str(ROOT / "train_meta.py"), "quick", "--out", str(Path(folder) / "run")]
+            begin_s = time.perf_counter()
+            done = subprocess.run(
+                [*command, "--device", kit.device.type, "--quiet", *flags, *extra],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=max(10.0, kit.left_s() - 3),
+                check=False,
+            )
+            spent_s = time.perf_counter() - begin_s
+            print(done.stdout[-2000:], done.stderr[-4000:], flush=True)
+            if done.returncode:
+                last = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["nothing said"]
+                raise RuntimeError(f"exit code {done.returncode}: {last[-1][:200]}")
+            lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+            metrics = [json.loads(line) for line in lines]
+            ms = [m["ms_per_trajectory_step"] for m in metrics if "ms_per_trajectory_step" in m]
+            scores = [m["validation_score"] for m in metrics if "validation_score" in m]
+            found = {"seconds": spent_s, "ms_per_trajectory_step": statistics.median(ms) if ms else None}
+            kit.add(name, {**found, "score": min(scores) if scores else None})
+            kit.row(f"{name}, start to checkpoint", spent_s, "s", "<= 8 (was 30)" if not flags else "")
+
+
+# --- f: the paper's figures
+
+
+def figures(kit: Kit) -> None:
+    """Figure 5 (9 arms, 5 seeds) and Table 1 (100 networks): two epochs, all forty where time allows."""
+    data, source = _images(kit)
+    kit.add("images", source)
+    with kit.tried("fig5"):
+        _fig5(kit, data, source)
+    with kit.tried("table1"):
+        _table1(kit, data, source)
+
+
+def _images(kit: Kit) -> tuple[ImageSet, str]:
+    """MNIST, or random pixels of its shape: the time does not depend on what they show."""
+    if not kit.rehearse:
+        try:
+            return load_images("mnist", kit.data_root), "MNIST"
+        except DataError as error:
+            kit.failures.append(f"figures: random pixels, as {told(error)}")
+    draws, count = torch.Generator().manual_seed(0), kit.sized(60_000, 1_900)
+    x, y = torch.rand(count, 784, generator=draws), torch.randint(10, (count,), generator=draws)
+    test = count // 6
+    return ImageSet("random", x[test:], y[test:], x[:test], y[:test], ""), "random pixels"
+
+
+def _fig5(kit: Kit, data: ImageSet, source: str) -> None:
+    count, epochs = images.train_count(data) if not kit.rehearse else len(data.train_labels), 40
+    count = min(count, kit.sized(50_000, count))
+    arms = fig5.arms("ref", count)
+    replicas = Replicas(data, MLP((data.features, 16, 10, 10), LeakyReLU(0.1)), arms, range(5), count, 20, kit.device)
+    times = []
+    for _ in range(2):
+        begin_s = kit.now_s()
+        replicas.train(1)
+        times.append(kit.now_s() - begin_s)
+    whole = times[0] + (epochs - 1) * times[1]
+    history = replicas.history
+    parts = {
+        "steps_s": history.step_seconds,
+        "teleports_s": history.teleport_seconds,
+        "evaluations_s": history.evaluation_seconds,
+    }
+    kit.add("fig5", {"epochs_s": times, "extrapolated_s": whole, **parts})
+    note = f"{source}, extrapolated from 2 epochs of {times[0]:.1f} and {times[1]:.1f} s"
+    if whole < kit.sized(0.5, 0.0) * kit.left_s():
+        begin_s = kit.now_s()
+        replicas.train(epochs - 2)
+        whole = sum(times) + kit.now_s() - begin_s
+        kit.add("fig5_whole_s", whole)
+        note = f"{source}, all 40 epochs"
+    kit.row("fig5, 40 epochs, 9 arms x 5 seeds", whole, "s", "<= 30", note)
+
+
+def _table1(kit: Kit, data: ImageSet, source: str) -> None:
+    networks, epochs = kit.sized(100, 3), 40
+    count = min(len(data.train_labels), kit.sized(50_000, 400))
+    mlp = MLP((data.features, 16, 10, 10), LeakyReLU(0.1))
+    population = Population(data, mlp, range(networks), 1e-2, count, 20, kit.device)
+    times = []
+    for epoch in (1, 2):
+        begin_s = kit.now_s()
+        population.train(epoch)
+        times.append(kit.now_s() - begin_s)
+    kit.add("table1_epochs_s", times)
+    begin_s = kit.now_s()
+    values = table1.geometry(population, tuple(1e-3 + 1e-2 * i for i in range(kit.sized(20, 2))))
+    finite = all(bool(torch.isfinite(v).all()) for v in values.values())
+    geometry_s = kit.now_s() - begin_s
+    whole = times[0] + (epochs - 1) * times[1] + geometry_s
+    kit.add("table1", {"extrapolated_s": whole, "geometry_s": geometry_s, "finite": finite})
+    note = f"{source}; 2 epochs of {times[0]:.1f} and {times[1]:.1f} s extrapolated, geometry {geometry_s:.1f} s"
+    kit.row("table1, 40 epochs, 100 networks", whole, "s", "<= 30", note)
