@@ -394,6 +394,7 @@ DIMENSIONS = {
     # Batch norms before ReLU.
     "resnet": 4 + 4 + 8 + 8,
     "resnet10t": None,
+    "mobilenetv3_small_050": None,
 }
 
 
