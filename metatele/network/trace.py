@@ -98,6 +98,8 @@ class Record:
         shifts: ``(kind, units, step)`` of units to which a constant may be added.
         averages: ``(pairs, step)`` of weights and of units that are averaged by them, as values by attention.
         gains: Of norms.
+        statistics: Of norms, in buffers: they go along where their units are permuted.
+        sizes: Elements of each parameter.
         unknown: Operations that are not known, and how often.
     """
 
@@ -114,6 +116,8 @@ class Record:
     shifts: list[tuple[str, Tensor, int]] = field(default_factory=list)
     averages: list[tuple[Tensor, int]] = field(default_factory=list)
     gains: list[Gain] = field(default_factory=list)
+    statistics: list[Use] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
 
 
@@ -140,12 +144,15 @@ class Tracer(TorchDispatchMode):
 
     Args:
         parameters: By name; each in a storage of its own.
+        buffers: The same.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.names = {p.untyped_storage()._cdata: name for name, p in parameters.items()}
-        self.record = Record()
+        self.buffers = {b.untyped_storage()._cdata: name for name, b in buffers.items()}
+        self.record = Record(sizes={name: p.numel() for name, p in parameters.items()})
+        self.elements: list[tuple[int, int]] = []  # ranges of units that are single elements of parameters
         self.labels: Any = WeakTensorKeyDictionary()
         self.squares: Any = WeakTensorKeyDictionary()  # squares, which may yet be summed over their units
         self.written: dict[Any, Tensor] = {}  # units of each use, by place: a weight that is used again writes the same
@@ -217,6 +224,7 @@ class Tracer(TorchDispatchMode):
         new = self.written.get(key)
         if new is None:
             new = self.written[key] = self.new(len(distinct))
+            self.elements.append((int(new[0]), int(new[-1])))
             none = torch.zeros(1, dtype=torch.int64)
             empty = torch.zeros(0, dtype=torch.int64)
             self.record.uses.append(Use(name, self.step, distinct, none, none, new, empty))
@@ -247,6 +255,18 @@ class Tracer(TorchDispatchMode):
     def link(self, a: Tensor, b: Tensor) -> None:
         """Units that are permuted together."""
         self.record.links.append(pairs(a, b))
+
+    def keep(self, before: Tensor, after: Tensor) -> None:
+        """Freeze units that are single elements of a parameter, where some of them are left out.
+
+        Another pass may take others, as those of longer sequences: what is done to the ones has to be done to all.
+        """
+        units = distinct(before)
+        mine = torch.zeros(len(units), dtype=torch.bool)
+        for first, last in self.elements:
+            mine |= (units >= first) & (units <= last)
+        if bool(mine.any()) and not bool(torch.isin(units[mine], distinct(after)).all()):
+            self.tie(units[mine], ZERO)
 
     def unknown(self, name: str, seen: list[Tensor], out: Any) -> None:
         """Freeze what an operation touches."""
@@ -335,7 +355,8 @@ def traced(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) 
     """
     import metatele.network.rules  # noqa: F401  (fills the table)
 
-    tracer = Tracer(dict(model.named_parameters()))
+    buffers = dict(model.named_buffers())
+    tracer = Tracer(dict(model.named_parameters()), buffers)
     attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -353,4 +374,7 @@ def traced(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) 
     for t in tensors_in(out):
         if tracer.known(t):
             tracer.tie(tracer.units(t), torch.zeros((), dtype=torch.int64))
+    for b in buffers.values():
+        if b in tracer.labels:  # a pass that is still to come may read what this one has written
+            tracer.tie(tracer.labels[b], torch.zeros((), dtype=torch.int64))
     return tracer.record

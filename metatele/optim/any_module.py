@@ -19,7 +19,7 @@ from metatele.network.graph import tensors_in
 from metatele.network.spaces import Space
 from metatele.network.unwrap import unwrapped
 from metatele.symmetry.exact import Element
-from metatele.symmetry.find import find_symmetries
+from metatele.symmetry.find import find_symmetries, warn_of_unused
 from metatele.teleport import Ascent, Balance, Random, Reason, Rescaling, TeleportMove, TeleportReport
 from metatele.teleport.ascent import USUAL_CHANGE
 from metatele.teleport.exact_moves import exact_, refuse_settings
@@ -87,6 +87,7 @@ def movable(
         UnsupportedModelError: It has no symmetry that could be found, or none that may move.
     """
     found = find_symmetries(model, first_samples(inputs), **dict(first_samples(named)))
+    warn_of_unused(found)
     free = {id(p) for p in parameters}
     names = {name for name, p in unwrapped(model).named_parameters() if id(p) in free}
     if not any(space.dimension for space in found.spaces):

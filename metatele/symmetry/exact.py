@@ -35,10 +35,10 @@ def act(space: Space, element: Element, tensors: Mapping[str, Tensor]) -> dict[s
     Args:
         space: Where.
         element: By what.
-        tensors: Parameters by name; they are not changed.
+        tensors: Parameters by name; they are not changed. Of buffers among them, statistics of norms go along.
 
     Returns:
-        Those that changed.
+        The parameters that changed.
     """
     moved = dict(tensors)
     for name, where, new in _changes(space, element, moved, gathered):
@@ -89,7 +89,7 @@ def _changes(
         change = element.value.to(columns.device) @ columns.to(element.value.dtype)
         at = carry.at.to(bias.device)
         yield carry.name, at, bias.reshape(-1)[at].to(change.dtype) - change
-    for whole in space.places:
+    for whole in (*space.places, *(p for p in space.statistics if p.name in tensors)):
         each = max(1, _CHUNK // whole.base.numel())
         for offsets in whole.offsets.split(each):  # a vocabulary's indices alone would be as large as its weights
             place, old = whole._replace(offsets=offsets), tensors[whole.name]

@@ -17,13 +17,15 @@ from torch.utils._pytree import tree_map
 
 from metatele.errors import ConfigError, UnsupportedModelError
 from metatele.network import ranks
+from metatele.network.allowed import partly_used, phases_of, spaces_of
 from metatele.network.graph import tensors_in
-from metatele.network.spaces import Space, phases_of, spaces_of
+from metatele.network.spaces import Space
 from metatele.network.trace import Record, traced
 from metatele.network.unwrap import unwrapped
 from metatele.symmetry.exact import Element, act_, random_element
 
 _TOLERANCE = 1e-9  # of a verified space: relative change of the outputs in float64
+_UNUSED = "the pass does not use it"
 _CONDITION = 4.0  # of the elements by which spaces are verified
 _WORDS = {
     "GL": "any change of basis",
@@ -122,9 +124,21 @@ class Symmetries:
         return certified(self)
 
     @property
+    def unused(self) -> tuple[str, ...]:
+        """Parameters that the pass does not use: what is done to others for them, is not known."""
+        return tuple(name for name, reason in self.frozen.items() if reason == _UNUSED)
+
+    @property
     def dimension(self) -> int:
         """Of all groups together: independent small changes that keep the function; permutations count none."""
         return sum(space.dimension for space in self.spaces)
+
+
+def warn_of_unused(found: Symmetries) -> None:
+    """Say that a move looks at one pass alone, where there are parameters that it does not use."""
+    if found.unused:
+        names = _listed(found.unused)
+        warnings.warn(f"the example's pass does not use {names}: one that does may differ after a move", stacklevel=4)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -183,11 +197,11 @@ def _outputs(
     model: nn.Module, tensors: Mapping[str, Tensor], inputs: tuple[Any, ...], named: Mapping[str, Any]
 ) -> Tensor:
     """All outputs of a pass, flat; buffers are those of the model, and stay."""
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    buffers = {name: tensors.get(name, b).clone() for name, b in model.named_buffers()}
     wide = _Wide() if any(t.dtype == torch.float64 for t in tensors.values()) else nullcontext()
     with torch.random.fork_rng(devices=[]), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), wide:
         torch.manual_seed(0)
-        out = torch.func.functional_call(model, {**buffers, **tensors}, inputs, dict(named))
+        out = torch.func.functional_call(model, {**tensors, **buffers}, inputs, dict(named))
     found = [t.reshape(-1).double() for t in tensors_in(out) if t.is_floating_point()]
     if not found:
         raise UnsupportedModelError("the model gives no tensor of floating-point numbers")
@@ -356,9 +370,10 @@ class Check(NamedTuple):
     def change(self, chosen: Sequence[Space], seed: int, swap: bool) -> float:
         """How much they change them, relatively."""
         g = torch.Generator().manual_seed(seed)
+        moved = {**self.tensors, **{name: b.clone() for name, b in self.model.named_buffers()}}
         for space in chosen:
-            act_(space, _tried(space, g, swap), self.tensors)
-        change = _change(_outputs(self.model, self.tensors, self.inputs, self.named), self.before)
+            act_(space, _tried(space, g, swap), moved)
+        change = _change(_outputs(self.model, moved, self.inputs, self.named), self.before)
         for name in {name for space in chosen for name in space.parameters}:
             self.point.put_(name, self.tensors[name])
         return change
@@ -418,14 +433,16 @@ def _frozen(tensors: Mapping[str, Tensor], spaces: Sequence[Space], record: Reco
     inside = {name for space in spaces for name in space.parameters}
     odd = {use.name for use in record.uses if use.groups == -1}
     used = {use.name for use in record.uses} | {gain.name for gain in record.gains}
-    reasons = {}
+    parts, reasons = partly_used(record), {}
     for name in tensors:
         if name in inside:
             continue
         if name in odd:
             reasons[name] = "it is used by an operation that is not known"
         elif name not in used:
-            reasons[name] = "the pass does not use it"
+            reasons[name] = _UNUSED
+        elif name in parts:
+            reasons[name] = "the pass uses only a part of it: take an example of full length"
         else:
             reasons[name] = "what it writes and reads is fixed: inputs, outputs, or a unit that nothing may change"
     return reasons

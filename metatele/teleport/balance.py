@@ -17,7 +17,16 @@ from metatele.network.spaces import GROUPS, Space
 from metatele.network.unwrap import unwrapped
 from metatele.symmetry.canonical import Course, canonical_, folding, gain_place
 from metatele.symmetry.exact import Element, act_, random_element
-from metatele.symmetry.find import Symmetries, _change, _doubled, _outputs, _twin, find_symmetries, steady
+from metatele.symmetry.find import (
+    Symmetries,
+    _change,
+    _doubled,
+    _outputs,
+    _twin,
+    find_symmetries,
+    steady,
+    warn_of_unused,
+)
 
 _EXACT = 1e-6  # relative change of the outputs in double precision, up to which a move is written
 _TOLERANCE, _SWEEPS = 1e-10, 500
@@ -297,6 +306,7 @@ def _move(
         raise ConfigError("no parameter of the model asks for a gradient, so none may move")
     ranks.refuse_sharded(own.values(), "a move along symmetries")
     found = found if found is not None else find_symmetries(bare, inputs, **named)
+    warn_of_unused(found)
     if missing := [name for s in found.spaces for name in s.parameters if name not in own]:
         raise ConfigError(f"the symmetries are those of another model: this one has no parameter {missing[0]!r}")
     chosen = [
@@ -309,7 +319,7 @@ def _move(
     touched = {name for space in chosen for name in space.parameters}
     twin = _twin(bare).requires_grad_(False)
     tensors = dict(twin.named_parameters())
-    data = {name: t.data for name, t in tensors.items()}
+    data = {name: t.data for name, t in tensors.items()} | {name: b.clone() for name, b in twin.named_buffers()}
     rounding = _ROUNDING * max(torch.finfo(own[name].dtype).eps for name in touched)
     given, its = _doubled(inputs), _doubled(dict(named))
     with steady(twin), warnings.catch_warnings():
@@ -329,6 +339,7 @@ def _move(
         far = {name: (float((data[name] - own[name]).norm()), float(own[name].double().norm())) for name in touched}
         for name in touched:
             own[name].copy_(data[name])
+        move_statistics_(bare, course.path)
         last = _given(bare, inputs, named)
     rows = []
     for n, space in enumerate(chosen):
@@ -338,6 +349,20 @@ def _move(
         )
     settled = not course.change > _TOLERANCE
     return MoveReport(tuple(rows), _change(last, first), course.sweeps, settled, tuple(course.path))
+
+
+@torch.no_grad()
+def move_statistics_(model: nn.Module, path: Sequence[tuple[Space, Element]]) -> None:
+    """Let running statistics of norms go along with their units.
+
+    Args:
+        model: Whose buffers are moved.
+        path: Spaces and elements that acted on its parameters.
+    """
+    buffers = dict(model.named_buffers())
+    for space, element in path:
+        if space.statistics:
+            act_(Space(space.group, space.k, (), statistics=space.statistics), element, buffers)
 
 
 def _given(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:

@@ -20,7 +20,7 @@ from metatele.network.spaces import GROUPS, Space
 from metatele.symmetry.canonical import Course, _shrink, canonical_
 from metatele.symmetry.exact import Element, act_, element_of
 from metatele.symmetry.find import Symmetries, steady
-from metatele.teleport.balance import _SWEEPS, _TOLERANCE, MoveReport, _move
+from metatele.teleport.balance import _SWEEPS, _TOLERANCE, MoveReport, _move, move_statistics_
 from metatele.teleport.closed_form import Random, Rescaling
 from metatele.teleport.move import Course as Legs
 from metatele.teleport.move import TeleportMove
@@ -170,6 +170,7 @@ def exact_(
                 if name in old:
                     p.copy_(old[name])
             return report(Reason.DRIFT, before, taken_back=True)
+    move_statistics_(model, done.path)  # buffers are again what they were before
     if path is not None:
         path += done.path
     return report(Reason.MOVED, after, drift)

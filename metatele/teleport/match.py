@@ -250,7 +250,7 @@ def _with_statistics(space: Space, model: nn.Module) -> Space:
             names += [f"{module}.{statistic}" if module else statistic for statistic in _STATISTICS]
         for name in names:
             places.setdefault((name, place.indices().numpy().tobytes()), place._replace(name=name))
-    return replace(space, places=tuple(places.values()))
+    return replace(space, places=tuple(places.values()), statistics=())
 
 
 def _doubles(model: nn.Module, spaces: Sequence[Space]) -> dict[str, Tensor]:

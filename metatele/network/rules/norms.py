@@ -11,11 +11,16 @@ from metatele.network.rules.products import biased, gained, paired
 from metatele.network.rules.sums import normalised, told_apart
 from metatele.network.trace import (
     MIXES,
+    NONE,
     SCALES,
     SHIFTS,
+    SWAPS,
+    ZERO,
     Args,
     Named,
     Tracer,
+    Use,
+    along,
     rule,
 )
 
@@ -87,5 +92,14 @@ def _batch_norm(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) 
     units = channels.view(shape).expand(x.shape)
     tracer.forbid(channels, MIXES | SCALES | SHIFTS)  # exact only up to its eps
     tracer.mark(channels, 2 * tracer.step)
+    for statistic in args[3:5]:
+        if not isinstance(statistic, Tensor):
+            continue
+        name = tracer.buffers.get(statistic.untyped_storage()._cdata)
+        if name is None or len(statistic) != len(channels):  # a copy, as of norms of single samples
+            tracer.forbid(channels, SWAPS)
+            continue
+        rows = int(statistic.storage_offset()) + along(statistic, 0)
+        tracer.record.statistics.append(Use(name, tracer.step, rows, ZERO, ZERO, channels, NONE))
     tracer.put(result, units)
     with_gain(tracer, units, gain, bias, result, shape)

@@ -41,8 +41,42 @@ def _view(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> Non
         moved: Any = units.reshape(out.shape)  # of expanded units a view may not exist
     else:
         moved = func(units, *args[1:], **kwargs)
+    if name in ("select", "slice", "narrow", "index_select", "diagonal"):
+        tracer.keep(units, moved)
     for t, units in zip(tree_leaves(out), tree_leaves(moved), strict=True):
         tracer.put(t, units)
+
+
+@rule("index")
+def _index(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> None:
+    if tracer.parameter(args[0]) is not None:
+        raise RefusedError("of a parameter")
+    if any(tracer.known(t) for t in args[1] if t is not None):
+        raise RefusedError("by numbers that depend on units")
+    units = tracer.units(args[0]).expand(args[0].shape)
+    moved = func(units, args[1])
+    tracer.keep(units, moved)
+    tracer.put(out, moved)
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+def _constant(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> None:
+    """What has the shape of something, and nothing else of it."""
+
+
+@rule("index_add", "scatter_add")
+def _index_add(tracer: Tracer, func: Any, args: Args, kwargs: Named, out: Any) -> None:
+    target, dim, index, source = args[:4]
+    if tracer.known(index) or tracer.parameter(source) is not None or tracer.known(target):
+        raise RefusedError("of other units")
+    add = getattr(torch.ops.aten, func.overloadpacket.__name__.removesuffix("_"))
+    labels = tracer.units(source).expand(source.shape)
+    first = labels.narrow(dim, 0, 1)
+    even = bool((labels == first).all()) and out.shape[:dim] + out.shape[dim + 1 :] == first.squeeze(dim).shape
+    if not even or kwargs or len(args) > 4 or not torch.equal(out, add(torch.zeros_like(out), dim, index, source)):
+        raise RefusedError("that adds unlike things")
+    tracer.forbid(first, SHIFTS)  # of what is added up, the number may differ
+    tracer.put(out, first.expand(out.shape))
 
 
 @rule("clone", "_to_copy", "contiguous", "to", "lift_fresh", "dropout", "copy")
