@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +15,23 @@ from metatele.config import FlatRunConfig
 from metatele.errors import ConfigError
 from metatele.learned import MetaOptimizer, Stepped
 from metatele.learned.flat.trajectories import Trajectories
-from metatele.tasks import Regression
+from metatele.tasks import Problems, Regression
 from metatele.training.curves import held_out_score, learned_curves
 from metatele.training.processes import Processes
-from metatele.training.static import StaticWindow
+from metatele.training.static import StaticWindow, replayable
 from metatele.training.trainer import Trainer, Window
 from metatele.unroll import start, unroll
+
+
+class Step(NamedTuple):
+    """The last step of a window, to be measured: where it began and what it did."""
+
+    problems: Problems
+    begin: Tensor
+    gradient: Tensor
+    local: Tensor
+    weights: Tensor
+    algebra: Tensor | None
 
 
 class FlatTrainer(Trainer):
@@ -54,6 +65,7 @@ class FlatTrainer(Trainer):
         super().__init__(config, optimizer, groups, device, processes or Processes())
         self.trajectories = self._fresh(range(config.training.batch))
         self._static: dict[int, StaticWindow] = {}
+        self._last: dict[int, Step] = {}
         worst = float(self.trajectories.loss.max())
         if not worst < config.training.lost_loss:
             raise ConfigError(
@@ -107,27 +119,37 @@ class FlatTrainer(Trainer):
             objective.backward()
         return end.detach(), objective.detach()
 
+    @property
+    def _in_place(self) -> bool:
+        """Whether windows have memory of their own, which CUDA graphs need; rematerialised ones are to have little."""
+        c = self.config.training
+        return replayable(self.device) and not c.remat if c.graph is None else c.graph
+
+    def _window(self, at: Trajectories, steps: int) -> tuple[Trajectories, Tensor]:
+        """A window, of which the last step is kept to be measured: in a graph it lies where each replay leaves it."""
+
+        def observe(k: int, where: Trajectories, done: Stepped) -> None:
+            if k == steps - 1:
+                at_last = (where.problems, where.weights.detach(), where.gradient.detach())
+                algebra = None if done.algebra is None else done.algebra.detach()
+                self._last[steps] = Step(*at_last, done.local.detach(), done.weights.detach(), algebra)
+
+        return self.differentiated(at, steps, observe)
+
     def _unrolled(self, measure: bool) -> Window:
         c = self.config.training
         steps = c.windows[self.update % len(c.windows)]
-        last: list[tuple[Trajectories, Stepped]] = []
-        if measure:  # what is observed is gone in a replay
-
-            def observe(k: int, where: Trajectories, done: Stepped) -> None:
-                if k == steps - 1:
-                    last.append((where, done))
-
-            self.trajectories, objective = self.differentiated(self.trajectories, steps, observe)
-        elif c.graph:
+        if self._in_place:
             if steps not in self._static:
                 parameters = list(self.optimizer.parameters())
-                body = partial(self.differentiated, steps=steps)
-                self._static[steps] = StaticWindow(body, parameters, self.trajectories, self.device.type == "cuda")
+                body = partial(self._window, steps=steps)
+                self._static[steps] = StaticWindow(body, parameters, self.trajectories, replayable(self.device))
             self.trajectories, objective = self._static[steps](self.trajectories)
         else:
-            self.trajectories, objective = self.differentiated(self.trajectories, steps)
+            run = self._window if measure else self.differentiated
+            self.trajectories, objective = run(self.trajectories, steps)
         lost = ~(self.trajectories.loss < c.lost_loss)
-        return Window(objective, lost[None], steps, self._measure(*last[0]) if measure else {})
+        return Window(objective, lost[None], steps, self._measure(self._last[steps]) if measure else {})
 
     def _renewed(self, flags: Tensor) -> None:
         restart = sorted({*self._due(), *(i for i, gone in enumerate(flags[0].tolist()) if gone)})
@@ -142,15 +164,15 @@ class FlatTrainer(Trainer):
         return self.trajectories.gradient
 
     @torch.no_grad()
-    def _measure(self, where: Trajectories, done: Stepped) -> dict[str, float]:
+    def _measure(self, done: Step) -> dict[str, float]:
         """Median over this process's trajectories of what the last step of a window did."""
-        update = done.local - where.weights
+        update = done.local - done.begin
         measured = {"update_norm": update.norm(dim=-1)}
         if self.config.method.method == "lr-tele":
-            measured["learning_rate"] = update.norm(dim=-1) / where.gradient.norm(dim=-1)
+            measured["learning_rate"] = update.norm(dim=-1) / done.gradient.norm(dim=-1)
         if done.algebra is not None:
-            before = where.problems.loss_and_gradient(done.local)[0]
-            after = where.problems.loss_and_gradient(done.weights)[0]
+            before = done.problems.loss_and_gradient(done.local)[0]
+            after = done.problems.loss_and_gradient(done.weights)[0]
             measured["algebra_norm"] = done.algebra.norm(dim=-1)
             measured["drift"] = (after - before).abs() / before
         return {name: float(values.median()) for name, values in measured.items()}
