@@ -37,7 +37,15 @@ from typing import Any, NamedTuple, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-TESTS = ("test_devices", "test_general", "test_general_states", "test_replicas", "test_any_module", "test_balance")
+TESTS = (
+    "test_devices",
+    "test_general",
+    "test_general_states",
+    "test_replicas",
+    "test_static_steps",
+    "test_any_module",
+    "test_balance",
+)
 _STOP_S = 5.0  # for what is ended to end
 _LEAST_S = 8.0  # with less no part begins
 
