@@ -80,7 +80,7 @@ class Population(Networks):
         super().__init__(images, mlp, seeds, train_samples, batch_size, device)
         self.lr, self.window, self.graph = lr, window, graph
         self._samples = torch.zeros(window * batch_size, dtype=torch.int64, device=self.device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.epochs = 0
         self.seconds = 0.0
         self.weights = self.initial()
@@ -121,17 +121,18 @@ class Population(Networks):
 
     def _launched(self, samples: Tensor) -> None:
         """A window, on samples whose numbers lie where a graph finds them."""
-        gpu = replayable(self.device)
-        if not (gpu if self.graph is None else self.graph):
+        if not (replayable(self.device) if self.graph is None else self.graph):
             return self._window(samples)
         there = self._samples[: len(samples)]
         run = partial(self._window, there)
-        if gpu and len(samples) not in self._graphs:
-            changed = [t for part in self.weights for t in part if t is not None]
-            self._graphs[len(samples)] = captured(run, changed)
+        if replayable(self.device) and len(samples) not in self._graphs:
+            graph = captured(run, [t for part in self.weights for t in part if t is not None])
+            if graph is None:
+                self.graph = False
+                return self._window(samples)
+            self._graphs[len(samples)] = graph
         there.copy_(samples)
-        graph = self._graphs.get(len(samples))
-        return run() if graph is None else graph.replay()
+        return self._graphs[len(samples)].replay() if self._graphs else run()
 
     def _window(self, samples: Tensor) -> None:
         inputs, labels = self.train_images[samples].T, self.train_labels[samples]

@@ -165,7 +165,7 @@ class StaticSteps:
             together = list(members)
             self._groups.append(self._group(arms[together[0]], slice(begin, begin + len(together))))
             begin += len(together)
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def _keys_of(self, optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
         return [_key(arm, optimizer) for arm, optimizer in zip(self._arms, optimizers, strict=True)]
@@ -253,12 +253,12 @@ class StaticSteps:
         lengths = {min(_STEPS, steps), steps % _STEPS} - {0}
         if replayable(self._device):
             for length in sorted(lengths - self._graphs.keys()):
-                self._graphs[length] = captured(partial(self._run, length), self._changed(), before=1)
-            if any(self._graphs[length] is None for length in lengths):
-                return False
+                graph = captured(partial(self._run, length), self._changed(), before=1)
+                if graph is None:
+                    return False
+                self._graphs[length] = graph
         for window in orders[:, : steps * self._batch_size].split(samples, 1):
             self._index[..., : window.shape[1]].copy_(window)
             length = window.shape[1] // self._batch_size
-            graph = self._graphs.get(length)
-            self._run(length) if graph is None else graph.replay()
+            self._graphs[length].replay() if length in self._graphs else self._run(length)
         return True
