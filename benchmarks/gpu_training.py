@@ -38,11 +38,33 @@ def meta(kit: Kit) -> None:
     """Ms per trajectory-step by batch and precision, beside its products alone and the naive loop."""
     first = [("bf16", 8192), ("bf16", 1024), ("float32", 8192), ("tf32", 8192), ("bf16", 64)]
     _cases(kit, [*first, *((p, b) for b in (1024, 64) for p in ("float32", "tf32"))], graph=False)
+    with kit.tried("profile of a window"):
+        _profiled(kit, "bf16", kit.sized(8192, 3))
 
 
 def graphs(kit: Kit) -> None:
     """The same, each window replayed as one CUDA graph."""
     _cases(kit, [("bf16", 64), ("bf16", 1024), ("bf16", 8192), ("float32", 64), ("float32", 1024)], graph=True)
+
+
+def _profiled(kit: Kit, precision: str, batch: int) -> None:
+    """The dearest operations of a window, by shape, and how many launches it takes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    window = training_window(batch, precision, str(kit.device), graph=False)
+    for _ in range(kit.sized(STARTS, 1)):
+        window()
+    kit.wait()
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if kit.gpu else [])
+    with profile(activities=activities, record_shapes=True) as seen:
+        window()
+        kit.wait()
+    key = "self_device_time_total" if kit.gpu else "self_cpu_time_total"
+    for by_shape in (False, True):
+        rows = seen.key_averages(group_by_input_shape=by_shape)
+        print(rows.table(sort_by=key, row_limit=40, max_name_column_width=50), flush=True)
+    launches = sum(row.count for row in seen.key_averages() if "LaunchKernel" in row.key)
+    kit.add("profile_window", {"precision": precision, "batch": batch, "launches": launches})
 
 
 def _cases(kit: Kit, wanted: list[tuple[str, int]], graph: bool) -> None:
