@@ -105,8 +105,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Pair], Callable[
 }
 
 
-def checks(kit: Kit) -> None:
-    """Everything in float32 on the device beside float64 on a CPU; rows are how many agree."""
+Agree = Callable[..., None]
+
+
+def _agreeing(kit: Kit, what: str) -> Agree:
+    """Exact products, and what counts the checks that are within their bound."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     warnings.simplefilter("ignore", UserWarning)
@@ -116,11 +119,17 @@ def checks(kit: Kit) -> None:
         fine = far <= bound
         done[name] = fine
         kit.rows.clear()  # of what was checked so far, should the time be over
-        kit.row("checks that agree", sum(done.values()), f"of {len(done)}", goal="all")
+        kit.row(what, sum(done.values()), f"of {len(done)}", goal="all")
         kit.add(f"check {name}", {"far": far, "bound": bound, "fine": fine, **more})
         if not fine:
             kit.failures.append(f"{name}: {far:.1e} apart, at most {bound:.1e} expected")
 
+    return agree
+
+
+def checks(kit: Kit) -> None:
+    """Everything in float32 on the device beside float64 on a CPU; rows are how many agree."""
+    agree = _agreeing(kit, "checks that agree")
     cudnn = torch.backends.cudnn.flags
     for name in NETWORKS:
         # A fused GRU shows no uses of its matrices, so they are stepped in another way.
@@ -134,13 +143,15 @@ def checks(kit: Kit) -> None:
             _moves(kit, name, agree)
     with kit.tried("teleports"):
         _teleports(kit, agree)
-    with kit.tried("meta-training"):
-        _meta_training(kit, agree)
+
+
+def batched(kit: Kit) -> None:
+    """Likewise for what trains many networks in one program, with and without CUDA graphs."""
+    agree = _agreeing(kit, "checks of many networks in one program that agree")
     with kit.tried("replicas"):
         _replicas(kit, agree)
-
-
-Agree = Callable[..., None]
+    with kit.tried("meta-training"):
+        _meta_training(kit, agree)
 
 
 def _curve(name: str, device: torch.device, dtype: torch.dtype, steps: int, autocast: bool = False) -> list[float]:
