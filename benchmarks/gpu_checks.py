@@ -275,9 +275,11 @@ def _meta_training(kit: Kit, agree: Agree) -> None:
     with _captures() as told:
         both = [FlatTrainer(small_run(graph=graph), kit.device) for graph in (None, False)]
         pairs = [(both[0].step(k == 2), both[1].step(k == 2)) for k in range(4)]
+        scores = [trainer.validate()[0] for trainer in both]
     names = [name for name in pairs[2][1] if name != "ms_per_trajectory_step"]
     far = max(abs(pairs[2][0][name] - pairs[2][1][name]) / max(abs(pairs[2][1][name]), 1e-3) for name in names)
     agree("meta-training, measured in a graph", far, 1e-2)
+    agree("meta-training, validated in a graph", abs(scores[0] - scores[1]), 1e-2)
     agree("meta-training, captures that failed", float(len(told)), 0.0, told=told)
     config = transfer(trajectories=16, batch=2, groups=2, horizon=8, shorter=(4,), unroll=4, widest=12, hidden=8)
     both = EquivariantTrainer(config, kit.device), EquivariantTrainer(config, "cpu")

@@ -192,6 +192,19 @@ def test_graphs_change_time_alone(tmp_path):
     assert train(small_run(graph=True), tmp_path / "run", resume=True, quiet=True).finished
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"average": 0.9}, {"validation_steps": 7}, {"validation_steps": 1, "unroll": 3}]
+)
+def test_validation_in_windows_gives_the_score_of_ever(changes):
+    """Twice, with updates between them; averaged weights, and steps that are no whole windows."""
+    changes = {"validation_score_at": (1,), **changes}
+    runs = [FlatTrainer(small_run(graph=graph, precision="bf16", **changes)) for graph in (False, True)]
+    for _ in range(2):
+        for trainer in runs:
+            trainer.step()
+        assert runs[0].validate() == runs[1].validate()
+
+
 def test_measured_windows_in_their_own_memory_are_measured_alike():
     runs = [FlatTrainer(small_run(graph=graph)) for graph in (False, True)]
     for update in range(4):

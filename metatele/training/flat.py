@@ -66,6 +66,7 @@ class FlatTrainer(Trainer):
         self.trajectories = self._fresh(range(config.training.batch))
         self._static: dict[int, StaticWindow] = {}
         self._last: dict[int, Step] = {}
+        self._validation: StaticWindow | None = None
         worst = float(self.trajectories.loss.max())
         if not worst < config.training.lost_loss:
             raise ConfigError(
@@ -187,12 +188,35 @@ class FlatTrainer(Trainer):
         optimizer = self.evaluated
         assert isinstance(optimizer, MetaOptimizer)
         optimizer.set_precision("float32")  # as a loaded checkpoint computes
-        losses, _ = learned_curves(optimizer, problems.to(self.device), c.validation_steps)
+        losses = self._held_out(optimizer, problems.to(self.device))
         optimizer.set_precision(c.precision)
         mean = losses.double().mean(1).nan_to_num(nan=math.inf)
         shown = sorted({s for s in (1, 10, 29, 99, 299) if s <= c.validation_steps} | {*c.validation_score_at})
         score = held_out_score(mean, c.validation_score_at)
         return score, {s: float(mean[s]) for s in shown}
+
+    @torch.no_grad()
+    def _held_out(self, optimizer: MetaOptimizer, problems: Problems) -> Tensor:
+        """Losses ``[validation_steps + 1, B]`` as of :func:`~metatele.training.curves.learned_curves`, in windows."""
+        c = self.config.training
+        if not self._in_place:
+            return learned_curves(optimizer, problems, c.validation_steps)[0]
+        steps = min(c.unroll, c.validation_steps)
+        at = start(optimizer, problems)
+        if self._validation is None:
+
+            @torch.no_grad()
+            def body(begin: Trajectories) -> tuple[Trajectories, Tensor]:
+                return unroll(optimizer, begin, steps)
+
+            self._validation = StaticWindow(body, [], at, replayable(self.device))
+        losses = [at.loss[None]]
+        for _ in range(c.validation_steps // steps):
+            at, found = self._validation(at)
+            losses.append(found.clone())  # the window's own until the next one
+        if rest := c.validation_steps % steps:
+            losses.append(unroll(optimizer, at, rest)[1])
+        return torch.cat(losses).cpu()
 
     def _where(self) -> dict[str, Any]:
         return self._saved(self.trajectories)
