@@ -219,15 +219,17 @@ def _fig5(kit: Kit, data: ImageSet, source: str) -> None:
     count = min(count, kit.sized(50_000, count))
     arms = fig5.arms("ref", count)
     replicas = Replicas(data, MLP((data.features, 16, 10, 10), LeakyReLU(0.1)), arms, range(5), count, 20, kit.device)
-    times = []
+    times, stepped = [], [0.0]
     for _ in range(2):
         begin_s = kit.now_s()
         replicas.train(1)
         times.append(kit.now_s() - begin_s)
+        stepped.append(replicas.history.step_seconds)
     whole = times[0] + (epochs - 1) * times[1]
     history = replicas.history
     parts = {
         "steps_s": history.step_seconds,
+        "step_ms": 1e3 * (stepped[2] - stepped[1]) / (count // 20),
         "teleports_s": history.teleport_seconds,
         "evaluations_s": history.evaluation_seconds,
     }
