@@ -6,7 +6,8 @@ PYTHONPATH=. python3 benchmarks/gpu.py --out runs/rehearsal --device cpu --rehea
 
 Parts, the most important first; each in a process of its own with a time limit, so that one which fails or hangs costs
 itself alone:
-environment (names, versions, best rates), checks (the same numbers as on a CPU), steps (a user's step beside Adam's),
+environment (names, versions, best rates), checks (the same numbers as on a CPU), batched (the same for many networks in
+one program, with and without CUDA graphs), steps (a user's step beside Adam's),
 meta (meta-training by batch and precision), graphs (the same by CUDA graphs), diagnosis (what stops a capture),
 quick (the preset to its checkpoint), figures (Figure 5 and Table 1), moves (teleports in gradient steps), quality
 (a char-GPT to AdamW's loss), tests (the device tests; beside checks, as neither is timed).
@@ -37,7 +38,15 @@ from typing import Any, NamedTuple, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-TESTS = ("test_devices", "test_general", "test_general_states", "test_replicas", "test_any_module", "test_balance")
+TESTS = (
+    "test_devices",
+    "test_general",
+    "test_general_states",
+    "test_replicas",
+    "test_static_steps",
+    "test_any_module",
+    "test_balance",
+)
 _STOP_S = 5.0  # for what is ended to end
 _LEAST_S = 8.0  # with less no part begins
 
@@ -57,6 +66,7 @@ class Part(NamedTuple):
 PARTS: dict[str, Part] = {
     "environment": Part("gpu_checks:environment", 45),
     "checks": Part("gpu_checks:checks", 100),
+    "batched": Part("gpu_checks:batched", 40),
     "steps": Part("gpu_steps:steps", 115),
     "meta": Part("gpu_training:meta", 80),
     "graphs": Part("gpu_training:graphs", 60),

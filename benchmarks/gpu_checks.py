@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import breadth_tasks
@@ -104,8 +105,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Pair], Callable[
 }
 
 
-def checks(kit: Kit) -> None:
-    """Everything in float32 on the device beside float64 on a CPU; rows are how many agree."""
+Agree = Callable[..., None]
+
+
+def _agreeing(kit: Kit, what: str) -> Agree:
+    """Exact products, and what counts the checks that are within their bound."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     warnings.simplefilter("ignore", UserWarning)
@@ -115,11 +119,17 @@ def checks(kit: Kit) -> None:
         fine = far <= bound
         done[name] = fine
         kit.rows.clear()  # of what was checked so far, should the time be over
-        kit.row("checks that agree", sum(done.values()), f"of {len(done)}", goal="all")
+        kit.row(what, sum(done.values()), f"of {len(done)}", goal="all")
         kit.add(f"check {name}", {"far": far, "bound": bound, "fine": fine, **more})
         if not fine:
             kit.failures.append(f"{name}: {far:.1e} apart, at most {bound:.1e} expected")
 
+    return agree
+
+
+def checks(kit: Kit) -> None:
+    """Everything in float32 on the device beside float64 on a CPU; rows are how many agree."""
+    agree = _agreeing(kit, "checks that agree")
     cudnn = torch.backends.cudnn.flags
     for name in NETWORKS:
         # A fused GRU shows no uses of its matrices, so they are stepped in another way.
@@ -133,13 +143,15 @@ def checks(kit: Kit) -> None:
             _moves(kit, name, agree)
     with kit.tried("teleports"):
         _teleports(kit, agree)
-    with kit.tried("meta-training"):
-        _meta_training(kit, agree)
+
+
+def batched(kit: Kit) -> None:
+    """Likewise for what trains many networks in one program, with and without CUDA graphs."""
+    agree = _agreeing(kit, "checks of many networks in one program that agree")
     with kit.tried("replicas"):
         _replicas(kit, agree)
-
-
-Agree = Callable[..., None]
+    with kit.tried("meta-training"):
+        _meta_training(kit, agree)
 
 
 def _curve(name: str, device: torch.device, dtype: torch.dtype, steps: int, autocast: bool = False) -> list[float]:
@@ -260,6 +272,15 @@ def _meta_training(kit: Kit, agree: Agree) -> None:
             pairs = [(ours.step()["meta_loss"], theirs.step()["meta_loss"]) for _ in range(4)]
             far = max(abs(a - b) / max(abs(b), 1.0) for a, b in pairs)
             agree(f"meta-training, {method}, {precision}", far, bound)
+    with _captures() as told:
+        both = [FlatTrainer(small_run(graph=graph), kit.device) for graph in (None, False)]
+        pairs = [(both[0].step(k == 2), both[1].step(k == 2)) for k in range(4)]
+        scores = [trainer.validate()[0] for trainer in both]
+    names = [name for name in pairs[2][1] if name != "ms_per_trajectory_step"]
+    far = max(abs(pairs[2][0][name] - pairs[2][1][name]) / max(abs(pairs[2][1][name]), 1e-3) for name in names)
+    agree("meta-training, measured in a graph", far, 1e-2)
+    agree("meta-training, validated in a graph", abs(scores[0] - scores[1]), 1e-2)
+    agree("meta-training, captures that failed", float(len(told)), 0.0, told=told)
     config = transfer(trajectories=16, batch=2, groups=2, horizon=8, shorter=(4,), unroll=4, widest=12, hidden=8)
     both = EquivariantTrainer(config, kit.device), EquivariantTrainer(config, "cpu")
     pairs = [(both[0].step()["meta_loss"], both[1].step()["meta_loss"]) for _ in range(3)]
@@ -267,22 +288,46 @@ def _meta_training(kit: Kit, agree: Agree) -> None:
 
 
 def _replicas(kit: Kit, agree: Agree) -> None:
-    """Many networks in one program."""
+    """Many networks in one program, in windows of many steps and step by step."""
     draws = torch.Generator().manual_seed(0)
-    x, y = torch.rand(600, 64, generator=draws), torch.randint(10, (600,), generator=draws)
-    images = ImageSet("random", x[:400], y[:400], x[400:], y[400:], "")
+    x, y = torch.rand(1900, 64, generator=draws), torch.randint(10, (1900,), generator=draws)
+    images = ImageSet("random", x[:1500], y[:1500], x[1500:], y[1500:], "")  # 75 steps an epoch: 50 and 25
     mlp = MLP((64, 12, 10), LeakyReLU(0.1))
     arms = [
         Arm("SGD", torch.optim.SGD, {"lr": 0.1}),
+        Arm("Momentum", torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
         Arm("Adam", torch.optim.Adam, {"lr": 1e-3}),
+        Arm("Adam reset", torch.optim.Adam, {"lr": 1e-3}, resets=(1,)),
+        Arm("AdamW", torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.1}),
+        Arm("RMSprop", torch.optim.RMSprop, {"lr": 1e-4}),
         Arm("AdaGrad", torch.optim.Adagrad, {"lr": 1e-2}, resets=(1,)),
         Arm("teleport", torch.optim.SGD, {"lr": 0.1}, metatele.GradientNormAscent(steps=2), (0,), 1, 200),
     ]
-    losses = [Replicas(images, mlp, arms, range(3), 400, 20, d).train(2).train_loss[-1] for d in (kit.device, "cpu")]
-    agree("replicas", _apart(losses[0].flatten().tolist(), losses[1].flatten().tolist()), 1e-3)
-    populations = []
-    for device in (kit.device, "cpu"):
-        population = Population(images, mlp, range(4), 0.1, 400, 20, device)
-        population.train(2)
-        populations.append(population.measured("test")[0].cpu().flatten().tolist())
-    agree("population", _apart(*populations), 1e-3)
+    expected = Replicas(images, mlp, arms, range(3), 1500, 20).train(2).train_loss[-1].flatten().tolist()
+    for graph in (None, False):
+        with _captures() as told:
+            replicas = Replicas(images, mlp, arms, range(3), 1500, 20, kit.device, graph=graph)
+            losses = replicas.train(2).train_loss[-1].flatten().tolist()
+        name = "replicas" if graph is None else "replicas, step by step"
+        agree(name, _apart(losses, expected), 1e-3)
+        agree(f"{name}, captures that failed", float(len(told)), 0.0, told=told)
+    here = Population(images, mlp, range(4), 0.1, 1500, 20)
+    here.train(2)
+    for graph in (None, False):
+        with _captures() as told:
+            there = Population(images, mlp, range(4), 0.1, 1500, 20, kit.device, graph=graph)
+            there.train(2)
+        name = "population" if graph is None else "population, step by step"
+        found = [p.measured("test")[0].cpu().flatten().tolist() for p in (there, here)]
+        agree(name, _apart(*found), 1e-3)
+        agree(f"{name}, captures that failed", float(len(told)), 0.0, told=told)
+
+
+@contextmanager
+def _captures() -> Iterator[list[str]]:
+    """What is told of captures that fail in here."""
+    told: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield told
+    told.extend(str(w.message)[:200] for w in caught if "CUDA graph" in str(w.message))

@@ -55,6 +55,15 @@ def _boolean(text: str) -> bool:
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}") from None
 
 
+def _boolean_or_auto(text: str) -> bool | None:
+    if text.lower() == "auto":
+        return None
+    try:
+        return _boolean(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected true, false or auto, got {text!r}") from None
+
+
 def _integers(text: str) -> tuple[int, ...]:
     if text == "none":
         return ()
@@ -71,6 +80,7 @@ def _words(text: str) -> tuple[str, ...]:
 # Type of a field to what converts its text, and what the help calls it.
 _CONVERTERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     bool: (_boolean, "BOOL"),
+    bool | None: (_boolean_or_auto, "BOOL"),
     int: (int, "N"),
     float: (float, "X"),
     str: (str, "TEXT"),
@@ -98,8 +108,9 @@ def add_config_flags(parser: argparse.ArgumentParser, *classes: type[Any], defau
             convert, called = _CONVERTERS[hints[f.name]]
             choices = f.metadata.get("choices") or None
             value = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            value = "none" if value == "" else value
-            alone: dict[str, Any] = {"nargs": "?", "const": True} if convert is _boolean else {}
+            value = "none" if value == "" else "auto" if value is None else value
+            either = convert in (_boolean, _boolean_or_auto)
+            alone: dict[str, Any] = {"nargs": "?", "const": True} if either else {}
             group.add_argument(
                 flag(f.name),
                 dest=f.name,

@@ -221,7 +221,8 @@ def test_mistakes_are_one_line(arguments, words, tmp_path):
 
 
 def test_a_boolean_flag_may_stand_alone():
-    for flags, value in ((["--graph"], True), (["--graph", "yes"], True), (["--graph", "false"], False)):
+    for flags, value in (([], True), (["yes"], True), (["false"], False), (["auto"], None)):
+        flags = ["--graph", *flags]
         assert train.parser().parse_args(["quick", "--out", "x", *flags]).graph is value
 
 

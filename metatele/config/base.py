@@ -12,9 +12,16 @@ from typing import Any
 from metatele.errors import ConfigError
 
 
-def setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field with its default, the text of its flag's help, and the only values it may have, if these are few."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def setting(default: Any, help: str, choices: tuple[str, ...] = (), compare: bool = True) -> Any:
+    """A field of a configuration.
+
+    Args:
+        default: Its value if none is given.
+        help: Text of its flag's help.
+        choices: The only values it may have, if these are few.
+        compare: Whether configurations that differ in it are different: false for what changes time alone.
+    """
+    return field(default=default, compare=compare, metadata={"help": help, "choices": choices})
 
 
 def require(condition: bool, name: str, expected: str, value: object) -> None:

@@ -109,7 +109,9 @@ class FlatTrainingConfig(TrainingConfig):
     teleport_lr: float = setting(1e-4, "Adam's rate for what makes the teleports")
     staggered: bool = setting(False, "start the trajectories of a batch at different ages")
     precision: str = setting("float32", "of the LSTM's matrix products", ("float32", "tf32", "bf16"))
-    graph: bool = setting(False, "on a GPU: replay windows as CUDA graphs; elsewhere they are as ever")
+    graph: bool | None = setting(
+        None, "replay windows as CUDA graphs, the same to rounding; auto: on a GPU", compare=False
+    )
 
     def __post_init__(self) -> None:
         """Check the rate, and what the base class checks."""

@@ -222,7 +222,7 @@ def _tf32(wanted: bool) -> Iterator[None]:
 
 def _tanh(x: Tensor) -> Tensor:
     """``2 sigmoid(2x) - 1`` where there is much; torch's sigmoid is several times faster than its tanh on a CPU."""
-    if len(x) <= _FEW:
+    if x.is_cuda or len(x) <= _FEW:  # there a pass over memory is what takes time
         return x.tanh()
     return (x + x).sigmoid_().mul_(2).sub_(1)
 
@@ -230,7 +230,7 @@ def _tanh(x: Tensor) -> Tensor:
 def _cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden state, cell, activated gates (written over the gates) and the squashed cell."""
     i, f, o, candidate = gates.chunk(4, -1)
-    if len(gates) <= _FEW:
+    if gates.is_cuda or len(gates) <= _FEW:
         candidate.tanh_()
         gates[:, : 3 * cell.shape[1]].sigmoid_()
     else:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +15,23 @@ from metatele.config import FlatRunConfig
 from metatele.errors import ConfigError
 from metatele.learned import MetaOptimizer, Stepped
 from metatele.learned.flat.trajectories import Trajectories
-from metatele.tasks import Regression
+from metatele.tasks import Problems, Regression
 from metatele.training.curves import held_out_score, learned_curves
 from metatele.training.processes import Processes
-from metatele.training.static import StaticWindow
+from metatele.training.static import StaticWindow, replayable
 from metatele.training.trainer import Trainer, Window
 from metatele.unroll import start, unroll
+
+
+class Step(NamedTuple):
+    """The last step of a window, to be measured: where it began and what it did."""
+
+    problems: Problems
+    begin: Tensor
+    gradient: Tensor
+    local: Tensor
+    weights: Tensor
+    algebra: Tensor | None
 
 
 class FlatTrainer(Trainer):
@@ -54,6 +65,8 @@ class FlatTrainer(Trainer):
         super().__init__(config, optimizer, groups, device, processes or Processes())
         self.trajectories = self._fresh(range(config.training.batch))
         self._static: dict[int, StaticWindow] = {}
+        self._last: dict[int, Step] = {}
+        self._validation: StaticWindow | None = None
         worst = float(self.trajectories.loss.max())
         if not worst < config.training.lost_loss:
             raise ConfigError(
@@ -107,27 +120,37 @@ class FlatTrainer(Trainer):
             objective.backward()
         return end.detach(), objective.detach()
 
+    @property
+    def _in_place(self) -> bool:
+        """Whether windows have memory of their own, which CUDA graphs need; rematerialised ones are to have little."""
+        c = self.config.training
+        return replayable(self.device) and not c.remat if c.graph is None else c.graph
+
+    def _window(self, at: Trajectories, steps: int) -> tuple[Trajectories, Tensor]:
+        """A window, of which the last step is kept to be measured: in a graph it lies where each replay leaves it."""
+
+        def observe(k: int, where: Trajectories, done: Stepped) -> None:
+            if k == steps - 1:
+                at_last = (where.problems, where.weights.detach(), where.gradient.detach())
+                algebra = None if done.algebra is None else done.algebra.detach()
+                self._last[steps] = Step(*at_last, done.local.detach(), done.weights.detach(), algebra)
+
+        return self.differentiated(at, steps, observe)
+
     def _unrolled(self, measure: bool) -> Window:
         c = self.config.training
         steps = c.windows[self.update % len(c.windows)]
-        last: list[tuple[Trajectories, Stepped]] = []
-        if measure:  # what is observed is gone in a replay
-
-            def observe(k: int, where: Trajectories, done: Stepped) -> None:
-                if k == steps - 1:
-                    last.append((where, done))
-
-            self.trajectories, objective = self.differentiated(self.trajectories, steps, observe)
-        elif c.graph:
+        if self._in_place:
             if steps not in self._static:
                 parameters = list(self.optimizer.parameters())
-                body = partial(self.differentiated, steps=steps)
-                self._static[steps] = StaticWindow(body, parameters, self.trajectories, self.device.type == "cuda")
+                body = partial(self._window, steps=steps)
+                self._static[steps] = StaticWindow(body, parameters, self.trajectories, replayable(self.device))
             self.trajectories, objective = self._static[steps](self.trajectories)
         else:
-            self.trajectories, objective = self.differentiated(self.trajectories, steps)
+            run = self._window if measure else self.differentiated
+            self.trajectories, objective = run(self.trajectories, steps)
         lost = ~(self.trajectories.loss < c.lost_loss)
-        return Window(objective, lost[None], steps, self._measure(*last[0]) if measure else {})
+        return Window(objective, lost[None], steps, self._measure(self._last[steps]) if measure else {})
 
     def _renewed(self, flags: Tensor) -> None:
         restart = sorted({*self._due(), *(i for i, gone in enumerate(flags[0].tolist()) if gone)})
@@ -142,15 +165,15 @@ class FlatTrainer(Trainer):
         return self.trajectories.gradient
 
     @torch.no_grad()
-    def _measure(self, where: Trajectories, done: Stepped) -> dict[str, float]:
+    def _measure(self, done: Step) -> dict[str, float]:
         """Median over this process's trajectories of what the last step of a window did."""
-        update = done.local - where.weights
+        update = done.local - done.begin
         measured = {"update_norm": update.norm(dim=-1)}
         if self.config.method.method == "lr-tele":
-            measured["learning_rate"] = update.norm(dim=-1) / where.gradient.norm(dim=-1)
+            measured["learning_rate"] = update.norm(dim=-1) / done.gradient.norm(dim=-1)
         if done.algebra is not None:
-            before = where.problems.loss_and_gradient(done.local)[0]
-            after = where.problems.loss_and_gradient(done.weights)[0]
+            before = done.problems.loss_and_gradient(done.local)[0]
+            after = done.problems.loss_and_gradient(done.weights)[0]
             measured["algebra_norm"] = done.algebra.norm(dim=-1)
             measured["drift"] = (after - before).abs() / before
         return {name: float(values.median()) for name, values in measured.items()}
@@ -165,12 +188,35 @@ class FlatTrainer(Trainer):
         optimizer = self.evaluated
         assert isinstance(optimizer, MetaOptimizer)
         optimizer.set_precision("float32")  # as a loaded checkpoint computes
-        losses, _ = learned_curves(optimizer, problems.to(self.device), c.validation_steps)
+        losses = self._held_out(optimizer, problems.to(self.device))
         optimizer.set_precision(c.precision)
         mean = losses.double().mean(1).nan_to_num(nan=math.inf)
         shown = sorted({s for s in (1, 10, 29, 99, 299) if s <= c.validation_steps} | {*c.validation_score_at})
         score = held_out_score(mean, c.validation_score_at)
         return score, {s: float(mean[s]) for s in shown}
+
+    @torch.no_grad()
+    def _held_out(self, optimizer: MetaOptimizer, problems: Problems) -> Tensor:
+        """Losses ``[validation_steps + 1, B]`` as of :func:`~metatele.training.curves.learned_curves`, in windows."""
+        c = self.config.training
+        if not self._in_place:
+            return learned_curves(optimizer, problems, c.validation_steps)[0]
+        steps = min(c.unroll, c.validation_steps)
+        at = start(optimizer, problems)
+        if self._validation is None:
+
+            @torch.no_grad()
+            def body(begin: Trajectories) -> tuple[Trajectories, Tensor]:
+                return unroll(optimizer, begin, steps)
+
+            self._validation = StaticWindow(body, [], at, replayable(self.device))
+        losses = [at.loss[None]]
+        for _ in range(c.validation_steps // steps):
+            at, found = self._validation(at)
+            losses.append(found.clone())  # the window's own until the next one
+        if rest := c.validation_steps % steps:
+            losses.append(unroll(optimizer, at, rest)[1])
+        return torch.cat(losses).cpu()
 
     def _where(self) -> dict[str, Any]:
         return self._saved(self.trajectories)

@@ -25,6 +25,8 @@ from metatele.perceptron.mlp import MLP, Pass, Weights
 from metatele.random import generator
 from metatele.teleport import MatchedRandom, Report, TeleportMove
 from metatele.training.networks import Networks
+from metatele.training.static import replayable
+from metatele.training.static_steps import StaticSteps, can_stay
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,12 @@ class Replicas(Networks):
         train_samples: Use the first so many training images; all if zero.
         batch_size: Of a training step.
         device: Where.
+        graph: Make many steps in one launch, as a CUDA graph (:mod:`metatele.training.static_steps`): the same to
+            rounding. ``None``: on a GPU, if all optimizers' rules allow it.
+
+    Raises:
+        ConfigError: The data, the arms or the sizes do not fit each other; or graphs are asked for with an optimizer
+            whose rule does not allow them.
 
     Example:
         >>> from metatele.perceptron.activations import LeakyReLU
@@ -140,14 +148,19 @@ class Replicas(Networks):
         train_samples: int = 0,
         batch_size: int = 20,
         device: torch.device | str = "cpu",
+        graph: bool | None = None,
     ) -> None:
         super().__init__(images, mlp, seeds, train_samples, batch_size, device)
         _check(arms, len(self.train_labels))
+        if graph and not can_stay(arms):
+            raise ConfigError("graph needs SGD, Adam, AdamW, RMSprop or AdaGrad whose rate and rule stay as they are")
+        self.graph = graph
         self.arms = list(arms)
         self.weights = self._initial()
         self.optimizers = [self._optimizer(a) for a in range(len(self.arms))]
         self.history = History()
         self._randoms = [generator(seed, "train") for seed in self.seeds]
+        self._static: StaticSteps | None = None
 
     def _initial(self) -> Weights:
         shape, first = (len(self.seeds), len(self.arms)), self.initial()
@@ -192,9 +205,9 @@ class Replicas(Networks):
                     self.optimizers[number] = self._optimizer(number)  # AdaGrad may make its state there
             begin_s = time.perf_counter()
             orders = torch.stack([torch.randperm(len(self.train_labels), generator=g) for g in randoms]).to(self.device)
-            steps = orders.shape[1] // self.batch_size
-            for step in range(steps):
-                self._step(orders[:, step * self.batch_size : (step + 1) * self.batch_size])
+            self._steps(orders)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # or the evaluation would wait for the steps
             history.step_seconds += time.perf_counter() - begin_s
             self._evaluate(history)
             if progress is not None:
@@ -227,7 +240,7 @@ class Replicas(Networks):
                 raise ConfigError(f"{arm.name} cannot go on from {old.name}, whose optimizer is another")
         _check(arms, len(self.train_labels))
         twin = copy.copy(self)
-        twin.arms = list(arms)
+        twin.arms, twin._static = list(arms), None
         twin.weights = Weights(
             tuple(W[:, index].contiguous() for W in self.weights.matrices),
             tuple(None if b is None else b[:, index].contiguous() for b in self.weights.biases),
@@ -263,6 +276,21 @@ class Replicas(Networks):
         """Inputs ``[seeds, 1, d, n]`` and labels ``[seeds, 1, n]`` of samples ``[seeds, n]``."""
         inputs = self.train_images.index_select(0, index.flatten()).unflatten(0, index.shape)
         return inputs.mT.unsqueeze(1), self.train_labels[index].unsqueeze(1)
+
+    def _steps(self, orders: Tensor) -> None:
+        """All steps of an epoch, on samples in their order ``[seeds, n]``."""
+        steps, tensors = orders.shape[1] // self.batch_size, self._tensors(self.weights)
+        if self.graph or (self.graph is None and replayable(self.device) and can_stay(self.arms)):
+            if self._static is None or not self._static.fits(self.optimizers):
+                data = (self.mlp, self.loss, self.train_images, self.train_labels)
+                self._static = StaticSteps(*data, self.arms, self.optimizers, len(self.seeds), self.batch_size)
+            self._static.load(tensors, self.optimizers)
+            if self._static.run(orders):
+                self._static.store(tensors, self.optimizers, steps)
+                return
+            self._static, self.graph = None, False
+        for step in range(steps):
+            self._step(orders[:, step * self.batch_size : (step + 1) * self.batch_size])
 
     def _step(self, index: Tensor) -> None:
         inputs, labels = self._batch(index)

@@ -8,6 +8,7 @@ kept too, and a run goes on from that one if the last one was damaged.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -157,8 +158,8 @@ def _resumed_trainer(config: RunConfig, folder: Path, device: torch.device | str
     if type(stored) is not type(config):
         raise RunFolderError(f"cannot resume {folder} with other settings: its preset is {stored.preset}")
     for part in ("seed", "task", "method", "training"):
-        ours, theirs = to_dict(getattr(config, part)), to_dict(getattr(stored, part))
-        if ours != theirs:
+        if getattr(config, part) != getattr(stored, part):
+            ours, theirs = (_compared(getattr(c, part)) for c in (config, stored))
             names = [k for k in ours if ours[k] != theirs[k]] if isinstance(ours, dict) else [part]
             a, b = (ours[names[0]], theirs[names[0]]) if isinstance(ours, dict) else (ours, theirs)
             raise RunFolderError(f"cannot resume {folder} with other settings: {names[0]} is {a} here and {b} there")
@@ -167,6 +168,13 @@ def _resumed_trainer(config: RunConfig, folder: Path, device: torch.device | str
     if not (existing_folder(folder / CHECKPOINT_NAME) / checkpoint.CONFIG_NAME).is_file():
         trainer.best = math.inf  # there is none to beat
     return trainer
+
+
+def _compared(part: Any) -> Any:
+    """Values of a part of a configuration, without those that change time alone."""
+    if not dataclasses.is_dataclass(part):
+        return part
+    return {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.compare}
 
 
 def begun(folder: Path) -> bool:

@@ -1,8 +1,9 @@
-"""Windows whose tensors stay where they are, so that a GPU can replay one as a single launch."""
+"""Functions whose tensors stay where they are, so that a GPU can replay many kernels as a single launch."""
 
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,6 +47,56 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+def replayable(device: torch.device) -> bool:
+    """Whether a device has graphs to capture.
+
+    Example:
+        >>> replayable(torch.device("cpu"))
+        False
+    """
+    return device.type == "cuda"
+
+
+def captured(
+    run: Callable[[], object], changed: Sequence[Tensor] = (), before: int = _BEFORE_CAPTURE
+) -> torch.cuda.CUDAGraph | None:
+    """A CUDA graph of a function that reads and writes memory which stays where it is.
+
+    Args:
+        run: Takes and returns nothing, and asks for no value on the CPU.
+        changed: What it changes; this is as before afterwards.
+        before: Runs before the capture, in which libraries set themselves up.
+
+    Returns:
+        The graph, to be replayed; ``None``, with a warning, if none can be made.
+
+    Example:
+        >>> x = torch.zeros(3)
+        >>> graph = captured(lambda: x.add_(1), [x]) if torch.cuda.is_available() else None
+        >>> x
+        tensor([0., 0., 0.])
+    """
+    kept = [t.clone() for t in changed]
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(before):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with uncollected(), torch.cuda.graph(graph):
+            run()
+    except Exception as error:  # torch and its libraries raise many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"no CUDA graph could be captured; each kernel is launched by itself ({reason})", stacklevel=2)
+        return None
+    finally:
+        for tensor, was in zip(changed, kept, strict=True):
+            tensor.copy_(was)
+    return graph
+
+
 class StaticWindow:
     """A window from and to memory of its own; on a GPU a CUDA graph.
 
@@ -58,7 +109,8 @@ class StaticWindow:
             detached; no value may be asked for on the CPU.
         parameters: Whose gradients it leaves.
         like: Trajectories of the shapes that it will be called with.
-        capture: Whether to make a CUDA graph; if not, the body is called each time, with the same result.
+        capture: Whether to make a CUDA graph; if not, or if that fails, the body is called each time, with the same
+            result.
 
     Example:
         >>> from metatele.config import preset
@@ -89,19 +141,7 @@ class StaticWindow:
             states=like.states.map(torch.Tensor.clone),
         )
         self._body = body
-        self._graph = self._captured() if capture else None
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_BEFORE_CAPTURE):
-                self._run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with uncollected(), torch.cuda.graph(graph):
-            self._run()
-        return graph
+        self._graph = captured(self._run) if capture else None
 
     def _run(self) -> None:
         for p in self.parameters:

@@ -214,11 +214,10 @@ class Trainer(MetaTrainer):
         done = self._unrolled(measure)
         objective, flags = self._together(done)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.optimizer.parameters() if p.grad is not None])
-        healthy = bool(torch.isfinite(objective)) and bool(torch.isfinite(norm))
+        meta_loss, length = torch.stack([objective, norm.to(objective)]).tolist()  # one wait for the device
         # No gradient at all: every trajectory was lost at once, and there is nothing to learn from.
-        healthy = healthy and float(norm) > 0
-        if healthy:
-            if c.clip and float(norm) > c.clip:
+        if math.isfinite(meta_loss) and 0 < length < math.inf:
+            if c.clip and length > c.clip:
                 torch.nn.utils.clip_grads_with_norm_(self.optimizer.parameters(), c.clip, norm)
             self.adam.step()
             self.skipped_in_row = 0
@@ -234,8 +233,8 @@ class Trainer(MetaTrainer):
                 f"(at update {self.update}); earlier files are intact: lower the learning rates or set clip"
             )
         metrics = {
-            "meta_loss": float(objective),
-            "meta_gradient_norm": float(norm),
+            "meta_loss": meta_loss,
+            "meta_gradient_norm": length,
             "skipped": float(self.skipped),
             "lost_trajectories": float(flags[0].sum()),
             "ms_per_trajectory_step": 1e3 * (time.perf_counter() - begin_s) / (done.steps * c.batch),

@@ -24,6 +24,7 @@ from metatele.perceptron.mlp import MLP
 from metatele.symmetry import PARAMETRISATIONS, Exact, GroupElement, action, exponential, sweep
 
 _SINGULAR = 1e-12  # diagonal ratio of a QR factor; inputs are factorised in double precision
+_SMALL = 2**15  # numbers: 80 trajectories' data of the paper's task
 
 
 def _lstm(config: MethodConfig, mlp: MLP, hidden: int, outputs: int, generator: torch.Generator) -> StackedLSTM:
@@ -267,7 +268,10 @@ class LearnedTeleport(nn.Module):
             SingularInputError: Truly singular data; random data are merely ill conditioned.
         """
         if isinstance(self.action, Exact):
-            return Exact(rank_tolerance=_SINGULAR).prepare(inputs, self.mlp.biases[0])
+            # A GPU takes longer to factor a few small matrices than a CPU does.
+            where = "cpu" if inputs.is_cuda and inputs.numel() <= _SMALL else inputs.device
+            prepared = Exact(rank_tolerance=_SINGULAR).prepare(inputs.to(where), self.mlp.biases[0])
+            return None if prepared is None else prepared.to(inputs.device)
         return self.action.prepare(inputs, self.mlp.biases[0])
 
     def forward(
