@@ -327,7 +327,7 @@ class GeneralStepper(Stepper):
     def _compare(self) -> bool:
         """Whether the batch is the last one again."""
         found = self.capture.fingerprint()
-        numbers = None if found is None else found.numbers()
+        numbers = None if found is None else found.numbers().cpu()
         same = numbers is not None and self._last is not None and is_same_batch(numbers, self._last)
         self._last = numbers
         return same
@@ -364,7 +364,8 @@ class GeneralStepper(Stepper):
         """Say once that the network does not move any more."""
         if self._warned or not course.looks or course.start_sizes is None:
             return
-        moved = float(torch.linalg.vector_norm(course.change)) / float(torch.linalg.vector_norm(course.start_sizes))
+        change, start = torch.stack(torch._foreach_norm([course.change, course.start_sizes])).tolist()
+        moved = change / start
         self._still = self._still + 1 if moved < _STILL * max(at.rates) else 0
         if self._still >= _PATIENCE and math.isfinite(moved):
             self._warned = True
@@ -409,7 +410,7 @@ class GeneralStepper(Stepper):
             self.heads, self._fresh = stored.get("heads", 0), not stored["age"]
             read(self.course, stored, memory, self.capture.parts, self.capture.vectors, self._named)
             self.repeating, self._to_fit = stored["repeating"], stored["to_fit"]
-            self._last = None if stored["last"] is None else self.course.usual.new_tensor(stored["last"])
+            self._last = None if stored["last"] is None else torch.tensor(stored["last"], dtype=self.course.usual.dtype)
             self._by_gradient = set(stored["by_gradient"])
             if group.get(ONE_BATCH):
                 self._one_batch = OneBatch(self.meta.repeated, self.capture)

@@ -17,6 +17,7 @@ from metatele.learned.general.layout import Layout
 from metatele.learned.general.roots import roots_of
 from metatele.learned.general.scene import Piece, Scene
 from metatele.learned.general.slopes import averaged, slope
+from metatele.network.stacks import all_mixed
 from metatele.network.use import TINY, Moment
 
 _FAN_IN = 3.0  # weights of variance 1/(3 i) are what layers begin with
@@ -36,6 +37,24 @@ class _Measured(NamedTuple):
     finite: bool
     most: float
     slope: float
+
+
+def _sizes(moments: Sequence[Moment | Tensor]) -> list[float]:
+    """Of each a number that is finite where all of it is, and a factor's squares."""
+    kinds: dict[float, list[tuple[int, Tensor]]] = {2.0: [], 1.0: []}  # by the norm
+    for number, m in enumerate(moments):
+        if not isinstance(m, Moment):
+            kinds[1.0].append((number, m))
+        else:
+            kinds[1.0 if m.rest is None else 2.0].append((number, m.tensor))
+            if m.rest is not None:
+                kinds[1.0].append((number, m.rest))
+    norms = [norm for order, some in kinds.items() if some for norm in torch._foreach_norm([t for _, t in some], order)]
+    found = [0.0] * len(moments)
+    places = [number for some in kinds.values() for number, _ in some]
+    for number, size in zip(places, torch.stack(norms).tolist() if norms else (), strict=True):
+        found[number] += size
+    return found
 
 
 class Course:
@@ -151,14 +170,18 @@ class Course:
 
     def _take_in(self, scene: Scene) -> None:
         c, seen = self.config, []
+        positions = [0.0] * self.layout.matrices
         for number, glimpse in scene.pieces.items():
             rows, new = self.layout.rows(number), glimpse.inputs
-            self.positions[rows] = max(glimpse.positions, 1.0)
+            positions[rows] = [max(glimpse.positions, 1.0)] * (rows.stop - rows.start)
             self.columns[number] = glimpse.columns
             if new is not None:
-                seen.append((number, new, (new.trace if isinstance(new, Moment) else new).sum()))
-        sizes = torch.stack([size for _, _, size in seen]).tolist() if seen else []
-        for (number, new, _), size in zip(seen, sizes, strict=True):
+                seen.append((number, new))
+        known = self.positions.new_tensor(positions)
+        self.positions = torch.where(known > 0, known, self.positions)
+        sizes = _sizes([new for _, new in seen])
+        mixed: list[tuple[int, Moment, Moment, float]] = []
+        for (number, new), size in zip(seen, sizes, strict=True):
             if not math.isfinite(size):
                 continue
             old = self.moments[number]
@@ -167,9 +190,13 @@ class Course:
             if old is None:
                 self.moments[number] = new
             elif isinstance(old, Moment) and isinstance(new, Moment):
-                self.moments[number] = old.mixed(new, share, c.rank)
+                mixed.append((number, old, new, share))
             elif isinstance(old, Tensor) and isinstance(new, Tensor):
                 self.moments[number] = old.lerp(new, share)
+        if mixed:
+            numbers, olds, news, shares = zip(*mixed, strict=True)
+            for number, moment in zip(numbers, all_mixed(olds, news, shares, c.rank), strict=True):
+                self.moments[number] = moment
 
     def _agree(self, scene: Scene, gradients: Tensor) -> None:
         """How far the gradients of the two halves of the batch agree, in whitened coordinates."""
@@ -201,8 +228,8 @@ class Course:
         weight = torch.where(known, 1 / (one + two).clamp_min(TINY), 0.0).nan_to_num(0.0, 0.0, 0.0)
         one, two, across = ((t * weight).sum() for t in (one, two, across))
         cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
-        if bool(known.any()):
-            self.agreement_all = self.agreement_all.lerp(2 * cosine / (1 + cosine), share)
+        mean = self.agreement_all.lerp(2 * cosine / (1 + cosine), share)
+        self.agreement_all = torch.where(known.any(), mean, self.agreement_all)
 
     def _sight(self, scene: Scene) -> Sight:
         like = self.usual
