@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
+from torch import Tensor
 
 from metatele.network.use import ONE_BATCH, Moment
 
@@ -49,6 +50,24 @@ def all_mixed(old: Sequence[Moment], new: Sequence[Moment], shares: Sequence[flo
         for m, n, share in zip(old, new, shares, strict=True)
     ]
     return _in_stacks(keys, [old, new], lambda numbers, both: both[0].mixed(both[1], shares[numbers[0]], rank))
+
+
+def magnitudes(moments: Sequence[Moment | Tensor]) -> list[float]:
+    """Of each a number that is finite where all of it is, and a factor's squares."""
+    kinds: dict[float, list[tuple[int, Tensor]]] = {2.0: [], 1.0: []}  # by the norm
+    for number, m in enumerate(moments):
+        if not isinstance(m, Moment):
+            kinds[1.0].append((number, m))
+        else:
+            kinds[1.0 if m.rest is None else 2.0].append((number, m.tensor))
+            if m.rest is not None:
+                kinds[1.0].append((number, m.rest))
+    norms = [norm for order, some in kinds.items() if some for norm in torch._foreach_norm([t for _, t in some], order)]
+    found = [0.0] * len(moments)
+    places = [number for some in kinds.values() for number, _ in some]
+    for number, size in zip(places, torch.stack(norms).tolist() if norms else (), strict=True):
+        found[number] += size
+    return found
 
 
 def _in_stacks(

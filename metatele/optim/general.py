@@ -159,10 +159,12 @@ class GeneralStepper(Stepper):
                 self._watch()
                 return True
             course.look(scene, course.gradient, self.meta.controller)
-        change, shares = course.step(at.momentum, self._cooled(course, at))
+        mover = self._paths.mover if self._one_batch is None else None
+        change, shares = course.step(at.momentum, self._cooled(course, at), mover)
         if self._one_batch is not None:
             self._on_one_batch(self._one_batch, course, change, shares, moves, at)
-        self._paths.apply(shares)
+        if mover is None:
+            self._paths.apply(shares)
         self._heed(course, at)
         if looks and same and not self.repeating:
             if self._to_fit is None:
@@ -358,15 +360,12 @@ class GeneralStepper(Stepper):
         at.group["rolled_back"] += 1
         self._safe = None  # if it rises again from there, the steps were not to blame
 
-    # --- warnings
-
     def _heed(self, course: Course, at: Situation) -> None:
         """Say once that the network does not move any more."""
         if self._warned or not course.looks or course.start_sizes is None:
             return
-        change, start = torch.stack(torch._foreach_norm([course.change, course.start_sizes])).tolist()
-        moved = change / start
-        self._still = self._still + 1 if moved < _STILL * max(at.rates) else 0
+        moved, start = torch.stack(torch._foreach_norm([course.change, course.start_sizes])).tolist()
+        self._still = self._still + 1 if moved < _STILL * start * max(at.rates) else 0
         if self._still >= _PATIENCE and math.isfinite(moved):
             self._warned = True
             warnings.warn(_STANDS, stacklevel=9)

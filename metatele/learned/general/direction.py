@@ -256,6 +256,10 @@ class Root(NamedTuple):
             return X * self.rest
         return torch.baddbmm(self.rest * X, torch.bmm(X, self.vectors) * self.along, self.vectors.mT)
 
+    def tensors(self) -> list[Tensor]:
+        """Those there are."""
+        return [t for t in self if t is not None]
+
     def products(self, o: int, i: int) -> int:
         """Operations of one :meth:`right`, of a matrix."""
         if self.dense is not None:
