@@ -202,7 +202,7 @@ class Moment(NamedTuple):
             return Moment(torch.cat([a**0.5 * F, b**0.5 * G], -1), rest)
         across = (a * b) ** 0.5 * (F.mT @ G)
         rows = (torch.cat([a * (F.mT @ F), across], -1), torch.cat([across.mT, b * (G.mT @ G)], -1))
-        V = _leading(torch.cat(rows, -2), rank)
+        V = directions_of(torch.cat(rows, -2), rank)
         joined = F @ (a**0.5 * V[..., :r, :]) + G @ (b**0.5 * V[..., r:, :])
         left = (a * self.trace + b * other.trace - _squared(joined)).clamp_min(0)
         return Moment(joined, left[..., None, None] / self.rows)
@@ -241,7 +241,7 @@ class Moment(NamedTuple):
         if F.shape[-1] > rank:
             G = F.mT @ F
             if exact or F.shape[-1] <= 2 * ONE_BATCH * rank or _one_by_one(G):
-                V = _leading(G, rank)
+                V = directions_of(G, rank)
             else:
                 _, V = _largest(G, rank, _FEW_TURNS)
             F = F @ V
@@ -280,14 +280,14 @@ def _one_by_one(M: Tensor) -> bool:
     return M.is_cuda and M.shape[-1] > _BATCHED and not M.requires_grad
 
 
-def _leading(M: Tensor, rank: int) -> Tensor:
+def directions_of(M: Tensor, rank: int) -> Tensor:
     """The directions ``[..., k, rank]`` of the largest eigenvalues."""
     if _one_by_one(M):
-        return _by_turns(M, rank)
+        return directions_by_turns(M, rank)
     return torch.linalg.eigh(M.nan_to_num(0.0, 0.0, 0.0))[1][..., -rank:]  # which refuses what is not finite
 
 
-def _by_turns(M: Tensor, rank: int) -> Tensor:
+def directions_by_turns(M: Tensor, rank: int) -> Tensor:
     """An orthonormal basis ``[..., k, rank]`` of about the same directions, by products and triangles alone.
 
     In float64, in which a Gram matrix loses no direction that float32 had; zeros where there is no direction left.

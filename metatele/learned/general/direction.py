@@ -49,7 +49,7 @@ def msign(X: Tensor, iterations: int = 5) -> Tensor:
     Y = _normed(X)
     if Y.dim() != 3:
         Y = Y.reshape(-1, *Y.shape[-2:])
-    return _evened(Y, iterations).view(X.shape)
+    return evened(Y, iterations).view(X.shape)
 
 
 def lengths_of(X: Tensor) -> Tensor:
@@ -62,10 +62,10 @@ def _normed(X: Tensor) -> Tensor:
     return X / lengths_of(X)
 
 
-def _evened(X: Tensor, iterations: int) -> Tensor:
+def evened(X: Tensor, iterations: int) -> Tensor:
     """Newton and Schulz from matrices ``[m, o, i]`` of norm 1."""
     if X.is_cuda and X.dtype == torch.float32 and min(X.shape[-2:]) >= _HALF and not X.requires_grad and _has_half(X):
-        return _in_half(X, iterations)
+        return evened_in_half(X, iterations)
     return _iterated(X, iterations)
 
 
@@ -74,7 +74,7 @@ def _has_half(X: Tensor) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(X.device) >= (8, 0)
 
 
-def _in_half(X: Tensor, iterations: int) -> Tensor:
+def evened_in_half(X: Tensor, iterations: int) -> Tensor:
     """The iteration in bfloat16, padded by zeros, which stay zeros."""
     m, o, i = X.shape
     Y = X.new_zeros(m, -(-o // _ALIGNED) * _ALIGNED, -(-i // _ALIGNED) * _ALIGNED, dtype=torch.bfloat16)
@@ -283,5 +283,5 @@ def drawn(X: Tensor, spectral: Tensor, iterations: int = 5, even: Tensor | None 
                  [0.0000, 0.8000]]])
     """
     Z = _normed(X)
-    Y = _evened(Z, iterations)
+    Y = evened(Z, iterations)
     return Z.mul_(1 - spectral if even is None else even).addcmul_(Y, spectral / lengths_of(Y))
