@@ -151,6 +151,14 @@ def leading_factor(G: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     return torch.bmm(Q, V) * (longer[:, None, :] * scale).sqrt(), c[:, None, None] * scale
 
 
+def decomposed(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of Gram matrices ``[m, r, r]``; of what is not finite in them, as of zeros."""
+    G = G.nan_to_num(0.0, 0.0, 0.0)  # LAPACK refuses it
+    alone = G.is_cuda and len(G) == 1  # two are decomposed in one go, and faster than one
+    values, V = torch.linalg.eigh(G.expand(2, -1, -1) if alone else G)
+    return (values[:1], V[:1]) if alone else (values, V)
+
+
 class Root(NamedTuple):
     """``(A/μ + λ)^{-1/2}`` of matrices' inputs, in one of three forms.
 
@@ -184,19 +192,16 @@ class Root(NamedTuple):
         return Root(torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False))
 
     @staticmethod
-    def of_factor(F: Tensor, rest: Tensor, damping: Tensor) -> Root:
+    def of_factor(F: Tensor, rest: Tensor, damping: Tensor, found: tuple[Tensor, Tensor] | None = None) -> Root:
         """Of factors ``A = FFᵀ + ρ``.
 
         Args:
             F: ``[m, i, r]``.
             rest: ρ ``[m]``.
             damping: λ ``[m]``.
+            found: Of ``FᵀF`` what :func:`decomposed` gives, if that is known.
         """
-        G = (F.mT @ F).nan_to_num(0.0, 0.0, 0.0)
-        alone = G.is_cuda and len(G) == 1  # two are decomposed in one go, and faster than one
-        values, V = torch.linalg.eigh(G.expand(2, -1, -1) if alone else G)
-        if alone:
-            values, V = values[:1], V[:1]
+        values, V = decomposed(F.mT @ F) if found is None else found
         keep = values > 1e-6 * values[..., -1:].clamp_min(TINY)
         U = (F @ V) * torch.where(keep, values.clamp_min(TINY).rsqrt(), 0.0)[:, None, :]
         mean = values.clamp_min(0).sum(-1) / F.shape[-2] + rest
