@@ -67,7 +67,7 @@ def _width(kit: Kit, width: int) -> None:
     turns: dict[str, list[optimizer_step.Turn]] = {method.name: [] for method in chosen}
     for method in chosen:
         optimizer_step.trained(method, batches, 1, kit.sized(20, 2))
-    for _ in range(kit.sized(3, 1)):
+    for _ in range(kit.sized(2, 1)):
         for method in chosen:
             begin, count = kit.sized((60, 240), (3, 5))
             turns[method.name].append(optimizer_step.trained(method, batches, begin, count))
@@ -142,9 +142,9 @@ def _beside(
             runs[who].step()
     aged(runs["ours"].optimizer, AGE)  # type: ignore[arg-type]
     times: dict[str, list[float]] = {who: [] for who in runs}
-    for _ in range(kit.sized(2 if autocast else 3, 1)):
+    for _ in range(kit.sized(2, 1)):
         for who, run in runs.items():
-            times[who].append(kit.chunks(run.step, 1, kit.sized(60, 3))["median"])  # a period of looks
+            times[who].append(kit.chunks(run.step, 1, kit.sized(30 if autocast else 60, 3))["median"])
     found |= {who: spread(ms) for who, ms in times.items()}
     ratios = [a / b for a, b in zip(times["ours"], times["peer"], strict=True)]
     found["ratio"] = spread(ratios)
@@ -187,7 +187,7 @@ def _profiled(
                 for _ in range(count):
                     run.step()
                 wall_ms = 1e3 * (kit.now_s() - begin_s)
-            kit.add(f"profile_{name}_{who}", _counts(seen, count, wall_ms))
+            kit.add(f"profile_{name}_{who}", _counts(seen, count, wall_ms) | _replays(run.optimizer))
             key = "self_device_time_total" if kit.gpu else "self_cpu_time_total"
             print(seen.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60), flush=True)
             if kit.gpu:
@@ -212,6 +212,12 @@ def _asked(kit: Kit, name: str, run: Training) -> None:
         lines = {f"{operation} {line}": times for (operation, line), times in asked.found.most_common()}
         found[when] = {"waits": asked.count, "operations": asked.operations, "lines": lines}
     kit.add(f"asked_{name}", found)
+
+
+def _replays(optimizer: Any) -> dict[str, Any]:
+    """How many bodies were replayed as graphs so far, and how many graphs were made."""
+    replays = getattr(getattr(getattr(optimizer, "stepper", None), "course", None), "replays", None)
+    return {} if replays is None else {"replayed": replays.count, "captures": replays.captures, "off": replays.off}
 
 
 def _counts(seen: Any, count: int, wall_ms: float) -> dict[str, float]:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from watched_under_ddp import RANKS, data, seen, work
 
 from metatele.errors import UnsupportedModelError
+from metatele.network import graph
 from metatele.network.graph import Use
 from metatele.network.parts import parts_of
 from metatele.network.reduced import Look
@@ -797,3 +798,14 @@ def test_the_table_says_of_each_parameter_how_it_is_seen():
     assert rows["1.bias"] == ((4,), "vector", "")
     assert rows["3.weight"] == ((1, 2, 2), "unseen", "it is used in a transposed convolution")
     assert list(rows) == ["0.weight", "3.weight", "1.weight", "1.bias", "3.bias"]
+
+
+def test_biases_that_a_fused_recurrent_cell_adds_are_added_to_its_gates():
+    class Node:
+        def __init__(self, name, *under):
+            self.name, self.next_functions = (lambda: name), tuple((node, 0) for node in under)
+
+    gates = Node("MmBackward0"), Node("MmBackward0")
+    cell, nodes = Node("ThnnFusedGruCellBackward0", *gates, None, None, None), dict(zip(gates, (1, 2), strict=True))
+    found = [graph.added_to(graph.User(cell, cell.name(), slot, []), nodes) for slot in (2, 3, 4)]
+    assert found == [None, 1, 2]

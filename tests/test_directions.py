@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import metatele
 from metatele.config import GeneralConfig
-from metatele.learned.general.direction import Root, leading_factor, msign, norms
+from metatele.learned.general.direction import Root, evened, evened_in_half, leading_factor, msign, norms
 from metatele.learned.general.kept import Kept, grouped
 from metatele.learned.general.layout import Layout
 
@@ -128,3 +128,16 @@ def test_led_steps_commute_with_permutations_of_units():
         trained(model, 12)
     moved = float((one[0].weight - wide()[0].weight).detach().norm())
     assert float((one[0].weight[order] - other[0].weight).detach().norm()) < 0.02 * moved
+
+
+@pytest.mark.parametrize("shape", [(2, 30, 41), (1, 41, 30), (1, 32, 32)])
+def test_the_iteration_in_bfloat16_brings_singular_values_to_one_as_that_in_float32(shape):
+    torch.manual_seed(0)
+    X = torch.randn(shape)
+    X = X / norms(X)[:, None, None]
+    half, whole = evened_in_half(X, 5), evened(X, 5)
+    assert half.dtype == X.dtype
+    assert float((half - whole).norm() / whole.norm()) < 0.1
+    large = torch.linalg.svdvals(X) > 0.05
+    values = torch.linalg.svdvals(half)[large]
+    assert 0.6 < float(values.min()) <= float(values.max()) < 1.3

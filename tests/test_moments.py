@@ -10,6 +10,8 @@ from torch import nn
 import metatele
 from metatele.learned.equivariant.moments import averaged, normed
 from metatele.learned.equivariant.spectrum import Spectrum
+from metatele.network import use
+from metatele.network.stacks import all_mixed, all_narrowed
 from metatele.network.use import Fingerprint, Moment
 from metatele.perceptron.activations import ReLU
 from metatele.perceptron.mlp import MLP
@@ -124,3 +126,35 @@ def test_a_network_with_a_wide_input_learns_with_memory_linear_in_the_width():
     assert max(t.numel() for t in stored) < 65 * (width + 1)
     stated = optimizer.meta.state_bytes(MLP((width, 16, 2), ReLU(), True))
     assert sum(4 * t.numel() for t in stored) < stated + 4000
+
+
+def test_moments_in_stacks_are_those_made_one_by_one():
+    x = [columns(rows=30, count=count, batch=(groups,), seed=count) for groups, count in ((1, 90), (2, 90), (1, 7))]
+    sketches = [Moment.sketched(one, widest=10, rank=4) for one in x]
+    narrow = all_narrowed(sketches, 4)
+    for one, columns_, found in zip(sketches, x, narrow, strict=True):
+        torch.testing.assert_close(found.dense, one.narrowed(4).dense)
+        torch.testing.assert_close(found.dense, Moment.of(columns_, widest=10, rank=4, exact=False).dense)
+        torch.testing.assert_close(found.trace, columns_.square().sum((1, 2)))
+    for one, other, found in zip(narrow, narrow[::-1], all_mixed(narrow, narrow, [0.2, 0.2, 0.7], 4), strict=True):
+        assert found.tensor.shape[-1] <= 8
+        torch.testing.assert_close(found.trace, one.trace)
+        assert other.rows == found.rows
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.97, 1.0])
+def test_directions_by_products_alone_keep_as_much_as_decomposed_ones(decay):
+    x = columns(rows=60, count=200) * decay ** torch.arange(200)
+    G = (x.mT @ x).float()
+    V, exact = (f(G, 32).double() for f in (use.directions_by_turns, use.directions_of))
+    torch.testing.assert_close(V.mT @ V, torch.eye(32, dtype=V.dtype).expand(2, -1, -1), rtol=0, atol=1e-5)
+    kept, most = ((Q.mT @ (x.mT @ x) @ Q).diagonal(dim1=-2, dim2=-1).sum(-1) for Q in (V, exact))
+    assert bool((kept > 0.99 * most).all())
+
+
+def test_directions_of_what_has_few_are_no_numbers_gone_wrong():
+    G = torch.zeros(2, 40, 40)
+    G[0, 0, 0] = 1.0
+    V = use.directions_by_turns(G, 32)
+    assert bool(torch.isfinite(V).all())
+    torch.testing.assert_close((V.mT @ G @ V).diagonal(dim1=-2, dim2=-1).sum(-1), torch.tensor([1.0, 0.0]))

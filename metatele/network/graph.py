@@ -40,6 +40,8 @@ _PRODUCTS = {
     "MvBackward0": _Product(0, 1, ("self", "vec")),
     "LinearBackward0": _Product(0, 1, ("input", "weight"), 2, turned=True),
 }
+# A recurrent layer without cuDNN on a GPU: gates of the inputs and of the hidden state, the state, the biases of both.
+_GATES = ("ThnnFusedGruCellBackward0", "ThnnFusedLstmCellBackward0")
 _OTHERS = {
     "ConvolutionBackward0": "a transposed convolution",
     "MkldnnRnnLayerBackward0": "a fused recurrent layer",
@@ -134,7 +136,9 @@ def tensors_in(tree: Any, depth: int = 8) -> Iterator[Tensor]:
             yield from tensors_in(getattr(tree, one.name), depth - 1)
 
 
-class _User(NamedTuple):
+class User(NamedTuple):
+    """A node that uses something, by which input, and the views between."""
+
     node: Node
     name: str
     slot: int
@@ -146,8 +150,8 @@ class _Walk:
 
     def __init__(self, outputs: Iterable[Tensor], wanted: Mapping[int, Tensor]) -> None:
         self.wanted = wanted
-        self.users: dict[int, list[_User]] = {}  # of each parameter
-        self.above: dict[Any, _User] = {}  # one user of each node
+        self.users: dict[int, list[User]] = {}  # of each parameter
+        self.above: dict[Any, User] = {}  # one user of each node
         stack: list[Any] = []
         for output in outputs:
             if output.grad_fn is not None:
@@ -164,9 +168,9 @@ class _Walk:
         variable = getattr(node, "variable", None)
         if variable is not None:  # a leaf
             if id(variable) in self.wanted:
-                self.users.setdefault(id(variable), []).append(_User(user, name, slot, chain))
+                self.users.setdefault(id(variable), []).append(User(user, name, slot, chain))
         elif node not in self.above:
-            self.above[node] = _User(user, name, slot, chain)
+            self.above[node] = User(user, name, slot, chain)
             stack.append(node)
 
     def lead(self, node: Node, features: int) -> tuple[tuple[int, ...], bool]:
@@ -242,7 +246,7 @@ def walk(outputs: Iterable[Tensor], parts: Sequence[Part], loose: Iterable[nn.Pa
     return Graph([use for use in nodes.values() if use.targets], reasons, layouts, biases)
 
 
-def _read(user: _User, parameter: Tensor, found: _Walk) -> tuple[Use, Layout] | str:
+def _read(user: User, parameter: Tensor, found: _Walk) -> tuple[Use, Layout] | str:
     """A use and where its matrix lies; or why it is none."""
     node, name, slot, chain = user
     seen = replayed(parameter, chain)
@@ -330,7 +334,7 @@ def _mark_biases(found: _Walk, nodes: Mapping[Any, Use], parts: Sequence[Part], 
             owners.setdefault(id(part.bias), set()).add(number)
     for key, mine in owners.items():
         for user in found.users.get(key, []):
-            use = _added_to(user, nodes)
+            use = added_to(user, nodes)
             if use is not None and any(t.part in mine for t in use.targets):
                 use.biased = True
             else:
@@ -356,11 +360,14 @@ def _loose_biases(
     return biases
 
 
-def _added_to(user: _User, nodes: Mapping[Any, Use]) -> Use | None:
+def added_to(user: User, nodes: Mapping[Any, Use]) -> Use | None:
     """The use to whose outputs a bias is added."""
     product = _PRODUCTS.get(user.name)
     if (product is not None and user.slot == product.bias) or (user.name == "ConvolutionBackward0" and user.slot == 2):
         return nodes.get(user.node)
+    if user.name in _GATES and user.slot in (3, 4):
+        gates = user.node.next_functions[user.slot - 3][0]
+        return None if gates is None else nodes.get(below(gates, 0)[0])
     if user.name == "AddBackward0" and user.node._saved_alpha == 1:
         other = user.node.next_functions[1 - user.slot][0]
         return None if other is None else nodes.get(below(other, 0)[0])

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor, nn
 
 See = Callable[[int, Any, Any], None]
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
+
+
+def _is_exporting() -> bool:
+    """``torch.compiler.is_exporting()``, which some versions say in every graph that is compiled."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))  # from torch 2.7 on
 
 
 def listen(layers: Iterable[nn.Module], see: See, owner: Any, whole: bool = False) -> None:

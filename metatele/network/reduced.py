@@ -209,7 +209,7 @@ def _moment(h: Tensor, biased: bool | None, times: float, wanted: Look) -> Momen
 
 
 def _of(rows: Tensor, times: float, wanted: Look) -> Moment:
-    moment = Moment.of(rows.mT, wanted.widest, wanted.rank, exact=False)
+    moment = Moment.sketched(rows.mT, wanted.widest, wanted.rank)  # narrowed at the look, all parts together
     return moment if times == 1 else moment.scaled(times)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from metatele.network import ranks
 from metatele.network.parts import Part
 from metatele.network.reduced import Look, Sums
+from metatele.network.stacks import all_narrowed
 from metatele.network.use import Moment
 
 
@@ -83,7 +84,8 @@ class Total:
         if one.inputs is not None and not again:
             self.inputs = _plus(self.inputs, one.inputs, rank)
         if one.errors is not None:
-            self.errors = one.errors if self.errors is None else self.errors.plus(one.errors, rank)
+            errors = one.errors if self.errors is None else _plus(self.errors, one.errors, rank)
+            self.errors = errors if isinstance(errors, Moment) else None
         if one.half is not None:
             self.half = one.half if self.half is None else self.half + one.half
         if one.whole is not None:
@@ -93,28 +95,75 @@ class Total:
             self.samples[number] = samples
         self.missing = self.missing or one.missing
 
-    def seen(self, share: float) -> PartSeen:
-        """As means; errors and halves times ``share``."""
-        samples, inputs, n = sum(self.samples.values()), self.inputs, max(1, self.columns)
-        if inputs is not None:
-            inputs = inputs.over(n) if isinstance(inputs, Moment) else inputs / n
+    def seen(self, inputs: Moment | Tensor | None, half: Tensor | None, share: float) -> PartSeen:
+        """As means.
+
+        Args:
+            inputs: The mean of the inputs.
+            half: Times ``share``.
+            share: Factor on the errors.
+        """
+        samples = sum(self.samples.values())
         return PartSeen(
             inputs,
             None if self.errors is None else self.errors.scaled(share**2),
-            None if self.missing or self.half is None else self.half * share,
+            None if self.missing else half,
             self.columns,
             self.columns / samples if samples else float(self.columns),
         )
+
+
+def all_seen(totals: Mapping[int, Total], share: float) -> dict[int, PartSeen]:
+    """As means, errors and halves times ``share``; those of all parts in few calls.
+
+    Args:
+        totals: By the parts' numbers.
+        share: From gradients as recorded to those of ``p.grad``.
+    """
+    inputs: dict[int, Moment | Tensor | None] = {}
+    factors: list[tuple[int, Moment]] = []
+    for number, total in totals.items():
+        n, A = max(1, total.columns), total.inputs
+        if isinstance(A, Moment) and A.rest is not None:
+            factors.append((number, A))
+        else:
+            inputs[number] = None if A is None else A.over(n) if isinstance(A, Moment) else A / n
+    if factors:
+        ns = [1 / max(1, totals[number].columns) for number, _ in factors]
+        F = torch._foreach_mul([A.tensor for _, A in factors], [n**0.5 for n in ns])
+        rests = torch._foreach_mul([A.rest for _, A in factors if A.rest is not None], ns)
+        inputs |= {number: Moment(f, rest) for (number, _), f, rest in zip(factors, F, rests, strict=True)}
+    halves = {number: total.half for number, total in totals.items() if total.half is not None}
+    scaled = dict(zip(halves, torch._foreach_mul(list(halves.values()), share), strict=True)) if halves else {}
+    return {number: total.seen(inputs[number], scaled.get(number), share) for number, total in sorted(totals.items())}
 
 
 def _plus(old: Moment | Tensor | None, new: Moment | Tensor, rank: int) -> Moment | Tensor:
     if old is None:
         return new
     if isinstance(old, Moment) and isinstance(new, Moment):
-        return old.plus(new, rank)
+        return old.narrowed(rank).plus(new.narrowed(rank), rank)
     assert isinstance(old, Tensor)
     assert isinstance(new, Tensor)
     return old + new
+
+
+def narrow(totals: Collection[Total], rank: int) -> None:
+    """Bring the factors of all moments to at most ``2 rank`` columns, in place; those of one size in one go.
+
+    Args:
+        totals: Of all parts; parts of a packed weight may share their inputs' moment.
+        rank: Columns.
+    """
+    found: dict[int, Moment] = {}
+    for total in totals:
+        found |= {id(m): m for m in (total.inputs, total.errors) if isinstance(m, Moment)}
+    done = dict(zip(found, all_narrowed(list(found.values()), rank), strict=True))
+    for total in totals:
+        if isinstance(total.inputs, Moment):
+            total.inputs = done[id(total.inputs)]
+        if total.errors is not None:
+            total.errors = done[id(total.errors)]
 
 
 def over_ranks(

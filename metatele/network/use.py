@@ -22,6 +22,9 @@ ONE_BATCH = 2  # times rank: most columns of a factor of one batch, in which few
 SKETCH = 8  # times rank: random combinations that stand for more columns, enough to tell the largest directions
 _TURNS = 6  # of a subspace: eigenvalues half as large then change those kept by some parts in ten thousand
 _FEW_TURNS = 2  # the same of one batch's columns, whose average over batches is what counts
+_BATCHED = 32  # rows up to which CUDA decomposes many matrices in one go; larger ones one by one, a millisecond each
+_SQUARE_TURNS = 4  # of a subspace by M² where that is so, without any decomposition
+_SHIFT = 1e-13  # in float64: keeps Cholesky's triangle of directions that depend on each other
 _FEW = 1024  # columns whose random signs are remembered
 SAME = 1e-5  # between fingerprints: other batches differ by a hundredth and more, the same one by rounding
 TINY = 1e-38  # below float32's smallest normal number, so that no logarithm is of zero, nor a quotient by it
@@ -60,16 +63,36 @@ class Moment(NamedTuple):
             >>> M.tensor.shape, round(float(M.trace), 3)
             (torch.Size([4, 2]), 20.0)
         """
+        return Moment.sketched(columns, widest, rank).narrowed(rank, exact)
+
+    @staticmethod
+    def sketched(columns: Tensor, widest: int = WIDEST, rank: int = RANK) -> Moment:
+        """The first half of :meth:`of`; :meth:`narrowed` is the other, which many moments may go through together.
+
+        Returns:
+            The whole matrix, or a factor of at most ``8 rank`` columns whose rest may be negative: it makes up for what
+            random combinations miss of the trace.
+        """
         if columns.shape[-2] <= widest:
             return Moment(columns @ columns.mT)
-        trace = _squared(columns)
-        most = SKETCH * rank
-        if columns.shape[-1] > most:
-            n = columns.shape[-1]
-            signs = (_few_signs if n <= _FEW else _signs)(n, most, columns.dtype, columns.device)
-            columns = columns @ (signs / most**0.5)
-        factor = Moment(columns, torch.zeros_like(trace)[..., None, None])
-        return factor if columns.shape[-1] <= ONE_BATCH * rank else factor.compressed(rank, trace, exact)
+        n, most = columns.shape[-1], SKETCH * rank
+        if n <= most:
+            return Moment(columns, columns.new_zeros(*columns.shape[:-2], 1, 1))
+        signs = (_few_signs if n <= _FEW else _signs)(n, most, columns.dtype, columns.device)
+        sketch = columns @ (signs / most**0.5)
+        return Moment(sketch, ((_squared(columns) - _squared(sketch)) / columns.shape[-2])[..., None, None])
+
+    def narrowed(self, rank: int = RANK, exact: bool = False) -> Moment:
+        """A factor of more than ``2 rank`` columns :meth:`compressed`; any other moment as it is.
+
+        Example:
+            >>> sketch = Moment.sketched(torch.ones(4, 5), widest=2, rank=2)
+            >>> sketch.narrowed(2).tensor.shape, round(float(sketch.narrowed(2).trace), 3)
+            (torch.Size([4, 2]), 20.0)
+        """
+        if self.rest is None or self.tensor.shape[-1] <= ONE_BATCH * rank:
+            return self
+        return self.compressed(rank, self.trace, exact)
 
     @staticmethod
     def zero(rows: int, like: Tensor, widest: int = WIDEST) -> Moment:
@@ -100,7 +123,13 @@ class Moment(NamedTuple):
 
     def scaled(self, factor: Tensor | float) -> Moment:
         """``c M`` for c ``[...]``, zero or positive."""
-        c = torch.as_tensor(factor, dtype=self.tensor.dtype, device=self.tensor.device)[..., None, None]
+        if not isinstance(factor, Tensor):  # without a transfer
+            return (
+                Moment(self.tensor * factor)
+                if self.rest is None
+                else Moment(self.tensor * factor**0.5, self.rest * factor)
+            )
+        c = factor.to(self.tensor)[..., None, None]
         return Moment(self.tensor * c) if self.rest is None else Moment(self.tensor * c.sqrt(), self.rest * c)
 
     def plus(self, other: Moment, rank: int = RANK) -> Moment:
@@ -173,8 +202,7 @@ class Moment(NamedTuple):
             return Moment(torch.cat([a**0.5 * F, b**0.5 * G], -1), rest)
         across = (a * b) ** 0.5 * (F.mT @ G)
         rows = (torch.cat([a * (F.mT @ F), across], -1), torch.cat([across.mT, b * (G.mT @ G)], -1))
-        _, V = torch.linalg.eigh(torch.cat(rows, -2).nan_to_num(0.0, 0.0, 0.0))  # which refuses what is not finite
-        V = V[..., -rank:]
+        V = directions_of(torch.cat(rows, -2), rank)
         joined = F @ (a**0.5 * V[..., :r, :]) + G @ (b**0.5 * V[..., r:, :])
         left = (a * self.trace + b * other.trace - _squared(joined)).clamp_min(0)
         return Moment(joined, left[..., None, None] / self.rows)
@@ -212,8 +240,8 @@ class Moment(NamedTuple):
         F = self.tensor
         if F.shape[-1] > rank:
             G = F.mT @ F
-            if exact or F.shape[-1] <= 2 * ONE_BATCH * rank:
-                V = torch.linalg.eigh(G.nan_to_num(0.0, 0.0, 0.0))[1][..., -rank:]  # which refuses what is not finite
+            if exact or F.shape[-1] <= 2 * ONE_BATCH * rank or _one_by_one(G):
+                V = directions_of(G, rank)
             else:
                 _, V = _largest(G, rank, _FEW_TURNS)
             F = F @ V
@@ -245,6 +273,37 @@ def _largest(M: Tensor, rank: int, turns: int) -> tuple[Tensor, Tensor]:
         Q = torch.linalg.qr(M @ Q).Q
     values, V = torch.linalg.eigh(Q.mT @ M @ Q)
     return values[..., -rank:], (Q @ V)[..., -rank:]
+
+
+def _one_by_one(M: Tensor) -> bool:
+    """Whether matrices ``[..., k, k]`` would be decomposed one after another, each in milliseconds."""
+    return M.is_cuda and M.shape[-1] > _BATCHED and not M.requires_grad
+
+
+def directions_of(M: Tensor, rank: int) -> Tensor:
+    """The directions ``[..., k, rank]`` of the largest eigenvalues."""
+    if _one_by_one(M):
+        return directions_by_turns(M, rank)
+    return torch.linalg.eigh(M.nan_to_num(0.0, 0.0, 0.0))[1][..., -rank:]  # which refuses what is not finite
+
+
+def directions_by_turns(M: Tensor, rank: int) -> Tensor:
+    """An orthonormal basis ``[..., k, rank]`` of about the same directions, by products and triangles alone.
+
+    In float64, in which a Gram matrix loses no direction that float32 had; zeros where there is no direction left.
+    """
+    k = M.shape[-1]
+    A = M.nan_to_num(0.0, 0.0, 0.0).double()
+    A = A / A.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(TINY)
+    A = A @ A
+    Q = _begun(k, min(k, rank), torch.float64, M.device)
+    shift = _SHIFT * torch.eye(Q.shape[-1], dtype=torch.float64, device=M.device)
+    for _ in range(_SQUARE_TURNS):
+        Y = A @ Q
+        Y = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_min(1e-200)
+        L = torch.linalg.cholesky_ex(Y.mT @ Y + shift).L
+        Q = torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False)
+    return Q.to(M.dtype)
 
 
 def _squared(x: Tensor) -> Tensor:

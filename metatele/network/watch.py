@@ -27,7 +27,7 @@ from metatele.network.hook import is_ordinary, listen
 from metatele.network.parts import Part, Vector, refined
 from metatele.network.reduced import Look, Sums, reduced
 from metatele.network.samples import fingerprint_of, sample_hashes
-from metatele.network.totals import PartSeen, Total, over_ranks
+from metatele.network.totals import PartSeen, Total, all_seen, narrow, over_ranks
 from metatele.network.unwrap import inside_of, unwrapped
 from metatele.network.use import Fingerprint
 
@@ -336,6 +336,8 @@ class Watch:
         if self.ended and self._partial:
             for total in self._totals.values():
                 total.missing = True
+        if self._counted:
+            narrow(self._totals.values(), self._counted[0].wanted.rank)
         if not self._counted or self.group is None:
             return self._totals
         return over_ranks(self._totals, self.parts, self._counted[0].wanted, self.group)
@@ -350,10 +352,11 @@ class Watch:
             return 1.0
         grad = part.matrix(part.weight.grad, None if part.bias is None else part.bias.grad)
         grad, recorded = grad.to(recorded.dtype), recorded[..., : grad.shape[-1]] / ranks.size(self.group)
-        inner = float((recorded * grad).sum())
+        squared = recorded.square().sum()
+        inner, most, square = torch.stack([(recorded * grad).sum(), recorded.norm() * grad.norm(), squared]).tolist()
         # Only where the recorded passes explain the gradient: a penalty may have added its own.
-        if inner > 0.99 * float(recorded.norm() * grad.norm()) > 0:
-            return inner / float(recorded.square().sum())
+        if inner > 0.99 * most > 0:
+            return float(inner / square)
         return 1.0
 
     def scale(self) -> float:
@@ -366,7 +369,7 @@ class Watch:
         if totals:
             self._shown = frozenset(totals)
         share = self._scale(totals) / ranks.size(self.group)
-        return {number: total.seen(share) for number, total in sorted(totals.items())}
+        return all_seen(totals, share)
 
     def table(self) -> list[tuple[str, tuple[int, ...], str, str]]:
         """Name, shape, kind of each part and of each vector, and why it was not seen.

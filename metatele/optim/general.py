@@ -159,10 +159,12 @@ class GeneralStepper(Stepper):
                 self._watch()
                 return True
             course.look(scene, course.gradient, self.meta.controller)
-        change, shares = course.step(at.momentum, self._cooled(course, at))
+        mover = self._paths.mover if self._one_batch is None else None
+        change, shares = course.step(at.momentum, self._cooled(course, at), mover)
         if self._one_batch is not None:
             self._on_one_batch(self._one_batch, course, change, shares, moves, at)
-        self._paths.apply(shares)
+        if mover is None:
+            self._paths.apply(shares)
         self._heed(course, at)
         if looks and same and not self.repeating:
             if self._to_fit is None:
@@ -327,7 +329,7 @@ class GeneralStepper(Stepper):
     def _compare(self) -> bool:
         """Whether the batch is the last one again."""
         found = self.capture.fingerprint()
-        numbers = None if found is None else found.numbers()
+        numbers = None if found is None else found.numbers().cpu()
         same = numbers is not None and self._last is not None and is_same_batch(numbers, self._last)
         self._last = numbers
         return same
@@ -358,14 +360,12 @@ class GeneralStepper(Stepper):
         at.group["rolled_back"] += 1
         self._safe = None  # if it rises again from there, the steps were not to blame
 
-    # --- warnings
-
     def _heed(self, course: Course, at: Situation) -> None:
         """Say once that the network does not move any more."""
         if self._warned or not course.looks or course.start_sizes is None:
             return
-        moved = float(torch.linalg.vector_norm(course.change)) / float(torch.linalg.vector_norm(course.start_sizes))
-        self._still = self._still + 1 if moved < _STILL * max(at.rates) else 0
+        moved, start = torch.stack(torch._foreach_norm([course.change, course.start_sizes])).tolist()
+        self._still = self._still + 1 if moved < _STILL * start * max(at.rates) else 0
         if self._still >= _PATIENCE and math.isfinite(moved):
             self._warned = True
             warnings.warn(_STANDS, stacklevel=9)
@@ -409,7 +409,7 @@ class GeneralStepper(Stepper):
             self.heads, self._fresh = stored.get("heads", 0), not stored["age"]
             read(self.course, stored, memory, self.capture.parts, self.capture.vectors, self._named)
             self.repeating, self._to_fit = stored["repeating"], stored["to_fit"]
-            self._last = None if stored["last"] is None else self.course.usual.new_tensor(stored["last"])
+            self._last = None if stored["last"] is None else torch.tensor(stored["last"], dtype=self.course.usual.dtype)
             self._by_gradient = set(stored["by_gradient"])
             if group.get(ONE_BATCH):
                 self._one_batch = OneBatch(self.meta.repeated, self.capture)

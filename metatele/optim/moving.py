@@ -14,6 +14,8 @@ from metatele.learned.general.layout import Layout
 from metatele.network.parts import Part, Vector
 from metatele.optim.steppers import Situation
 
+_STEADY = 3  # steps with the same rates, after which they may stay the same for a while
+
 
 class Moves(NamedTuple):
     """What moves in a step.
@@ -79,6 +81,12 @@ class Paths:
         self._flat = course.gradient, course.velocity, course.change
         self._places = list(_places(course.layout, parts, vectors))
         self._key: object = None
+        self._since = 0  # steps since the views were made
+
+    @property
+    def mover(self) -> Callable[[Tensor], None] | None:
+        """:meth:`apply`, another object after what moves has changed; ``None`` if it has just now."""
+        return self._mover if self._since >= _STEADY else None
 
     def are_of(self, course: Course, parts: Sequence[Part]) -> bool:
         """Whether they lead from these parts to this course."""
@@ -131,7 +139,8 @@ class Paths:
         key = at.rates, [p.data_ptr() for p in at.parameters]  # views hold on to a memory, so no other lies there
         if key != self._key:
             self._plan(at)
-            self._key = key
+            self._key, self._since, self._mover = key, 0, partial(self.apply)
+        self._since += 1
         if self._targets:
             grads = [_of(p.grad, read) for p, read in self._sources if p.grad is not None]
             torch._foreach_copy_(self._targets, grads)

@@ -45,15 +45,14 @@ def scene_of(course: Course, watch: Watch, at: Situation, moves: Moves, by_gradi
         elif moves.weights[number] and (number in by_gradient or course.moments[number] is None):
             by_gradient.add(number)
             pieces[number] = _by_gradient(course, number, known)
-    sizes = like.new_zeros(layout.matrices)
-    norms = torch._foreach_norm([part.of(part.weight) for part in parts]) if parts else []
-    for number, (part, norm) in enumerate(zip(parts, norms, strict=True)):
+    norms = list(torch._foreach_norm([part.of(part.weight) for part in parts])) if parts else []
+    for number, part in enumerate(parts):
         if part.groups > 1:
             table = part.of(part.weight).reshape(part.groups, -1)
-            sizes[layout.rows(number)] = torch.linalg.vector_norm(table, dim=1).to(like)
-        else:
-            sizes[layout.rows(number)] = norm.to(like)
-    vectors = [real(p.detach()).float().square().mean().sqrt() for _, p in watch.vectors]
+            norms[number] = torch.linalg.vector_norm(table, dim=1)
+    order = sorted(range(len(parts)), key=lambda number: layout.rows(number).start)
+    sizes = torch.cat([norms[number].reshape(-1).to(like) for number in order]) if parts else like.new_zeros(0)
+    vectors = _root_mean_squares([real(p.detach()) for _, p in watch.vectors], like)
     samples, loss = _joint(watch, at, like)
     hashes = watch.samples()
     if watch.group is not None:
@@ -64,13 +63,21 @@ def scene_of(course: Course, watch: Watch, at: Situation, moves: Moves, by_gradi
     return Scene(
         pieces,
         sizes,
-        torch.stack(vectors).to(like) if vectors else like.new_zeros(0),
+        vectors,
         samples,
         known_samples,
-        loss,
+        None if loss is None else loss.cpu(),
         course.age / total if total else -1.0,
         same,
     )
+
+
+def _root_mean_squares(vectors: list[Tensor], like: Tensor) -> Tensor:
+    if not vectors:
+        return like.new_zeros(0)
+    norms = torch._foreach_norm([v if v.dtype in (torch.float32, torch.float64) else v.float() for v in vectors])
+    counts = like.new_tensor([max(v.numel(), 1) for v in vectors])
+    return torch.stack([norm.to(like) for norm in norms]) / counts.sqrt()
 
 
 def _by_gradient(course: Course, number: int, known: Glimpse | None) -> Glimpse:

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metatele.config import GeneralConfig
-from metatele.learned.general.controller import KINDS, Controller, Controls, Sight
+from metatele.learned.general.agreeing import agreed, half_products
+from metatele.learned.general.controller import Controller, Controls, Sight
 from metatele.learned.general.direction import lengths_of, norms
 from metatele.learned.general.kept import Kept, Together, grouped
 from metatele.learned.general.layout import Layout
+from metatele.learned.general.places import places_of
+from metatele.learned.general.replays import Replays, replays_for, shapes
 from metatele.learned.general.roots import roots_of
 from metatele.learned.general.scene import Piece, Scene
 from metatele.learned.general.slopes import averaged, slope
+from metatele.network.stacks import all_mixed, magnitudes
 from metatele.network.use import TINY, Moment
-
-_FAN_IN = 3.0  # weights of variance 1/(3 i) are what layers begin with
 
 
 class _Measured(NamedTuple):
     """Of a gradient.
 
     Attributes:
-        sizes: ``‖G‖`` of each matrix, ``[L]``.
         finite: Whether all of it is, squared too.
         most: Largest of the sizes beside what is usual.
         slope: Along the last change.
     """
 
-    sizes: Tensor
     finite: bool
     most: float
     slope: float
@@ -90,26 +90,17 @@ class Course:
             torch.tensor(list(sizes), device=like.device, dtype=torch.long),
         )
         self.measured: _Measured | None = None
+        self.replays = replays_for(like, layout.size)
+        self._sizes, self._now = new(layout.matrices), new(layout.matrices)  # where each step finds them
+        self._numbers = new(4)
+        self._held: tuple[list[Tensor], Hashable] | None = None  # what a step reads that looks replace
         self._together: list[Together] = []
         self._alone: list[int] = []
-        self._usual_now: tuple[int, Tensor] | None = None  # root mean squares of gradients, and at which age
+        self._now_at = -1  # age of the root mean squares of gradients
         self._views = [(b.of(self.gradient), b.of(self.velocity), b.of(self.change)) for b in layout.buckets]
         self.hashes: set[float] = set()
         self.epochs = 0.0
-        self._facts()
-
-    def _facts(self) -> None:
-        """What the controller is told of places."""
-        layout, like = self.layout, self.usual
-        kinds, aspect, first, last, natural = (like.new_zeros(layout.matrices + 1) for _ in range(5))
-        for number, piece in enumerate(self.pieces):
-            rows, (_, o, i) = layout.rows(number), piece.shape
-            kinds[rows] = KINDS.index(piece.kind)
-            aspect[rows] = math.log(o / i)
-            first[rows], last[rows] = float(number == 0), float(number == len(self.pieces) - 1)
-            natural[rows] = math.sqrt(o / _FAN_IN)
-        kinds[-1] = KINDS.index("vectors")
-        self._kinds, self._aspect, self._first, self._last, self._natural = kinds, aspect, first, last, natural[:-1]
+        self._places = places_of(layout, self.pieces, self.usual)
 
     @property
     def looks(self) -> bool:
@@ -151,14 +142,18 @@ class Course:
 
     def _take_in(self, scene: Scene) -> None:
         c, seen = self.config, []
+        positions = [0.0] * self.layout.matrices
         for number, glimpse in scene.pieces.items():
             rows, new = self.layout.rows(number), glimpse.inputs
-            self.positions[rows] = max(glimpse.positions, 1.0)
+            positions[rows] = [max(glimpse.positions, 1.0)] * (rows.stop - rows.start)
             self.columns[number] = glimpse.columns
             if new is not None:
-                seen.append((number, new, (new.trace if isinstance(new, Moment) else new).sum()))
-        sizes = torch.stack([size for _, _, size in seen]).tolist() if seen else []
-        for (number, new, _), size in zip(seen, sizes, strict=True):
+                seen.append((number, new))
+        known = self.positions.new_tensor(positions)
+        self.positions = torch.where(known > 0, known, self.positions)
+        sizes = magnitudes([new for _, new in seen])
+        mixed: list[tuple[int, Moment, Moment, float]] = []
+        for (number, new), size in zip(seen, sizes, strict=True):
             if not math.isfinite(size):
                 continue
             old = self.moments[number]
@@ -167,42 +162,21 @@ class Course:
             if old is None:
                 self.moments[number] = new
             elif isinstance(old, Moment) and isinstance(new, Moment):
-                self.moments[number] = old.mixed(new, share, c.rank)
+                mixed.append((number, old, new, share))
             elif isinstance(old, Tensor) and isinstance(new, Tensor):
                 self.moments[number] = old.lerp(new, share)
+        if mixed:
+            numbers, olds, news, shares = zip(*mixed, strict=True)
+            for number, moment in zip(numbers, all_mixed(olds, news, shares, c.rank), strict=True):
+                self.moments[number] = moment
 
     def _agree(self, scene: Scene, gradients: Tensor) -> None:
         """How far the gradients of the two halves of the batch agree, in whitened coordinates."""
-        products = self.usual.new_zeros(len(self.usual), 2, 2)
-        for bucket, kept, (G, _, _) in zip(self.layout.buckets, self.kept, self._views, strict=True):
-            halves = [scene.pieces[n].half if n in scene.pieces else None for n in bucket.parts]
-            if all(half is None for half in halves):
-                continue
-            H = torch.cat(
-                [
-                    torch.zeros_like(self.layout.part(gradients, n)) if h is None else h
-                    for n, h in zip(bucket.parts, halves, strict=True)
-                ]
-            )
-            m, o, i = bucket.shape
-            both = torch.stack([H, G - H], 1)
-            if kept.root is not None:
-                both = kept.root.right(both.view(m, 2 * o, i))
-            both = both.view(m, 2, o * i)
-            torch.bmm(both, both.mT, out=products[bucket.rows])
-        products = products.nan_to_num_(0.0, 0.0, 0.0)
-        squares = products[:, 0, 0], products[:, 1, 1], products[:, 0, 1]
-        one, two, across = squares
+        halves = {n: piece.half for n, piece in scene.pieces.items() if piece.half is not None}
+        roots = [kept.root for kept in self.kept]
+        products = half_products(self.layout, roots, gradients, halves)
         share = self.config.agreeing if self.age else 1.0
-        cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
-        known = (one > 0) & (two > 0)
-        self.agreement = torch.where(known, self.agreement.lerp(2 * cosine / (1 + cosine), share), self.agreement)
-        # Layers count alike.
-        weight = torch.where(known, 1 / (one + two).clamp_min(TINY), 0.0).nan_to_num(0.0, 0.0, 0.0)
-        one, two, across = ((t * weight).sum() for t in (one, two, across))
-        cosine = (across / (one * two).sqrt().clamp_min(TINY)).clamp(0, 1)
-        if bool(known.any()):
-            self.agreement_all = self.agreement_all.lerp(2 * cosine / (1 + cosine), share)
+        self.agreement, self.agreement_all = agreed(products, self.agreement, self.agreement_all, share)
 
     def _sight(self, scene: Scene) -> Sight:
         like = self.usual
@@ -237,11 +211,11 @@ class Course:
             if scene.loss is None or self.start_loss is None
             else scene.loss - self.start_loss,
             positions=all_(self.positions, 1.0),
-            aspect=self._aspect,
+            aspect=self._places.aspect,
             depth=len(self.pieces),
-            first=self._first,
-            last=self._last,
-            kinds=self._kinds,
+            first=self._places.first,
+            last=self._places.last,
+            kinds=self._places.kinds,
         )
 
     def _set(self, controls: Controls, scene: Scene) -> None:
@@ -259,9 +233,9 @@ class Course:
         """Make of the controls and the sizes of matrices and vectors what all steps until the next look use."""
         assert self.controls is not None
         assert self.sizes is not None
-        sizes = torch.maximum(self.sizes, self.config.floor * self._natural)
+        sizes = torch.maximum(self.sizes, self.config.floor * self._places.natural)
         if self.start_sizes is not None:  # steps in proportion to what has grown would make it grow ever faster
-            begun = torch.maximum(self.start_sizes, self.config.floor * self._natural)
+            begun = torch.maximum(self.start_sizes, self.config.floor * self._places.natural)
             sizes = torch.minimum(sizes, (sizes * begun).sqrt())
         stretch, decay = self.controls.stretch, self.controls.decay
         self.lengths, self.decays, self.anneal = stretch[:-1] * sizes, (stretch * decay)[:-1], self.controls.anneal[:-1]
@@ -287,73 +261,136 @@ class Course:
             kept.lead(self.config, bucket)
         homes = [change for _, _, change in self._views]
         self._together, self._alone = grouped(self.config, self.layout.buckets, self.kept, homes)
+        self._held = None
 
     # --- a step
 
-    def _by_matrix(self, views: Sequence[Tensor]) -> Tensor:
+    def _by_matrix(self, views: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """``‖·‖`` of each matrix, ``[L]``, of those of each bucket."""
-        found = [norms(view) for view in views]
-        return found[0] if len(found) == 1 else torch.cat(found) if found else self.usual
+        if not views:
+            return self.usual
+        if len(views) == 1:
+            return torch.linalg.vector_norm(views[0], dim=(-2, -1), out=out)
+        return torch.cat([norms(view) for view in views], out=out)
 
     def _usual_norms(self) -> Tensor:
         """Root mean square of each matrix's gradients, ``[L]``."""
-        if self._usual_now is None or self._usual_now[0] != self.age:
-            now = (self.usual / (1 - self.config.slow ** max(self.age, 1))).clamp_min_(TINY).sqrt_()
-            self._usual_now = self.age, now
-        return self._usual_now[1]
+        if self._now_at != self.age:
+            self._renew_usual(1 - self.config.slow ** max(self.age, 1))
+            self._now_at = self.age
+        return self._now
+
+    def _renew_usual(self, corrected: float | Tensor) -> Tensor:
+        return torch.div(self.usual, corrected, out=self._now).clamp_min_(TINY).sqrt_()
 
     def measure(self) -> bool:
         """Measure the gradient that lies in :attr:`gradient`; whether it is finite, and its squares.
 
         All that a step asks the device for comes here, in one transfer.
         """
+        self._usual_norms()
+        plain = self.replays is None or self.age <= self.config.warm
+        asked = self._measured() if plain or self.replays is None else self.replays.run("measure", (), self._measured)
+        total, most, slope_, self._calm_now = asked.tolist()
+        self.measured = _Measured(math.isfinite(total), most, slope_)
+        return self.measured.finite
+
+    def _measured(self) -> Tensor:
+        """What is to be known of the gradient on the host, ``[4]``."""
         G = self.gradient
-        sizes = self._by_matrix([view for view, _, _ in self._views])
+        sizes = self._by_matrix([view for view, _, _ in self._views], self._sizes)
         total = sizes.sum()
         if self.layout.sizes:
             total = total + G[self.layout.vectors :].sum()
-        most = (sizes / self._usual_norms()).max() if self.layout.matrices else total
-        asked = torch.stack([total, most, torch.dot(G, self.change), self.calm])
-        total_, most_, slope_, self._calm_now = asked.tolist()
-        self.measured = _Measured(sizes, math.isfinite(total_), most_, slope_)
-        return self.measured.finite
+        most = (sizes / self._now).max() if self.layout.matrices else total
+        return torch.stack([total, most, torch.dot(G, self.change), self.calm])
 
-    def step(self, momentum: float = 1.0, cooled: float = 1.0) -> tuple[Tensor, Tensor]:
+    def step(
+        self, momentum: float = 1.0, cooled: float = 1.0, apply: Callable[[Tensor], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Make the next change, of the flat gradient that lies in :attr:`gradient`.
 
         Args:
             momentum: Factor on the momentum.
             cooled: Factor on the length.
+            apply: Given the shares, moves the weights; another object where other ones move.
 
         Returns:
             The change, flat; and the shares that the weights of each matrix lose first, ``[L]``.
         """
-        c, layout, G, V = self.config, self.layout, self.gradient, self.velocity
+        c = self.config
         assert self.controls is not None
         if self.measured is None:
             self.measure()
         assert self.measured is not None
-        (sizes, finite, most, slope_), self.measured = self.measured, None
+        (finite, most, slope_), self.measured = self.measured, None
         if self.age:
             self._feel(slope_)
         if not finite:  # numbers too large to be squared: others were skipped before
             self.change.zero_()
-            return self.change, torch.zeros_like(self.decays)
+            shares = torch.zeros_like(self.decays)
+            if apply is not None:
+                apply(shares)
+            return self.change, shares
         if not most <= c.clip:
-            sizes = self._clip(sizes)
-        self.usual.lerp_(sizes.square(), 1 - c.slow)
+            self._clip(self._sizes)
         self.age += 1
-        usual = self._usual_norms()
         beta = c.momentum * momentum
-        V.lerp_(G, 1 - beta)
         rate = math.exp(self.log_rate) * cooled
-        begun = 1 - c.momentum**self.age
+        begun, corrected = 1 - c.momentum**self.age, 1 - c.slow**self.age
+        due = {n: self.age <= c.warm or self.age % self.kept[n].every == 0 for n in self._alone}
+        numbers = [rate, begun, corrected, -rate * self.vector_length / begun]
+        settled = self.age > c.warm and all(self.kept[n].is_settled(self.age) for n, anew in due.items() if anew)
+        if self.replays is None or not settled:
+            shares = self._advance(beta, due, numbers)
+            self._held = self._held if settled else None
+            if apply is not None:
+                apply(shares)
+        else:
+            shares = self._replayed(self.replays, beta, due, numbers, apply)
+        self._now_at = self.age
+        return self.change, shares
+
+    def _replayed(
+        self,
+        replays: Replays,
+        beta: float,
+        due: dict[int, bool],
+        numbers: Sequence[float],
+        apply: Callable[[Tensor], None] | None,
+    ) -> Tensor:
+        """The same by a graph: what changes from step to step lies in tensors, whose places do not."""
+        self._numbers.copy_(torch.tensor(numbers, dtype=self._numbers.dtype))
+        if self._held is None:
+            held = [self.lengths, self.decays, self.anneal, self.spread]
+            held += [t for one in self._together for t in one.tensors()]
+            held += [t for n in self._alone for t in self.kept[n].tensors()]
+            homes = tuple(tuple(one.homes) for one in self._together)
+            exact = tuple((n, self.kept[n].exact) for n in self._alone)
+            self._held = held, (shapes(held), homes, exact)
+        held, kind = self._held
+
+        def body() -> Tensor:
+            shares = self._advance(beta, due, self._numbers.unbind())
+            if apply is not None:
+                apply(shares)
+            return shares
+
+        return replays.run((beta, tuple(due.items()), kind, apply), held, body, self._together)
+
+    def _advance(self, beta: float, due: Mapping[int, bool], numbers: Sequence[float | Tensor]) -> Tensor:
+        """Make the change; the shares of the weights that are lost."""
+        c, layout, G, V = self.config, self.layout, self.gradient, self.velocity
+        rate, begun, corrected, factor = numbers
+        self.usual.lerp_(self._sizes.square(), 1 - c.slow)
+        usual = self._renew_usual(corrected)
+        V.lerp_(G, 1 - beta)
         calm = (self._by_matrix([view for _, view, _ in self._views]) / (usual * begun)).clamp_(TINY, 1)
         calm.pow_(self.anneal)
         lengths = calm * self.lengths
         lengths.mul_(rate)
-        self.calm = calm.mean() if layout.matrices else self.calm
-        due = {n: self.age <= c.warm or self.age % self.kept[n].every == 0 for n in self._alone}
+        if layout.matrices:
+            torch.mean(calm, 0, out=self.calm)
         whole = all(due.values())
         if whole:  # what momentum and gradient point to together lies where the change will
             torch.lerp(V, G, 1 - beta, out=self.change)
@@ -375,19 +412,19 @@ class Course:
         if layout.sizes:
             g = G[layout.vectors :]
             self.seconds.lerp_(g.square(), 1 - c.slow)
-            root = (self.seconds / (1 - c.slow**self.age)).sqrt_().add_(TINY)
+            root = (self.seconds / corrected).sqrt_().add_(TINY)
             moved = (V[layout.vectors :] / root).mul_(self.spread)
-            torch.mul(moved, -rate * self.vector_length / begun, out=self.change[layout.vectors :])
-        return self.change, (calm * self.decays).mul_(rate)
+            torch.mul(moved, factor, out=self.change[layout.vectors :])
+        return (calm * self.decays).mul_(rate)
 
-    def _clip(self, sizes: Tensor) -> Tensor:
-        """Shorten gradients that are far larger than usual; how large they are then, ``[L]``."""
+    def _clip(self, sizes: Tensor) -> None:
+        """Shorten gradients that are far larger than usual, and their sizes ``[L]``."""
         before = torch.where(self.usual > 0, self._usual_norms(), sizes)  # of a first gradient nothing is known
         limit = self.config.clip * before
         clipped = torch.where(sizes > limit, limit / sizes.clamp_min(TINY), 1.0)
         for bucket, (G, _, _) in zip(self.layout.buckets, self._views, strict=True):
             G.mul_(clipped[bucket.rows, None, None])
-        return sizes * clipped
+        sizes.mul_(clipped)
 
     def recover(self) -> None:
         """Begin anew with shorter steps, at weights that the last ones have not changed."""

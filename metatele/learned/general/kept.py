@@ -73,6 +73,21 @@ class Kept:
         wide = 0 < config.leading <= k and k > 4 * config.rank  # else such a factor would be no smaller
         self.leading = wide and not self.exact and self._vectors is not None
 
+    def is_settled(self, age: int) -> bool:
+        """Whether a direction at that age only reads what is kept."""
+        if self.exact:
+            return True
+        if self.factor is None or age >= self.due:
+            return False
+        plain = self.root is None or (self.root.dense is not None and self.factor.shape[-1] == self.factor.shape[-2])
+        return plain or self.through is not None
+
+    def tensors(self) -> list[Tensor]:
+        """All that a direction then reads."""
+        through = self.through.tensors() if isinstance(self.through, Root) else [self.through]
+        root = [] if self.root is None else self.root.tensors()
+        return [t for t in (self.spectral, self.factor, *through, *root) if t is not None]
+
     @property
     def _vectors(self) -> Tensor | None:
         return None if self.root is None else self.root.vectors
@@ -164,6 +179,15 @@ class Together:
             R[begin : begin + n, :i, :i] = kept.root.dense
             begin += n
         self._root = Root(R)
+
+    @property
+    def homes(self) -> list[int]:
+        """Addresses of the changes."""
+        return [home.data_ptr() for home in self._homes]
+
+    def tensors(self) -> list[Tensor]:
+        """What a step reads."""
+        return [self.spectral, self.even, *(() if self._root is None else self._root.tensors())]
 
     def step(self, lengths: Tensor) -> None:
         """Make directions of what lies where the changes will, and of them changes.

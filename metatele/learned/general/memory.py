@@ -114,7 +114,7 @@ def read(
     )
     course.age, course.epochs, course.hashes = stored["age"], stored["epochs"], set(stored["hashes"])
     course.columns, course.taken = list(stored["columns"]), list(stored["taken"])
-    course.start_loss = None if stored["start_loss"] is None else like.new_tensor(stored["start_loss"])
+    course.start_loss = None if stored["start_loss"] is None else torch.tensor(stored["start_loss"], dtype=like.dtype)
     for kept, plan in zip(course.kept, stored["plans"], strict=True):
         kept.exact, kept.every, kept.renew, kept.due = plan
     for key, name in _FLAT.items():

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metatele.learned.general.direction import Root
-from metatele.learned.general.layout import Bucket, Layout
+from metatele.learned.general.direction import Root, decomposed
+from metatele.learned.general.layout import Layout
 from metatele.network.use import Moment
 
 
@@ -32,14 +32,24 @@ def roots_of(
     """
     roots: list[Root | None] = [None] * len(layout.buckets)
     dense: dict[int, list[int]] = {}  # numbers of buckets by size
+    factors: dict[int, list[tuple[int, Tensor, Tensor]]] = {}  # by columns
     for number, bucket in enumerate(layout.buckets):
         found = [moments[part] for part in bucket.parts]
         if any(m is None for m in found):
             continue
         if bucket.way == "dense":
             dense.setdefault(bucket.shape[2], []).append(number)
+        elif bucket.way == "diagonal":
+            a = torch.cat([m for m in found if isinstance(m, Tensor)])
+            roots[number] = Root.of_diagonal(a, damping[bucket.rows])
         else:
-            roots[number] = _root_of(bucket, found, damping[bucket.rows], rank)
+            F, rest = _factor([m.factored(rank) for m in found if isinstance(m, Moment)])
+            factors.setdefault(F.shape[-1], []).append((number, F, rest))
+    for some in factors.values():
+        values, V = decomposed(torch.cat([F.mT @ F for _, F, _ in some]))
+        sizes = [len(F) for _, F, _ in some]
+        for (number, F, rest), *both in zip(some, values.split(sizes), V.split(sizes), strict=True):
+            roots[number] = Root.of_factor(F, rest, damping[layout.buckets[number].rows], (both[0], both[1]))
     for numbers in dense.values():
         mine = [layout.buckets[number] for number in numbers]
         whole = [m.dense for bucket in mine for m in (moments[part] for part in bucket.parts) if isinstance(m, Moment)]
@@ -50,12 +60,8 @@ def roots_of(
     return roots
 
 
-def _root_of(bucket: Bucket, found: Sequence[Moment | Tensor | None], damping: Tensor, rank: int) -> Root:
-    """Of all matrices of a bucket whose moments are no dense ones."""
-    if bucket.way == "diagonal":
-        return Root.of_diagonal(torch.cat([m for m in found if isinstance(m, Tensor)]), damping)
-    moments = [m.factored(rank) for m in found if isinstance(m, Moment)]  # one with a bias may be a row too wide
+def _factor(moments: Sequence[Moment]) -> tuple[Tensor, Tensor]:
+    """Those of a bucket side by side; one with a bias had been a row too wide for a whole matrix."""
     columns = max(m.tensor.shape[-1] for m in moments)
     F = torch.cat([torch.nn.functional.pad(m.tensor, (0, columns - m.tensor.shape[-1])) for m in moments])
-    rest = torch.cat([m.rest.flatten() for m in moments if m.rest is not None])
-    return Root.of_factor(F, rest, damping)
+    return F, torch.cat([m.rest.flatten() for m in moments if m.rest is not None])
