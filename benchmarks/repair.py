@@ -5,10 +5,9 @@ python benchmarks/repair.py --json results/benchmarks/repair.json --redraw      
 
 A char-GPT, a CNN and a residual CNN with BatchNorm begin as they were drawn (``good``), at a random point of the same
 orbit (``bad``: matrices of condition 100, scales from 0.1 to 10, by ``randomize_``), or at that point after one
-``balance_`` (``balanced``). All three compute the same. Every optimizer has its best rate on ``good`` and its best on
-``bad``, chosen on another seed by the training loss at the end, and warm-up and decay; a balanced start has the rate of
-``good``. What is told is the training loss at the end, on fixed
-samples, less that of the good start with the same seed.
+``balance_`` (``balanced``). All three compute the same. Every optimizer has its best rate for each of them, chosen on
+another seed by the training loss at the end, and warm-up and decay. What is told is the training loss at the end, on
+fixed samples, less that of the good start with the same seed.
 """
 
 from __future__ import annotations
@@ -79,14 +78,13 @@ def _end(row: Row) -> float:
 def best_of(runs: Runs[Job], network: str, optimizer: str) -> tuple[list[Job], dict[str, float]]:
     """The runs that the choice of rates waits for, and the rates of each start."""
     missing, best = [], {}
-    for start in ("good", "bad"):
+    for start in STARTS:
 
         def at(lr: float, start: str = start) -> Job:
             return Job(network, optimizer, start, TUNED_ON, lr)
 
         waits, best[start] = climbed(runs, at, OPTIMIZERS[optimizer][1], _end)
         missing += waits
-    best["balanced"] = best["good"]
     return missing, best
 
 
@@ -116,12 +114,12 @@ def result(runs: Runs[Job]) -> Row:
             seeds = [n for n in sorted({seed for _, seed in of}) if all((s, n) in of for s in STARTS)]
             if len(seeds) < 2:
                 continue
-            tried = {s: [job.lr for job in own if (job.start, job.seed) == (s, TUNED_ON)] for s in ("good", "bad")}
+            tried = {s: [job.lr for job in own if (job.start, job.seed) == (s, TUNED_ON)] for s in STARTS}
             for start in STARTS:
                 ends = [of[start, n] for n in seeds]
                 above = interval([end - of["good", n] for end, n in zip(ends, seeds, strict=True)])
                 row = {"network": network, "optimizer": optimizer, "start": start, "lr": best[start], "seeds": seeds}
-                rates = tried["bad" if start == "bad" else "good"]
+                rates = tried[start]
                 row |= {"ends": [finite(end) for end in ends], "at_edge": best[start] in (min(rates), max(rates))}
                 rows.append(row if start == "good" else {**row, "above": above})
     return {"rows": rows, "steps": STEPS, "condition": CONDITION, "near": NEAR}
