@@ -102,6 +102,7 @@ class Symmetries:
         table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         table.append(f"{len(self.spaces)} spaces, dimension {self.dimension}")
         table += [f"in none: {name} ({reason})" for name, reason in self.frozen.items()]
+        table += [f"failed their check and left out: {'; '.join(dict.fromkeys(self.dropped))}"] if self.dropped else []
         left = "what it touches is left alone"
         table += [f"not known: {name}, {count} times; {left}" for name, count in self.unknown.items()]
         return "\n".join(table)
@@ -325,7 +326,7 @@ def find_symmetries(model: nn.Module, inputs: Any, **named: Any) -> Symmetries:
                 wider = [(space, phases) for space, phases in tried if phases is not None]
             wider = [(space, phases) for n, (space, phases) in enumerate(wider) if check.holds([phases], n)]
         kept = [next((phases for old, phases in wider if old is space), space) for space in kept]
-    frozen = _frozen(tensors, kept, record)
+    frozen = _frozen(tensors, kept, record, dropped)
     return Symmetries(tuple(kept), frozen, tuple(dropped), dict(record.unknown), Pass(bare, *given))
 
 
@@ -413,8 +414,11 @@ def _verified(spaces: list[Space], holds: Any) -> tuple[list[Space], list[str]]:
     return kept, dropped
 
 
-def _frozen(tensors: Mapping[str, Tensor], spaces: Sequence[Space], record: Record) -> dict[str, str]:
+def _frozen(
+    tensors: Mapping[str, Tensor], spaces: Sequence[Space], record: Record, dropped: Sequence[str]
+) -> dict[str, str]:
     """Why parameters are in no space."""
+    failed = {name for words in dropped for name in words.partition(" of ")[2].split(", ")}
     inside = {name for space in spaces for name in space.parameters}
     odd = {use.name for use in record.uses if use.groups == -1}
     used = {use.name for use in record.uses} | {gain.name for gain in record.gains}
@@ -426,6 +430,8 @@ def _frozen(tensors: Mapping[str, Tensor], spaces: Sequence[Space], record: Reco
             reasons[name] = "it is used by an operation that is not known"
         elif name not in used:
             reasons[name] = "the pass does not use it"
+        elif name in failed:
+            reasons[name] = "a symmetry of it failed its check"
         else:
             reasons[name] = "what it writes and reads is fixed: inputs, outputs, or a unit that nothing may change"
     return reasons
