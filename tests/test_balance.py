@@ -301,6 +301,42 @@ def test_bad_input_is_refused_in_a_sentence():
         metatele.balance_(model.requires_grad_(False), x)
 
 
+@pytest.mark.parametrize("move", [metatele.randomize_, metatele.balance_, metatele.fold_norms_])
+def test_inputs_of_another_dtype_are_refused_in_a_sentence(move):
+    model, x = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)).double(), torch.randn(3, 5)
+    before = copy.deepcopy(model)
+    with pytest.raises(
+        ConfigError, match=r"inputs are torch\.float32, parameters torch\.float64 \(RuntimeError"
+    ) as error:
+        move(model, x)
+    assert "\n" not in str(error.value)
+    assert apart(before, model) == 0
+    assert move(model, x.double()).rows
+
+
+def test_a_model_without_a_symmetry_that_may_move_has_a_report_without_rows():
+    model, x = nn.Sequential(nn.Linear(5, 2), nn.Tanh()).double(), torch.randn(3, 5).double()
+    for report in (metatele.randomize_(model, x), metatele.balance_(model, x), metatele.fold_norms_(model, x)):
+        assert report.rows == ()
+        assert str(report) == "no symmetry was found along which this model can move"
+
+
+def test_a_move_is_carried_into_an_optimizer_once():
+    model, x = made("mlp")
+    one, other = (torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9) for _ in range(2))
+    for optimizer in (one, other):
+        gradients(model, x)
+        optimizer.step()
+    report = metatele.randomize_(model, x)
+    metatele.carry_along_(one, model, report)
+    kept = [one.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    with pytest.raises(ConfigError, match="carry each move once"):
+        metatele.carry_along_(one, model, report)
+    assert all(torch.equal(one.state[p]["momentum_buffer"], k) for p, k in zip(model.parameters(), kept, strict=True))
+    metatele.carry_along_(other, model, report)
+    metatele.carry_along_(one, model, metatele.randomize_(model, x, seed=1))
+
+
 def test_frozen_parameters_stay_and_what_depends_on_them():
     model, x = made("mlp")
     model[0].requires_grad_(False)

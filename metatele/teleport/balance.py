@@ -118,11 +118,12 @@ def randomize_(
         **named: Further arguments of the pass.
 
     Returns:
-        What moved and how much the outputs did. An optimizer's memories follow by
-        :func:`metatele.optim.along.carry_along_`.
+        What moved and how much the outputs did; no rows where no symmetry was found that may move. An optimizer's
+        memories follow by :func:`metatele.optim.along.carry_along_`.
 
     Raises:
-        ConfigError: A condition below 1, an unknown group, symmetries of another model, nothing that may move.
+        ConfigError: A condition below 1, an unknown group, symmetries of another model, no parameter that asks for a
+            gradient; or the pass fails, as on inputs of another dtype.
         NotExactError: The outputs would change in double precision; nothing is written then.
 
     Example:
@@ -185,10 +186,12 @@ def balance_(
         **named: Further arguments of the pass.
 
     Returns:
-        What moved, what could not be made unique, and how much the outputs changed.
+        What moved, what could not be made unique, and how much the outputs changed; no rows where no symmetry was
+        found that may move.
 
     Raises:
-        ConfigError: An unknown group, symmetries of another model, nothing that may move.
+        ConfigError: An unknown group, symmetries of another model, no parameter that asks for a gradient; or the pass
+            fails, as on inputs of another dtype.
         NotExactError: The outputs would change in double precision; nothing is written then.
 
     Example:
@@ -227,7 +230,8 @@ def fold_norms_(model: nn.Module, inputs: Any, *, found: Symmetries | None = Non
         Which gains were folded. Those that nothing can take up, such as a last norm before outputs, are in no row.
 
     Raises:
-        ConfigError: Symmetries of another model, nothing that may move.
+        ConfigError: Symmetries of another model, no parameter that asks for a gradient; or the pass fails, as on inputs
+            of another dtype.
         NotExactError: The outputs would change in double precision; nothing is written then.
 
     Example:
@@ -307,6 +311,7 @@ def _move(
     if not chosen:
         return MoveReport((), 0.0)
     touched = {name for space in chosen for name in space.parameters}
+    first = _first(bare, inputs, named)
     twin = _twin(bare).requires_grad_(False)
     tensors = dict(twin.named_parameters())
     data = {name: t.data for name, t in tensors.items()}
@@ -325,7 +330,6 @@ def _move(
         raise NotExactError(f"the outputs would change by {change:.1e}, so nothing was moved")
     with steady(bare), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        first = _given(bare, inputs, named)
         far = {name: (float((data[name] - own[name]).norm()), float(own[name].double().norm())) for name in touched}
         for name in touched:
             own[name].copy_(data[name])
@@ -338,6 +342,22 @@ def _move(
         )
     settled = not course.change > _TOLERANCE
     return MoveReport(tuple(rows), _change(last, first), course.sweeps, settled, tuple(course.path))
+
+
+def _first(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """The first pass in the model's own precision, which tells inputs that it does not take."""
+    try:
+        with steady(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _given(model, inputs, named)
+    except Exception as reason:
+        kinds = ", ".join(sorted({str(t.dtype) for t in tensors_in((inputs, dict(named)))}))
+        own = ", ".join(sorted({str(p.dtype) for p in model.parameters()}))
+        told = (str(reason).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"the model's pass on the inputs failed, so nothing was moved: inputs are {kinds or 'no tensors'}, "
+            f"parameters {own} ({type(reason).__name__}: {told})"
+        ) from reason
 
 
 def _given(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
