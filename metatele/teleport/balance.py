@@ -167,7 +167,8 @@ def balance_(
     - what may be added freely becomes 0: biases that another can take up, those of keys, means that are taken away;
     - all changes of basis, scales and scales of pairs go to where ``‖θ‖²`` is least. Writers and readers then have one
       size, unit by unit, and of ``W → M W, V → V M⁻¹`` one Gram matrix, ``M W Wᵀ Mᵀ = M^{-T} Vᵀ V M⁻¹``. The point is
-      unique but for rotations. Each space is solved in closed form, and all are swept until nothing changes by 1e-10;
+      unique but for rotations. Each space is solved in closed form, and all are swept until nothing changes by 1e-10.
+      Where scales are alone, sweeps follow Newton's method on all of them at once;
     - what rotations are left turn Gram matrices diagonal, largest first, pairs of rotary positions each in their plane;
       rotations that keep a norm's mean, those of the rest of the space, in Helmert's basis;
     - a sign makes each unit's ``Σ w³`` positive, over weights whose other side has its signs already;
