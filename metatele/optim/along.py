@@ -89,7 +89,8 @@ def carry_along_(
     touched = {name for space, _ in report.path for name in (*space.parameters, *_asked(space))}
     if missing := touched - own.keys():
         raise ConfigError(f"the report is that of another model: this one has no parameter {min(missing)!r}")
-    _CARRIED.setdefault(report, weakref.WeakSet()).add(optimizer)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        _CARRIED.setdefault(report, weakref.WeakSet()).add(optimizer)
     entries: dict[str, dict[str, Any]] = {name: optimizer.state.get(own[name], {}) for name in sorted(touched)}
     bounds = {name: _largest_step(e, own[name]) for name, e in entries.items()}
 
