@@ -276,7 +276,8 @@ def _teleports(kit: Kit, agree: Agree) -> None:
             else:
                 model, (x, y), loss = NETWORKS[name][0](), NETWORKS[name][1](), breadth_tasks.class_loss
             model, x, y = model.to(device), x[:32].to(device), y[:32].to(device)
-            reports.append(metatele.teleport_(model, x, y, loss, steps=kit.sized(5, 1)))
+            action = "approximate" if name == "perceptron" else None
+            reports.append(metatele.teleport_(model, x, y, loss, steps=kit.sized(5, 1), action=action))
             torch.manual_seed(0)
             optimizer = metatele.TeleportOptimizer(torch.optim.Adam(model.parameters(), 1e-3), model, every=3)
             run = Training(model, loss, [(x, y)], optimizer)

@@ -253,7 +253,10 @@ def moves(kit: Kit) -> None:
             paper = metatele.GradientNormAscent(
                 1e-3, 10, action="approximate", parametrisation="first-order", max_drift=math.inf
             )
-            kinds: dict[str, dict[str, Any]] = {"default": {"steps": 10}, "paper's": {"move": paper}}
+            kinds: dict[str, dict[str, Any]] = {
+                "default": {"steps": 10, "action": "approximate"},
+                "paper's": {"move": paper},
+            }
             for kind, settings in kinds.items():
                 with kit.tried(f"{kind} teleport of width {width}"):
                     _ascent(kit, f"width {width}, {kind}", model, x, y, settings, gradient_ms)

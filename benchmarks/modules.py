@@ -252,9 +252,9 @@ def result(runs: Runs[Job]) -> Row:
 
 
 def verdict(above: Row | None) -> str:
-    """Where an interval lies."""
+    """Where an interval lies; of runs that diverge there is none."""
     if above is None:
-        return "worse"
+        return "none"
     return "better" if above["high"] < 0 else "worse" if above["low"] > 0 else "same"
 
 
@@ -285,7 +285,8 @@ def table(doc: Row) -> str:
         counts = []
         for move in ("ascent", "balance", "random"):
             found = [verdict(r[f"{what}_above"]) for r in doc["rows"] if r["arm"].startswith(move)]
-            counts.append(f"{move} {found.count('better')} better, {found.count('worse')} worse, of {len(found)}")
+            known = len(found) - found.count("none")
+            counts.append(f"{move} {found.count('better')} better, {found.count('worse')} worse, of {known}")
         lines += ["", f"{words} loss, intervals that leave out 0: {'; '.join(counts)}."]
     return "\n".join(lines)
 

@@ -160,6 +160,44 @@ def test_deep_networks_settle_soon():
     assert apart(model, other) < 1e-8
 
 
+class Ring(nn.Module):
+    """A recurrent ReLU layer with a skip around it, and units that nothing reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.again, self.out = nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 3)
+        self.far = nn.Linear(7, 6)
+        with torch.no_grad():
+            self.far.weight[2], self.far.bias[2] = 0, 0
+        self.end = nn.Linear(6, 3, bias=False)
+
+    def forward(self, x):
+        h = torch.relu(self.into(x))
+        h = torch.relu(self.again(h))
+        return self.out(h) + self.end(torch.relu(self.far(h)))
+
+
+@pytest.mark.parametrize("name", ["deep", "ring", "convolutions"])
+def test_scales_solved_together_come_to_where_sweeps_do(name, monkeypatch):
+    torch.manual_seed(0)
+    deep = [layer for _ in range(20) for layer in (nn.Linear(6, 6), nn.ReLU())]
+    pictures = (nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3))
+    model = {"deep": nn.Sequential(*deep), "ring": Ring(), "convolutions": nn.Sequential(*pictures)}[name].double()
+    x = torch.randn(*((4, 2, 4, 4) if name == "convolutions" else (4, 6 if name == "deep" else 5))).double()
+    metatele.randomize_(model, x, 1e4, groups=("scale",))
+    swept = copy.deepcopy(model)
+    report = metatele.balance_(model, x, groups=("scale",))
+    assert report.settled
+    assert report.sweeps <= 6
+    assert report.drift < 1e-10
+    monkeypatch.setattr("metatele.symmetry.canonical.least_scales", lambda *_: None)
+    slow = metatele.balance_(swept, x, groups=("scale",))
+    assert slow.settled
+    assert slow.sweeps > report.sweeps
+    assert apart(model, swept) < 1e-9
+    assert [row.note for row in report.rows] == [row.note for row in slow.rows]
+
+
 def test_helmert_is_a_basis_of_what_has_no_mean():
     H = helmert(7)
     torch.testing.assert_close(H.T @ H, torch.eye(6, dtype=torch.float64))
@@ -299,6 +337,42 @@ def test_bad_input_is_refused_in_a_sentence():
         metatele.balance_(nn.Sequential(nn.Linear(5, 2)).double(), x, found=find_symmetries(model, x))
     with pytest.raises(ConfigError, match="asks for a gradient"):
         metatele.balance_(model.requires_grad_(False), x)
+
+
+@pytest.mark.parametrize("move", [metatele.randomize_, metatele.balance_, metatele.fold_norms_])
+def test_inputs_of_another_dtype_are_refused_in_a_sentence(move):
+    model, x = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)).double(), torch.randn(3, 5)
+    before = copy.deepcopy(model)
+    with pytest.raises(
+        ConfigError, match=r"inputs are torch\.float32, parameters torch\.float64 \(RuntimeError"
+    ) as error:
+        move(model, x)
+    assert "\n" not in str(error.value)
+    assert apart(before, model) == 0
+    assert move(model, x.double()).rows
+
+
+def test_a_model_without_a_symmetry_that_may_move_has_a_report_without_rows():
+    model, x = nn.Sequential(nn.Linear(5, 2), nn.Tanh()).double(), torch.randn(3, 5).double()
+    for report in (metatele.randomize_(model, x), metatele.balance_(model, x), metatele.fold_norms_(model, x)):
+        assert report.rows == ()
+        assert str(report) == "no symmetry was found along which this model can move"
+
+
+def test_a_move_is_carried_into_an_optimizer_once():
+    model, x = made("mlp")
+    one, other = (torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9) for _ in range(2))
+    for optimizer in (one, other):
+        gradients(model, x)
+        optimizer.step()
+    report = metatele.randomize_(model, x)
+    metatele.carry_along_(one, model, report)
+    kept = [one.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    with pytest.raises(ConfigError, match="carry each move once"):
+        metatele.carry_along_(one, model, report)
+    assert all(torch.equal(one.state[p]["momentum_buffer"], k) for p, k in zip(model.parameters(), kept, strict=True))
+    metatele.carry_along_(other, model, report)
+    metatele.carry_along_(one, model, metatele.randomize_(model, x, seed=1))
 
 
 def test_frozen_parameters_stay_and_what_depends_on_them():

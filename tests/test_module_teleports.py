@@ -13,7 +13,7 @@ from metatele.errors import ConfigError, ShapeMismatchError, UnsupportedModelErr
 from metatele.geometry import Curvature, GradientNorm, ModulePoint, Objective, Sharpness, objective
 from metatele.symmetry.exact import act, element_of, pullback
 from metatele.symmetry.find import find_symmetries
-from metatele.teleport import Ascent
+from metatele.teleport import Ascent, Reason
 from metatele.teleport.modules import ascend_
 
 
@@ -310,3 +310,72 @@ def test_objectives_that_a_module_has_not_are_refused():
     ):
         with pytest.raises(ConfigError, match=words):
             metatele.teleport_(model, x, y, loss, objective=goal)
+
+
+class Cell(nn.Module):
+    """A recurrent cell, which has no continuous symmetry."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.GRUCell(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), 6)
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
+        return self.out(h)
+
+
+class Branching(nn.Module):
+    """Works on short inputs alone in double precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.single = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 5)), nn.Linear(5, 5)
+
+    def forward(self, x):
+        if x.shape[1] > 3:
+            x = F.linear(x, torch.ones(5, 5))
+        return self.body(self.single(x)).mean(1)
+
+
+def trained(model, optimizer, length, steps=1):
+    torch.manual_seed(0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, length, 5)).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_training_goes_on_where_nothing_can_move(given):
+    torch.manual_seed(0)
+    model = Cell()
+    bare = copy.deepcopy(model)
+    batches = {"batches": lambda: [(torch.ones(4, 3, 5), torch.ones(4, 3))], "loss_fn": F.mse_loss} if given else {}
+    optimizer = metatele.TeleportOptimizer(torch.optim.Adam(model.parameters()), model, every=2, **batches)
+    with pytest.warns(UserWarning, match="no continuous symmetry was found in Cell; find_symmetries") as said:
+        trained(model, optimizer, 4, steps=6)
+    assert len(said) == 1
+    assert "\n" not in str(said[0].message)
+    assert not optimizer.report.moved
+    assert optimizer.report.reason == Reason.NO_SYMMETRY.sentence
+    assert optimizer.param_groups[0]["teleports"] == 0
+    assert optimizer.param_groups[0]["teleport_steps"] == 6
+    trained(bare, torch.optim.Adam(bare.parameters()), 4, steps=6)
+    assert torch.equal(flat(model), flat(bare)), "it is the wrapped optimizer, bit for bit"
+    with pytest.raises(UnsupportedModelError, match="no continuous symmetry was found in Cell; ") as error:
+        metatele.teleport_(model, torch.ones(4, 3, 5), torch.ones(4, 3), F.mse_loss)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pass_from_which_nothing_is_found_does_not_end_training_and_the_next_one_teleports():
+    torch.manual_seed(0)
+    model = Branching()
+    optimizer = metatele.TeleportOptimizer(torch.optim.Adam(model.parameters()), model, every=1)
+    with pytest.warns(UserWarning, match="training goes on: the model's pass on the example failed") as said:
+        trained(model, optimizer, 4, steps=2)
+    assert len(said) == 1
+    assert optimizer.report.reason == Reason.SEARCH.sentence
+    trained(model, optimizer, 3)
+    assert optimizer.report.moved

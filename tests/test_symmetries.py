@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metatele.errors import ConfigError, UnsupportedModelError
+from metatele.network.spaces import Place, Space
 from metatele.symmetry.exact import act_, random_element
 from metatele.symmetry.find import find_symmetries
 
@@ -308,6 +309,18 @@ def test_a_branch_on_numbers_is_found_and_said():
     )
     found = find_symmetries(net, torch.randn(5, 3))
     assert any("scalar" in name or name in ("lt", "is_nonzero") for name in found.unknown)
+
+
+def test_what_failed_its_check_is_printed(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+    found = find_symmetries(model, x)
+    assert "failed their check" not in str(found)
+    wrong = Space("scale", 2, (Place("2.bias", torch.arange(2)[:, None], torch.zeros(1, dtype=torch.long), False),))
+    monkeypatch.setattr("metatele.symmetry.find.spaces_of", lambda record: [*found.spaces, wrong])
+    found = find_symmetries(model, x)
+    assert [space.group for space in found.spaces] == ["scale", "perm"]
+    assert found.frozen == {"2.bias": "a symmetry of it failed its check"}
+    assert "failed their check and left out: scale of 2.bias" in str(found).splitlines()
 
 
 def test_frozen_parameters_are_found_like_others():

@@ -161,11 +161,31 @@ def test_a_small_batch_does_not_make_weights_of_any_size():
         size = max(float(p.detach().abs().max()) for p in model.parameters())
         for _ in range(3):
             x, y = (torch.randn(5, n, generator=random, dtype=torch.float64) for n in (8, 3))
-            report = metatele.teleport_(model, x, y, nn.functional.mse_loss)
+            report = metatele.teleport_(model, x, y, nn.functional.mse_loss, action="approximate")
             assert report.moved or "more than max_change" in report.reason
         assert max(float(p.detach().abs().max()) for p in model.parameters()) < 100 * size
     with pytest.raises(ConfigError, match="max_change must be positive"):
         Ascent(max_change=0.0)
+
+
+@pytest.mark.parametrize("name", ["ReLU", "LeakyReLU"])
+def test_by_hand_the_default_is_that_of_the_optimizer_and_keeps_every_output(name):
+    x, y = images(200)
+    x, loss = x.double(), nn.functional.cross_entropy
+    model, wrapped, asked = (network(name, (64, 32, 24, 10)).double() for _ in range(3))
+    others = 3 * torch.randn(300, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = model(others).detach()
+    report = metatele.teleport_(model, x, y, loss)
+    assert report.moved
+    assert report.objective_after > 1.04 * report.objective_before
+    torch.testing.assert_close(model(others).detach(), before, rtol=1e-11, atol=1e-11)
+    base = torch.optim.SGD(wrapped.parameters(), lr=1e-300)
+    optimizer = metatele.TeleportOptimizer(base, wrapped, at=[0], batches=lambda: [(x, y)], loss_fn=loss)
+    step(wrapped, optimizer, x, y)
+    for p, q in zip(model.parameters(), wrapped.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+    metatele.teleport_(asked, x, y, loss, action="approximate")
+    assert float((asked(others) - before).detach().abs().max()) > 1e-3, "what is asked for is done"
 
 
 # --- what a report says

@@ -13,7 +13,7 @@ from metatele.errors import ConfigError, ShapeMismatchError
 from metatele.network import ranks
 from metatele.network.spaces import Space
 from metatele.network.unwrap import unwrapped
-from metatele.symmetry.find import steady
+from metatele.symmetry.double import steady
 
 
 @contextmanager

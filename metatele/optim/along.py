@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from metatele.symmetry.exact import Element, act, act_
 from metatele.teleport.balance import MoveReport
 
 _AVERAGES = (*VELOCITIES, "grad_avg")
+# Which optimizers a report was carried into: the weights are the same after it, and cannot tell.
+_CARRIED: weakref.WeakKeyDictionary[MoveReport, weakref.WeakSet[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -56,7 +59,7 @@ def carry_along_(
         state: ``"transport"``, or ``"keep"``, or ``"reset"`` to what a new optimizer has.
 
     Raises:
-        ConfigError: An unknown strategy, or a report of another model.
+        ConfigError: An unknown strategy, a report of another model, or one that was carried into this optimizer before.
 
     Example:
         >>> import metatele
@@ -80,10 +83,14 @@ def carry_along_(
     if state == "reset":
         reset_state_(optimizer)
         return
+    if optimizer in _CARRIED.get(report, ()):
+        raise ConfigError("this report was carried into this optimizer's memories already: carry each move once")
     own = dict(unwrapped(model).named_parameters())
     touched = {name for space, _ in report.path for name in (*space.parameters, *_asked(space))}
     if missing := touched - own.keys():
         raise ConfigError(f"the report is that of another model: this one has no parameter {min(missing)!r}")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        _CARRIED.setdefault(report, weakref.WeakSet()).add(optimizer)
     entries: dict[str, dict[str, Any]] = {name: optimizer.state.get(own[name], {}) for name in sorted(touched)}
     bounds = {name: _largest_step(e, own[name]) for name, e in entries.items()}
 

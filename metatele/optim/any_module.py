@@ -78,20 +78,26 @@ def plan_of(move: TeleportMove | None, wanted: str | Objective, settings: Mappin
     return move
 
 
+class NoSymmetryError(UnsupportedModelError):
+    """A module has no continuous symmetry that could be found."""
+
+
 def movable(
     model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], parameters: Iterable[Tensor]
 ) -> list[Space]:
     """Spaces of a module all of whose parameters are among some.
 
     Raises:
-        UnsupportedModelError: It has no symmetry that could be found, or none that may move.
+        NoSymmetryError: It has no continuous symmetry that could be found.
+        MetateleError: Those of :func:`~metatele.find_symmetries`.
     """
     found = find_symmetries(model, first_samples(inputs), **dict(first_samples(named)))
     warn_of_unused(found)
     free = {id(p) for p in parameters}
     names = {name for name, p in unwrapped(model).named_parameters() if id(p) in free}
     if not any(space.dimension for space in found.spaces):
-        raise UnsupportedModelError(f"no continuous symmetry was found in {type(unwrapped(model)).__name__}:\n{found}")
+        name = type(unwrapped(model)).__name__
+        raise NoSymmetryError(f"no continuous symmetry was found in {name}; find_symmetries(model, inputs) prints why")
     return [space for space in found.spaces if set(space.parameters) <= names]
 
 

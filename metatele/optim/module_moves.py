@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from metatele.errors import ConfigError, MetateleError, UnsupportedModelError
 from metatele.network import ranks
 from metatele.network.spaces import Space
 from metatele.network.unwrap import unwrapped
-from metatele.optim.any_module import Passes, Plan, first_samples, movable, nothing, teleport_module_
+from metatele.optim.any_module import NoSymmetryError, Passes, Plan, first_samples, movable, nothing, teleport_module_
 from metatele.symmetry.exact import Element
 from metatele.teleport import Reason, TeleportReport
 from metatele.teleport.exact_moves import exact_
@@ -61,7 +62,7 @@ class ModuleTeleports:
         self.passes = Passes(self.model)
         self.spaces: list[Space] = []
         self._of: tuple[list[object], list[object]] = ([], [])
-        self._digest = 0
+        self._digest, self._failed, self._warned = 0, Reason.MOVED, False
 
     def teleport(self, parameters: Sequence[nn.Parameter]) -> Outcome:
         """Teleport in place.
@@ -70,7 +71,8 @@ class ModuleTeleports:
             parameters: Those that may move.
 
         Raises:
-            UnsupportedModelError: Nothing may move; or ranks found different symmetries.
+            UnsupportedModelError: Ranks found different symmetries. Where there are none, or the search fails, the
+                outcome has the reason and a warning is given once: it comes in the middle of a training.
         """
         self.passes.deaf = True
         try:
@@ -87,7 +89,9 @@ class ModuleTeleports:
             ):  # a rank without may not leave others alone
                 return Outcome(nothing(Reason.EMPTY, self.plan), 0, 0, ())
             first = given[0][0]
-            self._find(first if isinstance(first, tuple) else (first,), {}, parameters, group)
+            failed = self._find(first if isinstance(first, tuple) else (first,), {}, parameters, group)
+            if failed is not Reason.MOVED:
+                return Outcome(nothing(failed, self.plan), 0, 0, ())
             for inputs, targets in given:
                 reports.append(
                     teleport_module_(self.model, inputs, targets, self.loss_fn, self.plan, self.spaces, path)
@@ -96,9 +100,9 @@ class ModuleTeleports:
         if not self.passes.seen:
             return Outcome(nothing(Reason.EMPTY, self.plan), 0, 0, ())
         inputs, named, _ = self.passes.seen[0]
-        self._find(inputs, named, parameters, group)
-        if not self.spaces:
-            return Outcome(nothing(Reason.FROZEN, self.plan), 0, 0, ())
+        failed = self._find(inputs, named, parameters, group)
+        if failed is not Reason.MOVED or not self.spaces:
+            return Outcome(nothing(failed or Reason.FROZEN, self.plan), 0, 0, ())
         surrogate, plan = self.passes.surrogate, self.plan
         if isinstance(plan, Mapping):
             report = ascend_(self.model, self.spaces, surrogate, group=group, path=path, **plan)
@@ -114,33 +118,45 @@ class ModuleTeleports:
         named: Mapping[str, Any],
         parameters: Sequence[nn.Parameter],
         group: ranks.Group | None,
-    ) -> None:
-        """Know the spaces: those of the last time, unless the module has become another one since."""
+    ) -> Reason:
+        """Know the spaces: those of the last time, unless the module has become another one since.
+
+        Returns:
+            ``MOVED``, or why there are none to know.
+        """
         free = {id(p) for p in parameters}
         # What is held cannot give its place in memory to something new, so identity is enough.
         held: list[object] = [*self.model.modules(), *self.model.parameters()]
         traits: list[object] = [(type(m), m.training) for m in self.model.modules()]
         traits += [(name, p.shape, p.requires_grad, id(p) in free) for name, p in self.model.named_parameters()]
         before = self._of
-        failed: MetateleError | None = None
         if traits != before[1] or any(a is not b for a, b in zip(held, before[0], strict=True)):
-            self._of, self.spaces, self._digest = ([], []), [], 0
+            self._of, self.spaces, self._digest, self._failed = (held, traits), [], -1, Reason.MOVED
             try:
                 self.spaces = movable(self.model, inputs, named, parameters)
-            except MetateleError as error:
-                if group is None:
-                    raise
-                failed = error
-            else:
-                self._of, self._digest = (held, traits), digest(self.spaces)
-        digests = ranks.told(-1 if failed is not None else self._digest, group, next(self.model.parameters()).device)
-        if failed is not None:
-            raise failed
+                self._digest = digest(self.spaces)
+            except NoSymmetryError as error:
+                self._failed = Reason.NO_SYMMETRY
+                self._warn(error)
+            except MetateleError as error:  # another pass may do, as where weights or branches differ
+                self._of, self._failed = ([], []), Reason.SEARCH
+                self._warn(error)
+            except BaseException:
+                self._of = [], []
+                raise
+        digests = ranks.told(self._digest, group, next(self.model.parameters()).device)
         if len(set(digests)) > 1:
             raise UnsupportedModelError(
                 "the ranks found different symmetries of the model, as where its passes depend on the data or where "
                 "different parameters may move: no teleport is one for all of them"
             )
+        return self._failed
+
+    def _warn(self, error: MetateleError) -> None:
+        """Say once that nothing moves; training goes on."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"no teleport was made, and training goes on: {error}", stacklevel=2)
 
     @torch.no_grad()
     def shared(self, outcome: Outcome, memories: Callable[[], Iterable[Tensor]]) -> Outcome:

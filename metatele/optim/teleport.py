@@ -79,7 +79,8 @@ class TeleportOptimizer(Wrapper):
         teleport: The move; see above for what is done if none is given. Its action ``auto`` is the exact one only where
             the batch is known to be all the data, which is one that the step before has seen too; on mini-batches,
             at the first step and with ``batches`` it is the approximate one.
-        at: Steps, counted from 0, after which to teleport.
+        at: Steps, counted from 0, after which to teleport. Steps with every ``lr`` 0 do not count: where a warm-up
+            begins with 0, ``at=[0]`` is after its second step.
         every: Teleport after every so many steps, in place of ``at``.
         state: What happens to the wrapped optimizer's state at a teleport. ``keep``: nothing. ``reset``: it is
             as in a new optimizer. ``transport``: it is carried to the new point, see
@@ -92,7 +93,7 @@ class TeleportOptimizer(Wrapper):
 
     Raises:
         UnsupportedModelError: The model holds a layer that is not covered; it is named. Or its parameters are split
-            over processes.
+            over processes. A module without a symmetry goes on: a warning says so once, :attr:`report` each time.
         ConfigError: Settings that do not go together.
         NotExactError: The move's action does not exist for an activation.
         MetateleError: At a step: no pass of the model was seen, or a parameter was replaced, pruned or parametrised.

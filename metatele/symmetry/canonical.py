@@ -24,11 +24,13 @@ from torch import Tensor
 from metatele.errors import SingularInputError
 from metatele.network.spaces import Place, Space
 from metatele.symmetry.exact import Element, act_, taken
+from metatele.symmetry.scales import least_scales
 
 _CHUNK = 1 << 22  # elements that are read at a time
 _WORST = 1e12  # condition of a Gram matrix, up to which its inverse is known in double precision
 _CLEAR = 1e-6  # of a row's cubes: how much must have a sign
 _LEAST = 1e-13  # of the largest element: a mean that is rounding
+_FEW = 3  # sweeps, after which scales that are alone are solved for together
 _EACH, _FARTHEST = 12, 1.95  # sweeps between two looks at how fast they converge, and the longest step
 _EVEN = 1e-9  # relative difference of gains that count as one size
 Do = Callable[[Space, Element], None]
@@ -104,14 +106,8 @@ def canonical_(
             break
     fixed = {n for n, space in numbered if not _even_gains(space, tensors)}
     course.notes.update(dict.fromkeys(fixed, "gains of a norm differ and cannot be moved"))
-    _shrink(
-        course,
-        [(n, s) for n, s in numbered if s.group in _NONCOMPACT and n not in folded | fixed],
-        tensors,
-        do,
-        sweeps,
-        tolerance,
-    )
+    shrinking = [(n, s) for n, s in numbered if s.group in _NONCOMPACT and n not in folded | fixed]
+    _shrink(course, shrinking, tensors, do, sweeps, tolerance)
     covers = {n: o for n, s in numbered if s.group == "perm" and (o := _cover(s, numbered, fixed)) is not None}
     for n, space in numbered:
         if n in covers:
@@ -256,6 +252,10 @@ def _shrink(
         if not course.change > tolerance:
             break
         changes.append(course.change)
+        if course.sweeps == _FEW and (least := least_scales([space for _, space in numbered], tensors)) is not None:
+            for (_, space), element in zip(numbered, least, strict=True):
+                do(space, element)
+            seen, changes = {}, []
         if len(changes) == _EACH:
             over, changes = _over(over, (changes[-1] / changes[-1 - _EACH // 2]) ** (2 / _EACH)), []
     course.notes.update({n: text for n, text in partial.items() if n not in course.notes})

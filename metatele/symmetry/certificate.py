@@ -9,8 +9,9 @@ from torch import Tensor
 
 from metatele.errors import ConfigError
 from metatele.network.spaces import Space
+from metatele.symmetry.double import doubled, outputs_of, steady, twin_of
 from metatele.symmetry.exact import Element, act
-from metatele.symmetry.find import Certificate, Symmetries, _doubled, _outputs, _twin, steady
+from metatele.symmetry.find import Certificate, Symmetries
 
 _LARGEST = 20_000  # parameters
 
@@ -59,16 +60,16 @@ def tangents(space: Space, tensors: dict[str, Tensor]) -> Iterator[dict[str, Ten
 def certified(found: Symmetries) -> Certificate:
     """See :meth:`metatele.symmetry.find.Symmetries.certificate`."""
     assert found.of is not None
-    twin = _twin(found.of.model)
+    twin = twin_of(found.of.model)
     tensors = {name: p.detach() for name, p in twin.named_parameters()}
     sizes = [t.numel() for t in tensors.values()]
     if sum(sizes) > _LARGEST:
         raise ConfigError(f"a certificate takes at most {_LARGEST} parameters, got {sum(sizes)}: take a smaller model")
-    inputs, named = _doubled(found.of.inputs), _doubled(found.of.named)
+    inputs, named = doubled(found.of.inputs), doubled(found.of.named)
 
     def flat_outputs(flat: Tensor) -> Tensor:
         parts = [p.view_as(t) for p, t in zip(flat.split(sizes), tensors.values(), strict=True)]
-        return _outputs(twin, dict(zip(tensors, parts, strict=True)), inputs, named)
+        return outputs_of(twin, dict(zip(tensors, parts, strict=True)), inputs, named)
 
     flat = torch.cat([t.reshape(-1) for t in tensors.values()])
     with steady(twin):

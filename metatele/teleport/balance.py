@@ -16,17 +16,9 @@ from metatele.network.graph import tensors_in
 from metatele.network.spaces import GROUPS, Space
 from metatele.network.unwrap import unwrapped
 from metatele.symmetry.canonical import Course, canonical_, folding, gain_place
+from metatele.symmetry.double import change_of, doubled, outputs_of, steady, twin_of
 from metatele.symmetry.exact import Element, act_, random_element
-from metatele.symmetry.find import (
-    Symmetries,
-    _change,
-    _doubled,
-    _outputs,
-    _twin,
-    find_symmetries,
-    steady,
-    warn_of_unused,
-)
+from metatele.symmetry.find import Symmetries, find_symmetries, warn_of_unused
 
 _EXACT = 1e-6  # relative change of the outputs in double precision, up to which a move is written
 _TOLERANCE, _SWEEPS = 1e-10, 500
@@ -127,11 +119,12 @@ def randomize_(
         **named: Further arguments of the pass.
 
     Returns:
-        What moved and how much the outputs did. An optimizer's memories follow by
-        :func:`metatele.optim.along.carry_along_`.
+        What moved and how much the outputs did; no rows where no symmetry was found that may move. An optimizer's
+        memories follow by :func:`metatele.optim.along.carry_along_`.
 
     Raises:
-        ConfigError: A condition below 1, an unknown group, symmetries of another model, nothing that may move.
+        ConfigError: A condition below 1, an unknown group, symmetries of another model, no parameter that asks for a
+            gradient; or the pass fails, as on inputs of another dtype.
         NotExactError: The outputs would change in double precision; nothing is written then.
 
     Example:
@@ -175,7 +168,8 @@ def balance_(
     - what may be added freely becomes 0: biases that another can take up, those of keys, means that are taken away;
     - all changes of basis, scales and scales of pairs go to where ``‖θ‖²`` is least. Writers and readers then have one
       size, unit by unit, and of ``W → M W, V → V M⁻¹`` one Gram matrix, ``M W Wᵀ Mᵀ = M^{-T} Vᵀ V M⁻¹``. The point is
-      unique but for rotations. Each space is solved in closed form, and all are swept until nothing changes by 1e-10;
+      unique but for rotations. Each space is solved in closed form, and all are swept until nothing changes by 1e-10.
+      Where scales are alone, sweeps follow Newton's method on all of them at once;
     - what rotations are left turn Gram matrices diagonal, largest first, pairs of rotary positions each in their plane;
       rotations that keep a norm's mean, those of the rest of the space, in Helmert's basis;
     - a sign makes each unit's ``Σ w³`` positive, over weights whose other side has its signs already;
@@ -194,10 +188,12 @@ def balance_(
         **named: Further arguments of the pass.
 
     Returns:
-        What moved, what could not be made unique, and how much the outputs changed.
+        What moved, what could not be made unique, and how much the outputs changed; no rows where no symmetry was
+        found that may move.
 
     Raises:
-        ConfigError: An unknown group, symmetries of another model, nothing that may move.
+        ConfigError: An unknown group, symmetries of another model, no parameter that asks for a gradient; or the pass
+            fails, as on inputs of another dtype.
         NotExactError: The outputs would change in double precision; nothing is written then.
 
     Example:
@@ -236,7 +232,8 @@ def fold_norms_(model: nn.Module, inputs: Any, *, found: Symmetries | None = Non
         Which gains were folded. Those that nothing can take up, such as a last norm before outputs, are in no row.
 
     Raises:
-        ConfigError: Symmetries of another model, nothing that may move.
+        ConfigError: Symmetries of another model, no parameter that asks for a gradient; or the pass fails, as on inputs
+            of another dtype.
         NotExactError: The outputs would change in double precision; nothing is written then.
 
     Example:
@@ -317,17 +314,18 @@ def _move(
     if not chosen:
         return MoveReport((), 0.0)
     touched = {name for space in chosen for name in space.parameters}
-    twin = _twin(bare).requires_grad_(False)
+    first = _first(bare, inputs, named)
+    twin = twin_of(bare).requires_grad_(False)
     tensors = dict(twin.named_parameters())
     data = {name: t.data for name, t in tensors.items()} | {name: b.clone() for name, b in twin.named_buffers()}
     rounding = _ROUNDING * max(torch.finfo(own[name].dtype).eps for name in touched)
-    given, its = _doubled(inputs), _doubled(dict(named))
+    given, its = doubled(inputs), doubled(dict(named))
     with steady(twin), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        before = _outputs(twin, tensors, given, its)
+        before = outputs_of(twin, tensors, given, its)
 
         def drift() -> float:
-            return _change(_outputs(twin, data, given, its), before)
+            return change_of(outputs_of(twin, data, given, its), before)
 
         course = act(chosen, data, rounding, lambda: drift() <= _EXACT) if checked else act(chosen, data, rounding)
         change = drift()
@@ -335,7 +333,6 @@ def _move(
         raise NotExactError(f"the outputs would change by {change:.1e}, so nothing was moved")
     with steady(bare), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        first = _given(bare, inputs, named)
         far = {name: (float((data[name] - own[name]).norm()), float(own[name].double().norm())) for name in touched}
         for name in touched:
             own[name].copy_(data[name])
@@ -348,7 +345,7 @@ def _move(
             SpaceRow(space.group, space.k, space.parameters, new / old if old else 0.0, course.notes.get(n, ""))
         )
     settled = not course.change > _TOLERANCE
-    return MoveReport(tuple(rows), _change(last, first), course.sweeps, settled, tuple(course.path))
+    return MoveReport(tuple(rows), change_of(last, first), course.sweeps, settled, tuple(course.path))
 
 
 @torch.no_grad()
@@ -363,6 +360,22 @@ def move_statistics_(model: nn.Module, path: Sequence[tuple[Space, Element]]) ->
     for space, element in path:
         if space.statistics:
             act_(Space(space.group, space.k, (), statistics=space.statistics), element, buffers)
+
+
+def _first(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """The first pass in the model's own precision, which tells inputs that it does not take."""
+    try:
+        with steady(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _given(model, inputs, named)
+    except Exception as reason:
+        kinds = ", ".join(sorted({str(t.dtype) for t in tensors_in((inputs, dict(named)))}))
+        own = ", ".join(sorted({str(p.dtype) for p in model.parameters()}))
+        told = (str(reason).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"the model's pass on the inputs failed, so nothing was moved: inputs are {kinds or 'no tensors'}, "
+            f"parameters {own} ({type(reason).__name__}: {told})"
+        ) from reason
 
 
 def _given(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:

@@ -18,8 +18,9 @@ from metatele.geometry.module_point import kept
 from metatele.network import ranks
 from metatele.network.spaces import GROUPS, Space
 from metatele.symmetry.canonical import Course, _shrink, canonical_
+from metatele.symmetry.double import steady
 from metatele.symmetry.exact import Element, act_, element_of
-from metatele.symmetry.find import Symmetries, steady
+from metatele.symmetry.find import Symmetries
 from metatele.teleport.balance import _SWEEPS, _TOLERANCE, MoveReport, _move, move_statistics_
 from metatele.teleport.closed_form import Random, Rescaling
 from metatele.teleport.move import Course as Legs

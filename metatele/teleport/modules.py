@@ -13,8 +13,8 @@ from metatele.geometry import GradientNorm, ModuleObjective, ModulePoint
 from metatele.geometry.module_point import kept as buffers_kept
 from metatele.network import ranks
 from metatele.network.spaces import Space
+from metatele.symmetry.double import steady
 from metatele.symmetry.exact import Element, act_, element_of, pullback
-from metatele.symmetry.find import steady
 from metatele.teleport.report import Reason, TeleportReport
 from metatele.teleport.slopes import slope_of
 

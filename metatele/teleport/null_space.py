@@ -18,7 +18,8 @@ from metatele.geometry import objective as objective_by_name
 from metatele.network import ranks
 from metatele.network.layer_inputs import Held, held_layers, listening
 from metatele.network.unwrap import unwrapped
-from metatele.symmetry.find import _change, _doubled, _outputs, _refuse, _twin, find_symmetries, steady
+from metatele.symmetry.double import change_of, doubled, outputs_of, steady, twin_of
+from metatele.symmetry.find import find_symmetries, refuse_parameters
 from metatele.teleport.balance import _given
 
 _RANK = 1e-12  # singular value over the largest, in double precision, below which a direction has no input
@@ -145,18 +146,18 @@ def null_space_(
     ranks.refuse_sharded(bare.parameters(), "a move in the null space")
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise UnsupportedModelError("in several processes, whose batches differ, there is no move in the null space")
-    _refuse(bare)
+    refuse_parameters(bare)
     held, refused = held_layers(bare)
     held, refused = _chosen(held, refused, layers)
     own = dict(bare.named_parameters())
-    twin = _twin(bare).requires_grad_(False)
+    twin = twin_of(bare).requires_grad_(False)
     data = {name: t.data for name, t in twin.named_parameters()}
-    doubled, its = _doubled(given), _doubled(dict(named))
+    wide, its = doubled(given), doubled(dict(named))
     with steady(twin), warnings.catch_warnings():
         warnings.simplefilter("ignore")
 
         def outputs() -> Tensor:
-            return _outputs(twin, data, doubled, its)
+            return outputs_of(twin, data, wide, its)
 
         with listening(twin, held) as seen:
             before = outputs()
@@ -184,8 +185,8 @@ def null_space_(
         start = {name: data[name].clone() for h in able for name in (h.weight, h.bias) if name is not None}
         for h in able:
             _add_(data, h, steps[h.weight])
-        if not _change(outputs(), before) <= _EXACT:  # a weight may have other uses than its layer
-            able = _those_that_keep(able, data, start, steps, lambda: _change(outputs(), before), rows)
+        if not change_of(outputs(), before) <= _EXACT:  # a weight may have other uses than its layer
+            able = _those_that_keep(able, data, start, steps, lambda: change_of(outputs(), before), rows)
     for h in able:
         sizes = [math.hypot(*(float(t.norm()) for t in parts)) for parts in (_parts(steps[h.weight]), _of(h, start))]
         rows[h.weight] = rows[h.weight]._replace(change=sizes[0] / sizes[1] if sizes[1] else math.inf)
@@ -196,7 +197,7 @@ def null_space_(
             for name in (h.weight, h.bias):
                 if name is not None:
                     own[name].copy_(data[name])
-        drift = _change(_given(bare, given, named), first_outputs)
+        drift = change_of(_given(bare, given, named), first_outputs)
     left = [LayerRow(name, 0, 0, 0, 0.0, why) for name, why in refused.items()]
     return NullSpaceReport((*rows.values(), *left), drift)
 

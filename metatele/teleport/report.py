@@ -32,6 +32,8 @@ class Reason(IntEnum):
     TOO_FAR = 10
     IMBALANCE = 11
     NO_SPACE = 12
+    NO_SYMMETRY = 13
+    SEARCH = 14
 
     @property
     def sentence(self) -> str:
@@ -53,6 +55,8 @@ _SENTENCES = {
     Reason.TOO_FAR: "every step, also the shortest that was tried, changed the weights by more than max_change",
     Reason.IMBALANCE: "all hidden units that the objective would scale are out of balance by max_imbalance already",
     Reason.NO_SPACE: "no units of the model that may move have a group by which this move acts",
+    Reason.NO_SYMMETRY: "the model has no continuous symmetry that could be found",
+    Reason.SEARCH: "the model's symmetries could not be found from this pass: a warning said why",
 }
 
 
