@@ -157,3 +157,79 @@ def test_graph_networks(seed):
     before = model(other)
     metatele.randomize_(model, x, found=found, seed=seed)
     assert far(model(other), before) < 1e-9
+
+
+class Mixture(nn.Module):
+    """Experts in a list or stacked, of which a router takes all by their weights, or the best two."""
+
+    def __init__(self, stacked, best):
+        super().__init__()
+        self.router, self.best = nn.Linear(5, 4), best
+        if stacked:
+            self.w = nn.Parameter(torch.randn(4, 5, 6) / 2)
+            self.b = nn.Parameter(torch.randn(4, 6))
+            self.v = nn.Parameter(torch.randn(4, 6, 3) / 2)
+        else:
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 3)) for _ in range(4))
+
+    def forward(self, x):
+        weight = self.router(x).softmax(-1)
+        if self.best:
+            weight = weight * (weight >= weight.topk(self.best).values[..., -1:])
+        if hasattr(self, "w"):
+            each = (torch.einsum("bi,kio->bko", x, self.w) + self.b).tanh()
+            return torch.einsum("bko,kop,bk->bp", each, self.v, weight)
+        return sum(weight[:, k, None] * expert(x) for k, expert in enumerate(self.experts))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("best", [0, 2])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_experts_are_permuted_with_their_router(stacked, best, seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), Mixture(stacked, best)).double()
+    x, other = torch.randn(20, 5).double(), torch.randn(50, 5).double()
+    found = metatele.find_symmetries(model, x)
+    assert not found.dropped
+    (experts,) = (space for space in found.spaces if space.k == 4 and "2.router.weight" in space.parameters)
+    assert {name for name, _ in model[2].named_parameters(prefix="2")} == set(experts.parameters)
+    before, rows = model(other), model[2].router.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    model(x).square().sum().backward()
+    optimizer.step()
+    report = metatele.randomize_(model, x, found=found, seed=seed)
+    assert not torch.equal(model[2].router.weight, rows)
+    assert far(model(other), before) < 1e-9
+    metatele.carry_along_(optimizer, model, report)
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    assert all(far(optimizer.state[p]["momentum_buffer"], p.grad) < 1e-9 for p in model.parameters())
+    metatele.balance_(model, x)
+    canonical = [p.detach().clone() for p in model.parameters()]
+    metatele.randomize_(model, x, seed=seed + 1)
+    metatele.balance_(model, x)
+    assert far(model(other), before) < 1e-9
+    assert all(far(p, q) < 1e-7 for p, q in zip(model.parameters(), canonical, strict=True))
+
+
+def test_another_layer_of_as_many_rows_is_no_router():
+    def forward(s, x):
+        return s.head(sum(s.router(x).softmax(-1)[:, k, None] * expert(x) for k, expert in enumerate(s.experts)))
+
+    experts = nn.ModuleList(nn.Linear(5, 3) for _ in range(4))
+    model = Wrap(forward, experts=experts, router=nn.Linear(5, 4), head=nn.Linear(3, 4))
+    found = metatele.find_symmetries(model, torch.randn(9, 5))
+    (space,) = (space for space in found.spaces if space.blocks)
+    assert not any(name.startswith("head") for name in space.parameters)
+
+
+def test_layers_in_a_row_are_no_experts():
+    def forward(s, x):
+        for layer in s.layers:
+            x = x + layer(x).tanh()
+        return s.head(x)
+
+    model = Wrap(forward, layers=nn.ModuleList(nn.Linear(5, 5) for _ in range(3)), head=nn.Linear(5, 3))
+    found = metatele.find_symmetries(model, torch.randn(9, 5))
+    assert not found.dropped
+    assert not any(space.blocks for space in found.spaces)

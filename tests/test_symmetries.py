@@ -96,7 +96,7 @@ EXPECTED = {
     "tied embeddings": ({"O 4": 1, "perm 4": 1, "perm 5": 1, "scale 4": 1}, 0, ""),
     "squeeze and excite": ({"perm 3": 1, "perm 4": 1, "scale 3": 1, "scale 4": 1}, 0, ""),
     "experts": (
-        {"GL 4": 1, "perm 3": 2, "shift 1": 1, "shift 3": 1},
+        {"GL 4": 1, "perm 2": 1, "perm 3": 2, "shift 1": 1, "shift 3": 1},
         4,
         "a shift of all experts at once into the next bias",
     ),

@@ -95,6 +95,7 @@ class Space:
         k: Units; of permutations, the things that are permuted, each of which may be many units; of phases, pairs.
         places: Where it acts.
         carries: Of shifts: where they go.
+        blocks: Of permutations: whole parameters, one for each of the k, as of the experts of a mixture.
         statistics: Of permutations: places in buffers of norms, which go along.
         centred: Of O: a norm takes the units' mean away, so that rotations keep the vector of ones.
     """
@@ -105,11 +106,13 @@ class Space:
     carries: tuple[Carry, ...] = ()
     centred: bool = False
     statistics: tuple[Place, ...] = ()
+    blocks: tuple[tuple[str, ...], ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of those that it changes, each once."""
-        return tuple(dict.fromkeys([p.name for p in self.places] + [c.name for c in self.carries]))
+        whole = [name for block in self.blocks for name in block]
+        return tuple(dict.fromkeys([p.name for p in self.places] + [c.name for c in self.carries] + whole))
 
     @property
     def dimension(self) -> int:

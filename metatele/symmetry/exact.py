@@ -89,14 +89,19 @@ def _changes(
         change = element.value.to(columns.device) @ columns.to(element.value.dtype)
         at = carry.at.to(bias.device)
         yield carry.name, at, bias.reshape(-1)[at].to(change.dtype) - change
+    for block in space.blocks:
+        old = [tensors[name].clone() for name in block]
+        for name, n in zip(block, element.value.tolist(), strict=True):
+            every = Place(name, torch.zeros(1, 1, dtype=torch.int64), torch.arange(old[n].numel()), False)
+            yield name, every, old[n].reshape(1, -1)
     for whole in (*space.places, *(p for p in space.statistics if p.name in tensors)):
         each = max(1, _CHUNK // whole.base.numel())
         for offsets in whole.offsets.split(each):  # a vocabulary's indices alone would be as large as its weights
-            place, old = whole._replace(offsets=offsets), tensors[whole.name]
-            x, gain = take(place, old), None
+            place, held = whole._replace(offsets=offsets), tensors[whole.name]
+            x, gain = take(place, held), None
             if place.gain is not None:
                 name, rows = place.gain
-                gain = tensors[name].reshape(-1)[rows.to(old.device)].to(element.value.dtype)[:, None]
+                gain = tensors[name].reshape(-1)[rows.to(held.device)].to(element.value.dtype)[:, None]
                 x = x * gain if place.reads else x / gain
             x = _on(space, element, place, x)
             if gain is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metatele.errors import ConfigError, UnsupportedModelError
 from metatele.network import ranks
 from metatele.network.allowed import partly_used, phases_of, spaces_of
+from metatele.network.experts import experts_of
 from metatele.network.spaces import Space
 from metatele.network.trace import Record, traced
 from metatele.network.unwrap import unwrapped
@@ -207,7 +208,7 @@ def find_symmetries(model: nn.Module, inputs: Any, **named: Any) -> Symmetries:
             raise ConfigError("the model's outputs on the example are not finite")
         dropped: list[str] = []
         wider: list[tuple[Space, Space]] = []
-        kept = spaces_of(record)
+        kept, guesses = spaces_of(record), experts_of(twin)
         # Nearby weights and other inputs come first: ones, zeros and units that sleep allow what does not last.
         here = Check(twin, tensors, VerifiedPoint(original, nearby=False), inputs, named, before)
         checks = [check for check in (elsewhere(twin, tensors, original, inputs, named), here) if check is not None]
@@ -220,6 +221,9 @@ def find_symmetries(model: nn.Module, inputs: Any, **named: Any) -> Symmetries:
                 tried = [(space, phases_of(space)) for space in kept]
                 wider = [(space, phases) for space, phases in tried if phases is not None]
             wider = [(space, phases) for n, (space, phases) in enumerate(wider) if check.holds([phases], n)]
+            guesses = [space for n, space in enumerate(guesses) if check.holds([space], n)]
+        known = {(space.k, frozenset(space.parameters)) for space in kept if space.group == "perm"}
+        kept += [space for space in guesses if (space.k, frozenset(space.parameters)) not in known]
         kept = [next((phases for old, phases in wider if old is space), space) for space in kept]
     frozen = _frozen(tensors, kept, record, dropped)
     return Symmetries(tuple(kept), frozen, tuple(dropped), dict(record.unknown), Pass(bare, *given))
