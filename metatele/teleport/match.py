@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from metatele.errors import ConfigError, NotExactError, ShapeMismatchError, UnsupportedModelError
 from metatele.network import ranks
 from metatele.network.graph import tensors_in
-from metatele.network.spaces import Place, Space
+from metatele.network.spaces import Space
 from metatele.network.unwrap import unwrapped
 from metatele.symmetry.find import Symmetries, find_symmetries
 from metatele.symmetry.match import balance_, imbalances, match_orders_, similarity
 
 _SAME = 1e-6  # relative change of a scale that is none
 _ROUNDING = 1e4  # times that of the coarsest parameter: how far outputs may change
-_STATISTICS = ("running_mean", "running_var")
 _WORDS = {"perm": "order", "scale": "scale"}
 
 
@@ -155,11 +154,10 @@ def match_(
     _check(model, reference, sweeps, starts)
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     own = dict(model.named_parameters())
-    spaces = found.spaces if found is not None else _spaces(model, inputs, named)
-    known = {*own, *(f"{name}.{kind}".lstrip(".") for name in _norms(model) for kind in ("weight", "bias"))}
-    if unknown := [name for space in spaces for name in space.parameters if name not in known]:
+    spaces = (found if found is not None else find_symmetries(model, inputs, **named)).spaces
+    if unknown := [name for space in spaces for name in space.parameters if name not in own]:
         raise ConfigError(f"found is of another model: there is no parameter {unknown[0]}")
-    permuted = [_with_statistics(space, model) for space in spaces if space.group == "perm"]
+    permuted = [_with_statistics(space) for space in spaces if space.group == "perm"]
     half = {name for name, p in own.items() if p.dtype not in (torch.float32, torch.float64)}
     scaled = [space for space in spaces if space.group == "scale" and scales and not half & set(space.parameters)]
     left: dict[str, int] = {}
@@ -217,40 +215,9 @@ def _states(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Norms with running statistics, by name."""
-    return {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None
-    }
-
-
-def _spaces(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Sequence[Space]:
-    """Those of a copy whose norms use the batch: running statistics are constants, which would fix the order."""
-    twin = copy.deepcopy(model)
-    for m in _norms(twin).values():
-        m.train()
-        if m.weight is None:  # so that spaces say which channel is whose
-            like = m.running_mean
-            m.weight, m.bias = nn.Parameter(torch.ones_like(like)), nn.Parameter(torch.zeros_like(like))
-    own = dict(model.named_parameters())
-    found = find_symmetries(twin, inputs, **named).spaces
-    return [space for space in found if space.group == "perm" or all(name in own for name in space.parameters)]
-
-
-def _with_statistics(space: Space, model: nn.Module) -> Space:
-    """A space of permutations that reaches the running statistics of its channels."""
-    own, norms = dict(model.named_parameters()), _norms(model)
-    places: dict[tuple[str, bytes], Place] = {}
-    for place in space.places:
-        module, _, kind = place.name.rpartition(".")
-        names = [place.name] if place.name in own else []
-        if module in norms and kind in ("weight", "bias"):
-            names += [f"{module}.{statistic}" if module else statistic for statistic in _STATISTICS]
-        for name in names:
-            places.setdefault((name, place.indices().numpy().tobytes()), place._replace(name=name))
-    return replace(space, places=tuple(places.values()), statistics=())
+def _with_statistics(space: Space) -> Space:
+    """A space of permutations in which running statistics of its channels are places like others."""
+    return replace(space, places=(*space.places, *space.statistics), statistics=())
 
 
 def _doubles(model: nn.Module, spaces: Sequence[Space]) -> dict[str, Tensor]:
