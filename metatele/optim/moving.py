@@ -80,6 +80,7 @@ class Paths:
         self._parts, self._vectors = parts, vectors
         self._flat = course.gradient, course.velocity, course.change
         self._places = list(_places(course.layout, parts, vectors))
+        self._stacks = course.gradient.is_cuda  # many copies in one launch
         self._key: object = None
         self._since = 0  # steps since the views were made
 
@@ -115,19 +116,29 @@ class Paths:
         still = [place for place in self._places if not moves(place.p)]
         self._sources = [(place.p, place.read) for place in moving]
         self._targets = [place.where(gradient) for place in moving]
+        self._stacked: list[tuple[list[nn.Parameter], Tensor]] = []
+        if self._stacks:
+            plain = [n for n, (p, read) in enumerate(self._sources) if read is None]
+            runs = _runs(self._targets, plain)
+            self._stacked = [([self._sources[n][0] for n in run], _stack([self._targets[n] for n in run])) for run in runs]
+            done = {n for run in runs for n in run}
+            self._sources = [one for n, one in enumerate(self._sources) if n not in done]
+            self._targets = [one for n, one in enumerate(self._targets) if n not in done]
         self._still = [(place.where(gradient), place.where(velocity)) for place in still]
         self._zeros = [place.where(change) for place in still]
         # Views of a parameter or, where there are none of the right shape, what makes them by a copy.
-        self._homes = [_of(p.detach(), read) for p, read in self._sources]
-        self._changes = [place.where(change) for place in moving]
+        homes = [_of(place.p.detach(), place.read) for place in moving]
+        changes = [place.where(change) for place in moving]
         scaled = [(place.where(change), rates[id(place.p)]) for place in moving if rates[id(place.p)] != 1]
         self._scaled, self._by = [one for one, _ in scaled], [rate for _, rate in scaled]
         every = {rates[id(place.p)] for place in moving}
         self._one = every.pop() if len(every) == 1 else None
         matrices = [(number, place) for number, place in enumerate(moving) if place.row >= 0]
-        self._weights = [self._homes[number] for number, _ in matrices]
+        self._weights = [(homes[number], changes[number]) for number, _ in matrices]
         self._rows = [place.row for _, place in matrices]
         self._rates = [rates[id(place.p)] for _, place in matrices]
+        others = [number for number, place in enumerate(moving) if place.row < 0]
+        self._homes, self._changes = [homes[n] for n in others], [changes[n] for n in others]
 
     @torch.no_grad()
     def gather(self, at: Situation) -> Moves:
@@ -144,6 +155,8 @@ class Paths:
         if self._targets:
             grads = [_of(p.grad, read) for p, read in self._sources if p.grad is not None]
             torch._foreach_copy_(self._targets, grads)
+        for parameters, target in self._stacked:
+            torch.stack([p.grad for p in parameters if p.grad is not None], out=target)
         if at.sign < 0:
             self._flat[0].neg_()
         for mine, before in self._still:
@@ -159,8 +172,6 @@ class Paths:
         """
         for mine in self._zeros:
             mine.zero_()
-        if not self._homes:
-            return
         if self._scaled:
             torch._foreach_mul_(self._scaled, self._by)
         if self._one is not None:
@@ -168,9 +179,35 @@ class Paths:
             keeps = [kept[row] for row in self._rows]
         else:
             keeps = [1 - rate * shares[row] for rate, row in zip(self._rates, self._rows, strict=True)]
-        if keeps:
-            torch._foreach_mul_(self._weights, keeps)
-        torch._foreach_add_(self._homes, self._changes)
+        for (home, change), share in zip(self._weights, keeps, strict=True):
+            torch.addcmul(change, home, share, out=home)  # both in one pass
+        if self._homes:
+            torch._foreach_add_(self._homes, self._changes)
+
+
+def _runs(views: Sequence[Tensor], numbers: Sequence[int]) -> list[list[int]]:
+    """Those of one shape that lie at even distances in one memory, two and more."""
+    alike: dict[object, list[int]] = {}
+    for n in numbers:
+        alike.setdefault((views[n].shape, views[n].stride()), []).append(n)
+    found: list[list[int]] = []
+    for some in alike.values():
+        run: list[int] = []
+        for n in sorted(some, key=lambda n: views[n].storage_offset()):
+            last = [views[k].storage_offset() for k in run[-2:]] + [views[n].storage_offset()]
+            if len(last) == 3 and last[2] - last[1] != last[1] - last[0]:
+                found.append(run)
+                run = []
+            run.append(n)
+        found.append(run)
+    return [run for run in found if len(run) > 1]
+
+
+def _stack(views: Sequence[Tensor]) -> Tensor:
+    """Those of a run as one view ``[n, ...]``."""
+    first, second = views[0], views[1]
+    apart = second.storage_offset() - first.storage_offset()
+    return first.as_strided((len(views), *first.shape), (apart, *first.stride()), first.storage_offset())
 
 
 def _places(layout: Layout, parts: Sequence[Part], vectors: Sequence[Vector]) -> Iterator[_Place]:

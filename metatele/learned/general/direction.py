@@ -25,6 +25,7 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 # Shorter side of matrices from which a GPU iterates in bfloat16, ten times as fast as in float32: what it rounds moves
 # singular values less than they are apart anyway. Smaller ones are bound by calls.
 _HALF = 256
+_LEAST = 1e-6  # share that is drawn to msign, below which no less is
 _ALIGNED = 8  # numbers that rows are padded to a multiple of, without which tensor cores stand still
 
 
@@ -52,9 +53,9 @@ def msign(X: Tensor, iterations: int = 5) -> Tensor:
     return evened(Y, iterations).view(X.shape)
 
 
-def lengths_of(X: Tensor) -> Tensor:
-    """The same ``[m, 1, 1]``, and never zero."""
-    return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min_(TINY)
+def lengths_of(X: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The same ``[m, 1, 1]``, and never zero; added up in another dtype, if one is given."""
+    return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=dtype).clamp_min_(TINY)
 
 
 def _normed(X: Tensor) -> Tensor:
@@ -64,22 +65,31 @@ def _normed(X: Tensor) -> Tensor:
 
 def evened(X: Tensor, iterations: int) -> Tensor:
     """Newton and Schulz from matrices ``[m, o, i]`` of norm 1."""
-    if X.is_cuda and X.dtype == torch.float32 and min(X.shape[-2:]) >= _HALF and not X.requires_grad and _has_half(X):
-        return evened_in_half(X, iterations)
-    return _iterated(X, iterations)
+    return evened_in_half(X, iterations) if in_half(X) else _iterated(X, iterations)
 
 
-def _has_half(X: Tensor) -> bool:
-    """Whether the device has tensor cores for bfloat16."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(X.device) >= (8, 0)
+def in_half(X: Tensor) -> bool:
+    """Whether the iteration of matrices runs in bfloat16: where the device has tensor cores for it."""
+    wide = X.is_cuda and X.dtype == torch.float32 and min(X.shape[-2:]) >= _HALF and not X.requires_grad
+    return wide and (torch.version.hip is not None or torch.cuda.get_device_capability(X.device) >= (8, 0))
 
 
 def evened_in_half(X: Tensor, iterations: int) -> Tensor:
-    """The iteration in bfloat16, padded by zeros, which stay zeros."""
+    """The iteration in bfloat16."""
+    return _halved(X, torch.ones_like(X[:, :1, :1]), iterations).to(X.dtype).mul_(_QUINTIC[2] ** -0.25)
+
+
+def _halved(X: Tensor, lengths: Tensor, iterations: int) -> Tensor:
+    """``c^{1/4} msign(X)`` in bfloat16, of matrices that are ``lengths [m, 1, 1]`` long.
+
+    They are padded by zeros, which stay zeros.
+    """
     m, o, i = X.shape
-    Y = X.new_zeros(m, -(-o // _ALIGNED) * _ALIGNED, -(-i // _ALIGNED) * _ALIGNED, dtype=torch.bfloat16)
-    Y[:, :o, :i] = X
-    return _iterated(Y, iterations)[:, :o, :i].to(X.dtype)
+    Y = X.new_empty(m, -(-o // _ALIGNED) * _ALIGNED, -(-i // _ALIGNED) * _ALIGNED, dtype=torch.bfloat16)
+    Y[:, o:].zero_()
+    Y[:, :o, i:].zero_()
+    torch.mul(X, _QUINTIC[2] ** 0.25 / lengths, out=Y[:, :o, :i])
+    return squared_out(Y, iterations)[:, :o, :i]
 
 
 def _iterated(X: Tensor, iterations: int) -> Tensor:
@@ -90,6 +100,39 @@ def _iterated(X: Tensor, iterations: int) -> Tensor:
         G = torch.bmm(Y.mT, Y) if tall else torch.bmm(Y, Y.mT)
         P = torch.baddbmm(G, G, G, beta=b, alpha=c)
         Y = torch.baddbmm(Y, Y, P, beta=a) if tall else torch.baddbmm(Y, P, Y, beta=a)
+    return Y
+
+
+def squared_out(Y: Tensor, iterations: int) -> Tensor:
+    """The same of ``c^{1/4} X``, without a copy of a large matrix: for those whose memory is what takes the time.
+
+    With ``H = √c XXᵀ`` the polynomial is ``a + b XXᵀ + c (XXᵀ)² = (H + b/(2√c))² + a - b²/(4c)``, so that each
+    iteration is three products and two sums on diagonals.
+
+    Args:
+        Y: ``c^{1/4} X [m, o, i]``; it is overwritten.
+        iterations: Of Newton and Schulz.
+
+    Returns:
+        ``c^{1/4}`` times what the iteration gives.
+
+    Example:
+        >>> X = torch.tensor([[[0.6, 0.0], [0.0, 0.8]]])
+        >>> bool((squared_out(X * 2.0315**0.25, 5) * 2.0315**-0.25 - msign(X)).abs().max() < 1e-5)
+        True
+    """
+    a, b, c = _QUINTIC
+    m, k = len(Y), min(Y.shape[-2:])
+    tall = Y.shape[-2] > k
+    other, H, P = torch.empty_like(Y), Y.new_empty(m, k, k), Y.new_empty(m, k, k)
+    inner, outer = H.diagonal(dim1=-2, dim2=-1), P.diagonal(dim1=-2, dim2=-1)
+    for _ in range(iterations):
+        torch.bmm(Y.mT if tall else Y, Y if tall else Y.mT, out=H)
+        inner.add_(b / (2 * c**0.5))
+        torch.bmm(H, H, out=P)
+        outer.add_(a - b * b / (4 * c))
+        torch.bmm(Y if tall else P, P if tall else Y, out=other)
+        Y, other = other, Y
     return Y
 
 
@@ -166,7 +209,7 @@ class Root(NamedTuple):
         dense: R, a triangle ``[m, i, i]``; or nothing.
         vectors: U ``[m, i, r]``, orthonormal; or nothing.
         along: ``m_j - c`` of those, ``[m, 1, r]``.
-        rest: c, of what is left ``[m, 1, 1]``; of a diagonal A all there is, ``[m, 1, i]``.
+        rest: c, of what is left ``[m, 1, 1]``; of a diagonal A all there is, ``[m, 1, i]``; nothing where it is 1.
     """
 
     dense: Tensor | None
@@ -265,6 +308,28 @@ class Root(NamedTuple):
         """Those there are."""
         return [t for t in self if t is not None]
 
+    @property
+    def over_rest(self) -> Root:
+        """``R/c`` of an R with vectors, whose rest is then 1 and left out; any other as it is."""
+        if self.along is None or self.rest is None:
+            return self
+        return Root(None, self.vectors, self.along / self.rest)
+
+    def turn_(self, X: Tensor) -> Tensor:
+        """``X R`` of a symmetric R in X's own memory; if R has vectors, of one that is :attr:`over_rest`.
+
+        Example:
+            >>> root = Root.of_factor(torch.ones(1, 2, 1), torch.ones(1), torch.ones(1))
+            >>> X = torch.tensor([[[1.0, 2.0]]])
+            >>> expected = root.right(X) / root.rest
+            >>> bool((root.over_rest.turn_(X) - expected).abs().max() < 1e-6)
+            True
+        """
+        if self.vectors is None or self.along is None:
+            assert self.rest is not None
+            return X.mul_(self.rest)
+        return X.baddbmm_(torch.bmm(X, self.vectors).mul_(self.along), self.vectors.mT)
+
     def products(self, o: int, i: int) -> int:
         """Operations of one :meth:`right`, of a matrix."""
         if self.dense is not None:
@@ -272,21 +337,48 @@ class Root(NamedTuple):
         return o * i if self.vectors is None else 4 * o * i * self.vectors.shape[-1]
 
 
-def drawn(X: Tensor, spectral: Tensor, iterations: int = 5, even: Tensor | None = None) -> Tensor:
-    """``r Y/‖Y‖ + (1 - r) X/‖X‖`` with ``Y = msign(X)``.
+def odds_of(spectral: Tensor) -> Tensor:
+    """``(1 - r)/r``; a share below a millionth counts as one."""
+    return (1 - spectral) / spectral.clamp_min(_LEAST)
+
+
+def drawn_(X: Tensor, odds: Tensor, iterations: int = 5) -> Tensor:
+    """A positive multiple of ``r Y/‖Y‖ + (1 - r) X/‖X‖`` with ``Y = msign(X)``, in X's own memory.
 
     Args:
         X: ``[m, o, i]``.
-        spectral: r ``[m, 1, 1]``.
+        odds: ``(1 - r)/r  [m, 1, 1]``.
         iterations: Of Newton and Schulz.
-        even: ``1 - r``, if that is known.
 
     Example:
         >>> X = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])
-        >>> drawn(X, torch.zeros(1, 1, 1))
+        >>> made = drawn_(X, odds_of(torch.zeros(1, 1, 1)))
+        >>> made / made.norm()
         tensor([[[0.6000, 0.0000],
                  [0.0000, 0.8000]]])
     """
-    Z = _normed(X)
-    Y = evened(Z, iterations)
-    return Z.mul_(1 - spectral if even is None else even).addcmul_(Y, spectral / lengths_of(Y))
+    lengths = lengths_of(X)
+    if in_half(X):
+        Y = _halved(X, lengths, iterations)
+        share = lengths_of(Y, X.dtype).div_(lengths)
+    else:
+        Y = _iterated(X.div_(lengths), iterations)
+        share = lengths_of(Y)
+    # What is made is given another length in any case, so that Y stays as it is.
+    return torch.addcmul(Y, X, share.mul_(odds), out=X)
+
+
+def directed_(X: Tensor, root: Root | None, odds: Tensor, iterations: int) -> Tensor:
+    """A positive multiple of D of a momentum X, in X's own memory.
+
+    Args:
+        X: ``[m, o, i]``.
+        root: R; of one with vectors its :attr:`Root.over_rest`.
+        odds: ``(1 - r)/r  [m, 1, 1]``.
+        iterations: Of Newton and Schulz.
+    """
+    if root is None:
+        return drawn_(X, odds, iterations)
+    if root.dense is None:
+        return root.turn_(drawn_(root.turn_(X), odds, iterations))
+    return torch.bmm(drawn_(root.right(X), odds, iterations), root.dense, out=X)

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from metatele.config import GeneralConfig
-from metatele.learned.general.direction import Root, drawn, leading_factor, lengths_of, polar_factor
+from metatele.learned.general.direction import (
+    Root,
+    directed_,
+    drawn_,
+    leading_factor,
+    lengths_of,
+    odds_of,
+    polar_factor,
+)
 from metatele.learned.general.layout import Bucket
 from metatele.network.use import TINY
 
@@ -93,12 +101,12 @@ class Kept:
         return None if self.root is None else self.root.vectors
 
     def direction(self, X: Tensor, age: int, iterations: int) -> Tensor:
-        """D of a momentum X ``[m, o, i]``."""
+        """A positive multiple of D of a momentum X ``[m, o, i]``, which is overwritten where msign is made anew."""
         spectral = self.spectral
         assert spectral is not None
         if self.exact:
-            made = drawn(X if self.root is None else self.root.right(X), spectral, iterations)
-            return made if self.root is None else self.root.back(made)
+            root = None if self.root is None else self.root.over_rest
+            return directed_(X, root, odds_of(spectral), iterations)
         wide = X.shape[1] <= X.shape[2]
         if self.factor is None or age >= self.due:
             self.due = age + min(self.renew, max(age, 1))
@@ -155,18 +163,18 @@ class Together:
 
     def __init__(self, buckets: Sequence[tuple[Bucket, Kept, Tensor]], iterations: int) -> None:
         self.iterations, self._homes = iterations, [home for _, _, home in buckets]
-        self.spectral = torch.cat([kept.spectral for _, kept, _ in buckets if kept.spectral is not None])
-        self.even = 1 - self.spectral
+        self.odds = odds_of(torch.cat([kept.spectral for _, kept, _ in buckets if kept.spectral is not None]))
         rows = [bucket.rows for bucket, _, _ in buckets]
         self._index: slice | Tensor = slice(rows[0].start, rows[-1].stop)
         if any(one.stop != other.start for one, other in pairwise(rows)):
             places = [number for row in rows for number in range(row.start, row.stop)]
-            self._index = torch.tensor(places, device=self.spectral.device)
-        self._root = buckets[0][1].root
+            self._index = torch.tensor(places, device=self.odds.device)
+        root = buckets[0][1].root
+        self._root = None if root is None else root.over_rest
         if len(buckets) == 1:
             return
         o, i = (max(bucket.shape[axis] for bucket, _, _ in buckets) for axis in (1, 2))
-        m = len(self.spectral)
+        m = len(self.odds)
         like = self._homes[0]
         self._given, self._made, R = like.new_zeros(m, o, i), like.new_empty(m, o, i), like.new_zeros(m, i, i)
         self._into, self._from, begin = [], [], 0
@@ -187,7 +195,7 @@ class Together:
 
     def tensors(self) -> list[Tensor]:
         """What a step reads."""
-        return [self.spectral, self.even, *(() if self._root is None else self._root.tensors())]
+        return [self.odds, *(() if self._root is None else self._root.tensors())]
 
     def step(self, lengths: Tensor) -> None:
         """Make directions of what lies where the changes will, and of them changes.
@@ -195,20 +203,16 @@ class Together:
         Args:
             lengths: Of the changes of all matrices, ``[L, 1, 1]``.
         """
-        root, one = self._root, len(self._homes) == 1
-        if not one:
-            torch._foreach_copy_(self._into, self._homes)
-        X = self._homes[0] if one else self._given
-        made = drawn(X if root is None else root.right(X), self.spectral, self.iterations, self.even)
-        if not one and root is not None and root.dense is not None:
-            made = torch.bmm(made, root.dense, out=self._made)
-        elif root is not None:
-            made = root.back(made)
-        factor = (lengths[self._index] / lengths_of(made)).neg_()
-        if one:
-            torch.mul(made, factor, out=self._homes[0])
+        if len(self._homes) == 1:
+            made = directed_(self._homes[0], self._root, self.odds, self.iterations)
         else:
-            made.mul_(factor)
+            torch._foreach_copy_(self._into, self._homes)
+            assert self._root is not None
+            assert self._root.dense is not None
+            turned = drawn_(self._root.right(self._given), self.odds, self.iterations)
+            made = torch.bmm(turned, self._root.dense, out=self._made)
+        made.mul_((lengths[self._index] / lengths_of(made)).neg_())
+        if len(self._homes) > 1:
             torch._foreach_copy_(self._homes, self._from)
 
 

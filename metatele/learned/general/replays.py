@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-LARGEST = 1 << 24  # numbers of a network up to which calls take longer than the work, and its memory costs little
+LARGEST = 1 << 24  # numbers of a network up to which the memory of its graphs is not asked for
+_ROOM = 3  # times the memory of its numbers that is to be free for those of a larger one
 _MOST = 6  # graphs that are kept
 _CAPTURES = 48  # of one network, after which more would take longer than they save
 
@@ -35,6 +36,7 @@ class Replays:
     Args:
         capture: Of a body: what replays it, and what it returned, whose memory each replay writes anew. It may not
             run the body.
+        has_room: Asked before each capture; where it once says no, no more are made.
 
     Example:
         >>> replays, x = Replays(lambda body: (body, x)), torch.zeros(1)
@@ -42,8 +44,11 @@ class Replays:
         [1.0, 2.0, 3.0]
     """
 
-    def __init__(self, capture: Callable[[Body], tuple[Callable[[], None], Tensor]]) -> None:
-        self._capture = capture
+    def __init__(
+        self, capture: Callable[[Body], tuple[Callable[[], None], Tensor]], has_room: Callable[[], bool] | None = None
+    ) -> None:
+        self._capture, self._has_room = capture, has_room
+        self.full = False
         self._known: dict[Hashable, _Captured] = {}
         self._seen: dict[Hashable, None] = {}  # once, without a graph; the last of them
         self.off = False
@@ -62,7 +67,7 @@ class Replays:
             return body()
         known = self._known.get(key)
         if known is None:
-            if key not in self._seen or self.captures >= _CAPTURES:
+            if key not in self._seen or self.captures >= _CAPTURES or not self._fits():
                 self._seen = dict.fromkeys([*list(self._seen)[1 - _MOST :], key])
                 return body()
             known = self._captured(body, held, kept)
@@ -77,6 +82,10 @@ class Replays:
         known.replay()
         self.count += 1
         return known.output
+
+    def _fits(self) -> bool:
+        self.full = self.full or not (self._has_room is None or self._has_room())
+        return not self.full
 
     def _captured(self, body: Body, held: Sequence[Tensor], kept: object) -> _Captured | None:
         self.captures += 1
@@ -94,14 +103,23 @@ class Replays:
         self._known, self._seen = {}, {}
 
 
-def cuda_graph(device: torch.device, body: Body) -> tuple[Callable[[], None], Tensor]:
-    """A body as a CUDA graph."""
+def cuda_graph(device: torch.device, body: Body, pool: Any = None) -> tuple[Callable[[], None], Tensor]:
+    """A body as a CUDA graph.
+
+    Args:
+        device: Where it runs.
+        body: Asks for no value on the host.
+        pool: Memory that it shares with other graphs; what one of them returns is read before the next is replayed.
+    """
     graph = torch.cuda.CUDAGraph()
     was = gc.isenabled()
     gc.collect()
     gc.disable()  # another graph that is freed meanwhile would spoil this one
     try:
-        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             output = body()
     except BaseException:
         with suppress(Exception):
@@ -113,10 +131,23 @@ def cuda_graph(device: torch.device, body: Body) -> tuple[Callable[[], None], Te
     return graph.replay, output
 
 
+def has_room(device: torch.device, needed: int) -> bool:
+    """Whether so many bytes are free on a device beside what torch keeps: the passes need that again."""
+    return bool(torch.cuda.mem_get_info(device)[0] >= needed)
+
+
 def replays_for(like: Tensor, size: int) -> Replays | None:
-    """What replays the steps of a network of so many numbers, on the device of a tensor; ``None`` for plain steps."""
-    plain = not like.is_cuda or size > LARGEST or torch.version.hip is not None
-    return None if plain else Replays(partial(cuda_graph, like.device))
+    """What replays the steps of a network of so many numbers, on the device of a tensor; ``None`` for plain steps.
+
+    Of a network above :data:`LARGEST` a graph is captured where at least three times the memory of its numbers is free
+    on the device, and all its graphs share their memory.
+    """
+    if not like.is_cuda or torch.version.hip is not None:
+        return None
+    if size <= LARGEST:
+        return Replays(partial(cuda_graph, like.device))
+    capture = partial(cuda_graph, like.device, pool=torch.cuda.graph_pool_handle())
+    return Replays(capture, partial(has_room, like.device, _ROOM * size * like.element_size()))
 
 
 def shapes(tensors: Iterable[Tensor]) -> Hashable:
