@@ -118,12 +118,11 @@ class Paths:
         self._targets = [place.where(gradient) for place in moving]
         self._stacked: list[tuple[list[nn.Parameter], Tensor]] = []
         if self._stacks:
-            plain = [n for n, (p, read) in enumerate(self._sources) if read is None]
-            runs = _runs(self._targets, plain)
-            self._stacked = [([self._sources[n][0] for n in run], _stack([self._targets[n] for n in run])) for run in runs]
-            done = {n for run in runs for n in run}
-            self._sources = [one for n, one in enumerate(self._sources) if n not in done]
-            self._targets = [one for n, one in enumerate(self._targets) if n not in done]
+            runs = _runs(self._targets, [n for n, (_, read) in enumerate(self._sources) if read is None])
+            for run in runs:
+                self._stacked.append(([self._sources[n][0] for n in run], _stack([self._targets[n] for n in run])))
+            alone = sorted(set(range(len(moving))) - {n for run in runs for n in run})
+            self._sources, self._targets = [self._sources[n] for n in alone], [self._targets[n] for n in alone]
         self._still = [(place.where(gradient), place.where(velocity)) for place in still]
         self._zeros = [place.where(change) for place in still]
         # Views of a parameter or, where there are none of the right shape, what makes them by a copy.
