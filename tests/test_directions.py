@@ -9,7 +9,19 @@ from torch.nn import functional
 
 import metatele
 from metatele.config import GeneralConfig
-from metatele.learned.general.direction import Root, evened, evened_in_half, leading_factor, msign, norms
+from metatele.learned.general import direction
+from metatele.learned.general.direction import (
+    Root,
+    directed_,
+    drawn_,
+    evened,
+    evened_in_half,
+    leading_factor,
+    msign,
+    norms,
+    odds_of,
+    squared_out,
+)
 from metatele.learned.general.kept import Kept, grouped
 from metatele.learned.general.layout import Layout
 
@@ -141,3 +153,68 @@ def test_the_iteration_in_bfloat16_brings_singular_values_to_one_as_that_in_floa
     large = torch.linalg.svdvals(X) > 0.05
     values = torch.linalg.svdvals(half)[large]
     assert 0.6 < float(values.min()) <= float(values.max()) < 1.3
+
+
+def unit(X):
+    return X / norms(X)[:, None, None].clamp_min(1e-30)
+
+
+@pytest.mark.parametrize("shape", [(2, 30, 41), (1, 41, 30), (1, 32, 32), (3, 1, 7)])
+def test_the_iteration_without_copies_is_that_with_them(shape):
+    """To rounding in float32; in bfloat16 both are as far from that in double precision."""
+    torch.manual_seed(0)
+    X, scale = unit(torch.randn(shape)), direction._QUINTIC[2] ** 0.25
+    whole = evened(X, 5)
+    torch.testing.assert_close(squared_out(X * scale, 5) / scale, whole, rtol=1e-5, atol=1e-5)
+    exact = evened(X.double(), 5)
+    torch.testing.assert_close(squared_out(X.double() * scale, 5) / scale, exact, rtol=1e-12, atol=1e-12)
+    errors = [
+        float((half.double() - exact).norm() / exact.norm())
+        for half in (squared_out((X * scale).bfloat16(), 5) / scale, evened(X.bfloat16(), 5))
+    ]
+    assert errors[0] < 3 * errors[1] + 0.02 < 0.2
+
+
+def formula(X, root, r, iterations=5):
+    """The direction as the module's head writes it."""
+    turned = X if root is None else root.right(X)
+    Y = msign(turned, iterations)
+    made = r * unit(Y) + (1 - r) * unit(turned)
+    return unit(made if root is None else root.back(made))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", ["none", "dense", "factor", "diagonal"])
+def test_directions_made_in_their_own_memory_are_those_of_the_formula(kind, half, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(direction, "in_half", lambda X: half)
+    m, o, i = 3, 20, 27
+    damping, F = torch.rand(m) + 0.1, torch.randn(m, i, 8)
+    root = {
+        "none": None,
+        "dense": Root.of_dense(F @ F.mT + torch.eye(i), damping),
+        "factor": Root.of_factor(F, torch.ones(m), damping),
+        "diagonal": Root.of_diagonal(torch.rand(m, i), damping),
+    }[kind]
+    r = torch.tensor([0.02, 0.9, 0.999])[:, None, None]
+    for size in (1e-9, 1.0, 1e6):
+        X = size * torch.randn(m, o, i)
+        expected = formula(X, root, r)
+        home = X.clone()
+        found = directed_(home, None if root is None else root.over_rest, odds_of(r), 5)
+        assert found.data_ptr() == home.data_ptr()
+        tolerance = {"rtol": 0.0, "atol": 0.02 if half else 1e-5}
+        torch.testing.assert_close(unit(found), expected, **tolerance)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_shares_of_all_or_nothing_and_matrices_of_zeros_stay_finite(half, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(direction, "in_half", lambda X: half)
+    X = torch.randn(3, 8, 11)
+    X[2] = 0
+    for share in (0.0, 1.0):
+        r = torch.full((3, 1, 1), share)
+        found = drawn_(X.clone(), odds_of(r))
+        torch.testing.assert_close(unit(found), formula(X, None, r), rtol=0, atol=0.02 if half else 1e-5)
+        assert not found[2].any()

@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import metatele
-from metatele.learned.general.replays import Replays
+from metatele.learned.general import replays as module
+from metatele.learned.general.replays import LARGEST, Replays, replays_for
 
 
 class Recorded(TorchDispatchMode):
@@ -120,3 +121,50 @@ def test_few_graphs_are_kept():
                 replays.run(key, [], lambda: x.add_(1))
     assert x.item() == 81
     assert replays.captures > 9  # those let go of are made anew
+
+
+def test_without_room_no_more_graphs_are_made_and_those_there_are_go_on():
+    room = [True, False, True]
+    x, replays = torch.zeros(1), Replays(lambda body: recorded(body), lambda: room.pop(0))
+    for _ in range(4):
+        for key in ("first", "second", "third"):
+            replays.run(key, [], lambda: x.add_(1))
+    assert x.item() == 12
+    assert (replays.captures, replays.count, replays.full) == (1, 3, True)
+    assert len(room) == 1  # asked no more
+
+
+class Device:
+    """A tensor on a GPU, as far as is asked here."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    @staticmethod
+    def element_size():
+        return 4
+
+
+def test_networks_above_the_largest_need_three_times_their_memory_free(monkeypatch):
+    asked, made, needed = [], [], 3 * 4 * 2 * LARGEST
+    left = [needed, needed - 1]
+
+    def free(device):
+        asked.append(device)
+        return left.pop(0), 1 << 40
+
+    def graph(device, body, pool=None):
+        made.append(pool)
+        return recorded(body)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(module, "cuda_graph", graph)
+    assert replays_for(torch.zeros(1), 5) is None
+    for size, captures in ((LARGEST, 1), (2 * LARGEST, 1), (2 * LARGEST, 0)):
+        replays, x = replays_for(Device, size), torch.zeros(1)
+        for _ in range(3):
+            replays.run("key", [], lambda x=x: x.add_(1))
+        assert replays.captures == captures
+        assert x.item() == 3
+    assert made == [None, (0, 7)]  # larger ones share a memory
+    assert asked == [Device.device] * 2

@@ -118,7 +118,7 @@ class GeneralStepper(Stepper):
     @property
     def like(self) -> Tensor:
         """See the base class; asked for at each step."""
-        return next(self.meta.controller.parameters())
+        return self.meta.controller.direct
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -140,13 +140,13 @@ class GeneralStepper(Stepper):
                 return done
         if self._paths is None or not self._paths.are_of(course, self.capture.parts):
             self._paths = Paths(course, self.capture.parts, self.capture.vectors)
-        moves = self._paths.gather(at)
+        moves = self._paths.gather(at, self._one_batch is not None)
         if not (course.measure() or bool(torch.isfinite(course.gradient.sum()))) or not self._is_known(at):
             return self._skip(course, at)
         self._lost = 0
         if self._fresh and self.meta.config.heads:
             self.heads = balanced_(self.capture, at, self.meta.config.heads)
-            moves = self._paths.gather(at)
+            moves = self._paths.gather(at, self._one_batch is not None)
             course.measure()
         self._fresh = False
         at.decay_()
@@ -160,7 +160,7 @@ class GeneralStepper(Stepper):
                 return True
             course.look(scene, course.gradient, self.meta.controller)
         mover = self._paths.mover if self._one_batch is None else None
-        change, shares = course.step(at.momentum, self._cooled(course, at), mover)
+        change, shares = course.step(at.momentum, self._cooled(course, at) * self._paths.rate, mover)
         if self._one_batch is not None:
             self._on_one_batch(self._one_batch, course, change, shares, moves, at)
         if mover is None:

@@ -74,6 +74,9 @@ class Paths:
         course: Whose gradient, velocity and change.
         parts: The matrices.
         vectors: The rest.
+
+    Attributes:
+        rate: What the rates of all that moves have in common: the step itself is to be made that long.
     """
 
     def __init__(self, course: Course, parts: Sequence[Part], vectors: Sequence[Vector]) -> None:
@@ -82,6 +85,7 @@ class Paths:
         self._places = list(_places(course.layout, parts, vectors))
         self._stacks = course.gradient.is_cuda  # many copies in one launch
         self._key: object = None
+        self.rate = 1.0
         self._since = 0  # steps since the views were made
 
     @property
@@ -99,10 +103,10 @@ class Paths:
             and change is course.change
         )
 
-    def _plan(self, at: Situation) -> None:
+    def _plan(self, at: Situation, relative: Sequence[float]) -> None:
         """Make the views."""
         gradient, velocity, change = self._flat
-        rates = {id(p): rate for p, rate in zip(at.parameters, at.rates, strict=True)}
+        rates = {id(p): rate for p, rate in zip(at.parameters, relative, strict=True)}
 
         def moves(p: nn.Parameter | None) -> bool:
             return p is not None and rates[id(p)] != 0
@@ -140,15 +144,19 @@ class Paths:
         self._homes, self._changes = [homes[n] for n in others], [changes[n] for n in others]
 
     @torch.no_grad()
-    def gather(self, at: Situation) -> Moves:
+    def gather(self, at: Situation, apart: bool = False) -> Moves:
         """Copy gradients into the flat one; what does not move gets its running gradient, which so stays as it is.
 
         Args:
             at: Rates, zero where nothing moves, and the sign of what is minimized.
+            apart: Whether the rates are all left to :meth:`apply`, and :attr:`rate` is 1.
         """
-        key = at.rates, [p.data_ptr() for p in at.parameters]  # views hold on to a memory, so no other lies there
+        every = {rate for rate in at.rates if rate}
+        self.rate = every.pop() if len(every) == 1 and not apart else 1.0
+        rates = [rate / self.rate for rate in at.rates]  # so a schedule changes no view
+        key = rates, [p.data_ptr() for p in at.parameters]  # views hold on to a memory, so no other lies there
         if key != self._key:
-            self._plan(at)
+            self._plan(at, rates)
             self._key, self._since, self._mover = key, 0, partial(self.apply)
         self._since += 1
         if self._targets:
