@@ -39,7 +39,7 @@ class Asked(TorchDispatchMode):
         """Count, and do it."""
         kwargs = kwargs or {}
         self.operations += 1
-        name = func._schema.name
+        name = func.name().split(".")[0]
         masked = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
@@ -63,14 +63,14 @@ class Asked(TorchDispatchMode):
                 mode.found["tolist", _line()] += 1
             return before(tensor)
 
-        self._before = before
+        self.before = before
         torch.Tensor.tolist = tolist  # type: ignore[method-assign,assignment]
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         """End."""
-        torch.Tensor.tolist = self._before  # type: ignore[method-assign]
+        torch.Tensor.tolist = self.before  # type: ignore[method-assign]
         super().__exit__(*error)
 
 

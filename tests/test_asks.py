@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import metatele
 from metatele.data import load_images
+from metatele.optim.moving import Paths
 from metatele.optim.steppers import Situation
 from metatele.perceptron.activations import LeakyReLU
 from metatele.perceptron.mlp import MLP
@@ -112,20 +113,21 @@ def test_operations_of_a_step_do_not_grow_with_the_number_of_layers():
 
 
 def test_gradients_copied_in_stacks_are_those_copied_one_by_one():
-    optimizer = between_looks(gpt(depth=3))
-    paths, course = optimizer.stepper._paths, optimizer.stepper.course
-    passed(optimizer.model, optimizer, 7)
-    stepped = list(optimizer.model.parameters())
+    model = gpt(depth=3)
+    optimizer = between_looks(model)
+    passed(model, optimizer, 7)
+    capture, course, stepped = optimizer.capture, optimizer.stepper.course, list(model.parameters())
     at = Situation(stepped, [1.0] * len(stepped), [0.0] * len(stepped), 1.0, 1.0, {}, {}, torch.float32)
     copied = []
     for stacks in (False, True):
-        paths._stacks, paths._key = stacks, None
+        paths = Paths(course, capture.parts, capture.vectors, stacks)
         course.gradient.fill_(float("nan"))
         paths.gather(at)
-        copied.append((course.gradient.clone(), len(paths._sources)))
+        copied.append((course.gradient.clone(), paths.copies))
     torch.testing.assert_close(copied[0][0], copied[1][0], rtol=0, atol=0)
     assert copied[0][0].isfinite().all()
-    assert copied[1][1] <= 4 < copied[0][1]  # the rest lies alone
+    assert copied[0][1] == len(stepped) == 40
+    assert copied[1][1] <= 14  # kinds of layers
 
 
 def test_an_optimizer_that_teleports_asks_for_nothing_of_its_own_between_moves():
@@ -169,9 +171,11 @@ def test_a_window_of_replicas_asks_for_nothing():
     shape = MLP((64, 8, 10), LeakyReLU(0.1), True)
     replicas = Replicas(digits, shape, arms, (3, 7), 230, 2, graph=True)
     replicas.train(1)
-    static = replicas._static
-    assert isinstance(static, StaticSteps)
+    data = (shape, replicas.loss, replicas.train_images, replicas.train_labels)
+    static = StaticSteps(*data, arms, replicas.optimizers, seeds=2, batch_size=2)
+    orders = torch.stack([torch.randperm(230) for _ in range(2)])
+    assert static.run(orders)
     with Asked() as asked:
-        static._run(3)
-    assert asked.operations > 100
+        assert static.run(orders)
+    assert asked.operations > 1000
     assert asked.count == 0, asked.found

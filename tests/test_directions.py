@@ -163,7 +163,7 @@ def unit(X):
 def test_the_iteration_without_copies_is_that_with_them(shape):
     """To rounding in float32; in bfloat16 both are as far from that in double precision."""
     torch.manual_seed(0)
-    X, scale = unit(torch.randn(shape)), direction._QUINTIC[2] ** 0.25
+    X, scale = unit(torch.randn(shape)), direction.QUINTIC[2] ** 0.25
     whole = evened(X, 5)
     torch.testing.assert_close(squared_out(X * scale, 5) / scale, whole, rtol=1e-5, atol=1e-5)
     exact = evened(X.double(), 5)

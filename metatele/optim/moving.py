@@ -74,19 +74,27 @@ class Paths:
         course: Whose gradient, velocity and change.
         parts: The matrices.
         vectors: The rest.
+        stacks: Whether gradients that lie at even distances there are copied in one go; by default on a GPU.
 
     Attributes:
         rate: What the rates of all that moves have in common: the step itself is to be made that long.
     """
 
-    def __init__(self, course: Course, parts: Sequence[Part], vectors: Sequence[Vector]) -> None:
+    def __init__(
+        self, course: Course, parts: Sequence[Part], vectors: Sequence[Vector], stacks: bool | None = None
+    ) -> None:
         self._parts, self._vectors = parts, vectors
         self._flat = course.gradient, course.velocity, course.change
         self._places = list(_places(course.layout, parts, vectors))
-        self._stacks = course.gradient.is_cuda  # many copies in one launch
+        self._stacks = course.gradient.is_cuda if stacks is None else stacks
         self._key: object = None
         self.rate = 1.0
         self._since = 0  # steps since the views were made
+
+    @property
+    def copies(self) -> int:
+        """Of a :meth:`gather`, each a launch on a GPU."""
+        return len(self._targets) + len(self._stacked)
 
     @property
     def mover(self) -> Callable[[Tensor], None] | None:

@@ -21,7 +21,7 @@ from metatele.network.use import TINY
 
 # Newton and Schulz's iteration with slopes at zero as large as the fifth degree allows: singular values from 0.003 on
 # come to between 0.7 and 1.2 in five iterations (Jordan et al. 2024).
-_QUINTIC = (3.4445, -4.7750, 2.0315)
+QUINTIC = (3.4445, -4.7750, 2.0315)
 # Shorter side of matrices from which a GPU iterates in bfloat16, ten times as fast as in float32: what it rounds moves
 # singular values less than they are apart anyway. Smaller ones are bound by calls.
 _HALF = 256
@@ -76,7 +76,7 @@ def in_half(X: Tensor) -> bool:
 
 def evened_in_half(X: Tensor, iterations: int) -> Tensor:
     """The iteration in bfloat16."""
-    return _halved(X, torch.ones_like(X[:, :1, :1]), iterations).to(X.dtype).mul_(_QUINTIC[2] ** -0.25)
+    return _halved(X, torch.ones_like(X[:, :1, :1]), iterations).to(X.dtype).mul_(QUINTIC[2] ** -0.25)
 
 
 def _halved(X: Tensor, lengths: Tensor, iterations: int) -> Tensor:
@@ -88,12 +88,12 @@ def _halved(X: Tensor, lengths: Tensor, iterations: int) -> Tensor:
     Y = X.new_empty(m, -(-o // _ALIGNED) * _ALIGNED, -(-i // _ALIGNED) * _ALIGNED, dtype=torch.bfloat16)
     Y[:, o:].zero_()
     Y[:, :o, i:].zero_()
-    torch.mul(X, _QUINTIC[2] ** 0.25 / lengths, out=Y[:, :o, :i])
+    torch.mul(X, QUINTIC[2] ** 0.25 / lengths, out=Y[:, :o, :i])
     return squared_out(Y, iterations)[:, :o, :i]
 
 
 def _iterated(X: Tensor, iterations: int) -> Tensor:
-    a, b, c = _QUINTIC
+    a, b, c = QUINTIC
     tall = X.shape[-2] > X.shape[-1]
     Y = X
     for _ in range(iterations):
@@ -121,7 +121,7 @@ def squared_out(Y: Tensor, iterations: int) -> Tensor:
         >>> bool((squared_out(X * 2.0315**0.25, 5) * 2.0315**-0.25 - msign(X)).abs().max() < 1e-5)
         True
     """
-    a, b, c = _QUINTIC
+    a, b, c = QUINTIC
     m, k = len(Y), min(Y.shape[-2:])
     tall = Y.shape[-2] > k
     other, H, P = torch.empty_like(Y), Y.new_empty(m, k, k), Y.new_empty(m, k, k)
@@ -150,7 +150,7 @@ def polar_factor(G: Tensor, iterations: int = 5) -> Tensor:
         >>> bool((polar_factor(X @ X.mT) @ X - msign(X)).abs().max() < 1e-4)
         True
     """
-    a, b, c = _QUINTIC
+    a, b, c = QUINTIC
     trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(TINY)
     H, P = G / trace, None
     for step in range(iterations):
@@ -186,7 +186,7 @@ def leading_factor(G: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     Q = torch.linalg.qr(torch.cat([Q, torch.bmm(H, Q)], -1)).Q
     Q = torch.linalg.qr(torch.bmm(H, Q)).Q
     values, V = torch.linalg.eigh(torch.bmm(Q.mT, torch.bmm(H, Q)))
-    least = 1 / _QUINTIC[0] ** 10  # smaller ones the iteration does not bring to 1 either
+    least = 1 / QUINTIC[0] ** 10  # smaller ones the iteration does not bring to 1 either
     left = (1 - values.sum(-1)).clamp_min(0) / max(k - Q.shape[-1], 1)
     c = left.clamp_min(least).rsqrt()
     longer = (c[:, None] - values.clamp_min(least).rsqrt()).clamp_min(0)
