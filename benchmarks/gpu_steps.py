@@ -217,7 +217,11 @@ def _asked(kit: Kit, name: str, run: Training) -> None:
 def _replays(optimizer: Any) -> dict[str, Any]:
     """How many bodies were replayed as graphs so far, and how many graphs were made."""
     replays = getattr(getattr(getattr(optimizer, "stepper", None), "course", None), "replays", None)
-    return {} if replays is None else {"replayed": replays.count, "captures": replays.captures, "off": replays.off}
+    return (
+        {}
+        if replays is None
+        else {"replayed": replays.count, "captures": replays.captures, "off": replays.off, "full": replays.full}
+    )
 
 
 def _counts(seen: Any, count: int, wall_ms: float) -> dict[str, float]:

@@ -57,7 +57,7 @@ NETWORKS = {
 }
 
 
-def curve(make, replays, steps=48, momentum=None):
+def curve(make, replays, steps=48, rate=lambda step: 0.5 if step >= 40 else 1.0):
     torch.manual_seed(0)
     model = make()
     data = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(5)]
@@ -71,8 +71,7 @@ def curve(make, replays, steps=48, momentum=None):
         if step == 30:  # far longer than usual, so that it is clipped
             for p in model.parameters():
                 p.grad.mul_(40)
-        if step == 40:
-            optimizer.param_groups[0]["lr"] = 0.5
+        optimizer.param_groups[0]["lr"] = rate(step)
         optimizer.step()
         if step == 0:
             optimizer.stepper.course.replays = replays
@@ -86,6 +85,20 @@ def test_replayed_steps_are_those_that_are_made(make):
     plain, weights = curve(make, None)
     losses, ours = curve(make, replays)
     assert replays.count > 40  # of measures and steps, in 37 steps after the first looks
+    assert replays.captures < 12
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain), rtol=1e-3, atol=1e-4)
+    for one, other in zip(ours, weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
+
+
+def test_a_schedule_of_one_rate_for_all_is_replayed_too():
+    def rate(step):
+        return 1 - step / 60
+
+    replays = Replays(recorded)
+    plain, weights = curve(NETWORKS["small"], None, rate=rate)
+    losses, ours = curve(NETWORKS["small"], replays, rate=rate)
+    assert replays.count > 40
     assert replays.captures < 12
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain), rtol=1e-3, atol=1e-4)
     for one, other in zip(ours, weights, strict=True):
