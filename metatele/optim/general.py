@@ -118,7 +118,7 @@ class GeneralStepper(Stepper):
     @property
     def like(self) -> Tensor:
         """See the base class; asked for at each step."""
-        return self.meta.controller.direct
+        return next(self.meta.controller.parameters())
 
     @property
     def parameters(self) -> list[nn.Parameter]:
