@@ -18,7 +18,7 @@ from torch import Tensor
 from metatele.errors import ConfigError
 from metatele.geometry import GradientNorm, Landscape, Objective, Point
 from metatele.perceptron.mlp import MLP, Weights
-from metatele.symmetry import PARAMETRISATIONS, Action, Pair
+from metatele.symmetry import PARAMETRISATIONS, Action, GroupElement, Pair, exponential
 from metatele.teleport.move import Course, Leg, TeleportMove, finite_radius
 from metatele.teleport.report import Reason
 
@@ -102,67 +102,82 @@ class Ascent(TeleportMove):
         """See the base class."""
         landscape, point = start.landscape, start
         chosen = self.chosen_action(landscape)
-        undone = torch.zeros(start.flat.shape[:-1], dtype=torch.bool, device=start.flat.device)
+        # What is decided is decided on the CPU, from numbers that are read once a try: each read waits for the device.
+        undone = torch.zeros(start.flat.shape[:-1], dtype=torch.bool)
         active = ~undone
-        radius = start.flat.new_full(undone.shape, self.radius)
+        radius = torch.full(undone.shape, self.radius, dtype=start.flat.dtype)
         path: list[Leg] = []
         bounded = math.isfinite(self.max_drift)
-        why = torch.full(undone.shape, int(Reason.MOVED), device=undone.device)
+        why = torch.full(undone.shape, int(Reason.MOVED))
+        searches = self.rate == "line-search"
         for _ in range(self.steps):
             value, derivative = self.objective.value_and_derivative(point)
             if math.isfinite(self.cap):
+                value = value.cpu()
                 reached_cap = ~((value > self.cap) if self.descend else (value < self.cap))
                 why = torch.where(active & reached_cap, Reason.CAP, why)
                 active = active & ~reached_cap
                 if not bool(active.any()):
                     break
+                value = value.to(start.flat.device)
             direction = self.direction(chosen, point, derivative, movable)
-            lost = torch.where(_square(direction) > 0, Reason.MOVED, Reason.NO_DIRECTION)
+            square = allowed = _square(direction)
             if chosen.name == "rescaling" and math.isfinite(self.max_imbalance):
                 direction = self._bounded(direction, point)
-                lost = torch.where((_square(direction) == 0) & (lost == Reason.MOVED), Reason.IMBALANCE, lost)
-            tries = self.tries if self.rate == "line-search" else 1
+                allowed = _square(direction)
+            size = torch.linalg.vector_norm(point.flat, dim=-1) if searches else square
             waiting = active
-            for _ in range(tries):
-                leg = self.step(chosen, landscape, direction, radius, waiting)
+            for _ in range(self.tries if searches else 1):
+                leg = self.step(chosen, landscape, direction, allowed, radius, waiting)
                 moved = leg.move(point)
                 if bounded:  # judged as the whole move will be, from the weights alone and as they are stored
-                    moved = landscape.at(moved.flat)
-                finite = torch.isfinite(moved.outputs.sum((-2, -1)))  # the weights are looked at in the end
+                    moved = moved.again()
+                known = [square, allowed, moved.outputs.sum((-2, -1))]  # the weights are looked at in the end
+                known.append(moved.drift(start) if bounded else square)
+                if searches:
+                    change = torch.linalg.vector_norm(moved.flat - point.flat, dim=-1)
+                    known += [value, self.objective.value(moved), change, size]
+                numbers = torch.stack(torch.broadcast_tensors(*known)).cpu()
+                lost = torch.where(numbers[0] > 0, Reason.MOVED, Reason.NO_DIRECTION)
+                lost = torch.where((numbers[1] == 0) & (lost == Reason.MOVED), Reason.IMBALANCE, lost)
+                finite = torch.isfinite(numbers[2])
                 good = waiting & finite
                 failed = torch.where(finite, Reason.MOVED, Reason.NOT_FINITE)
                 if bounded:
-                    near = landscape.loss.drift(start.outputs, moved.outputs, landscape.targets) <= self.max_drift
+                    near = numbers[3] <= self.max_drift
                     failed = torch.where(good & ~near, Reason.DRIFT, failed)
                     good = good & near
-                if self.rate == "line-search":
-                    reached = self.objective.value(moved)
-                    better = (reached < value) if self.descend else (reached > value)
+                if searches:
+                    old, reached, far, whole = numbers[4:]
+                    better = (reached < old) if self.descend else (reached > old)
                     failed = torch.where(good & ~better, Reason.NO_GAIN, failed)
                     good = good & better
-                    small = (moved.flat - point.flat).norm(dim=-1) <= self.max_change * point.flat.norm(dim=-1)
+                    small = far <= self.max_change * whole
                     failed = torch.where(good & ~small, Reason.TOO_FAR, failed)
                     good = good & small
                 why = torch.where(waiting, torch.where(lost > 0, lost, failed), why)
-                # Where every network moved, its passes serve the next step.
+                # Where every network moved, its passes serve the next step; where none did, they serve another try.
                 if bool(good.all()):
                     point = moved
-                else:
-                    point = landscape.at(torch.where(good.unsqueeze(-1), moved.flat, point.flat))
-                path.append(leg._replace(active=good))
+                elif bool(good.any()):
+                    mask = good.to(point.flat.device).unsqueeze(-1)
+                    point = landscape.at(torch.where(mask, moved.flat, point.flat))
+                if bool(good.any()):
+                    path.append(leg._replace(active=good.to(point.flat.device)))
                 waiting = waiting & ~good
-                if self.rate == "line-search":
+                if searches:
                     longer, shorter = (2 * radius).clamp(max=self.radius), radius / 2
                     radius = torch.where(good, longer, torch.where(waiting, shorter, radius))
                 if not bool(waiting.any()):
                     break
             # A fixed step that cannot be made is taken back; a line search has then merely arrived.
-            if self.rate != "line-search":
+            if not searches:
                 undone = undone | waiting
             active = active & ~waiting
             if not bool(active.any()):
                 break
-        return Course(point.flat, [leg for leg in path if bool(leg.active.any())], undone, why)
+        device = start.flat.device
+        return Course(point.flat, path, undone.to(device), why.to(device))
 
     def direction(
         self, chosen: Action, point: Point, covector: Weights, movable: Sequence[bool]
@@ -189,21 +204,34 @@ class Ascent(TeleportMove):
         return bounded
 
     def step(
-        self, chosen: Action, landscape: Landscape, direction: list[Tensor | None], radius: Tensor, active: Tensor
+        self,
+        chosen: Action,
+        landscape: Landscape,
+        direction: list[Tensor | None],
+        square: Tensor,
+        radius: Tensor,
+        active: Tensor,
     ) -> Leg:
-        """The group elements of one step along ``direction``."""
+        """The group elements of one step along ``direction``, of squared norm ``square``."""
         sign = -1.0 if self.descend else 1.0
         if self.rate == "fixed":
-            factor = torch.full_like(radius, sign * self.lr)
+            factor = torch.full_like(square, sign * self.lr)
         else:
-            square = _square(direction)
-            factor = sign * radius * torch.where(square > 0, square, 1.0).rsqrt()
-        element = PARAMETRISATIONS[self.parametrisation]
+            factor = sign * radius.to(square.device) * torch.where(square > 0, square, 1.0).rsqrt()
         elements = [
-            None if d is None else element(chosen.algebra(factor.unsqueeze(-1) * d, k))
+            None if d is None else self._element(chosen, factor.unsqueeze(-1) * d, k)
             for d, k in zip(direction, landscape.mlp.hidden_widths, strict=True)
         ]
         return Leg(chosen, landscape.inputs, elements, active)
+
+    def _element(self, chosen: Action, coordinates: Tensor, k: int) -> GroupElement:
+        """From coordinates of the algebra; steps are short, so that a Taylor series will do for exponentials."""
+        if self.parametrisation == "exp" and chosen.name == "rescaling":
+            return GroupElement(chosen.algebra(coordinates.exp(), k), chosen.algebra((-coordinates).exp(), k))
+        T = chosen.algebra(coordinates, k)
+        if self.parametrisation == "exp" and self.rate != "fixed" and self.radius <= 0.5:
+            return exponential(T, self.radius)
+        return PARAMETRISATIONS[self.parametrisation](T)
 
 
 def _square(direction: Sequence[Tensor | None]) -> Tensor:
