@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from metatele.geometry.landscape import Point, point_given
@@ -96,7 +97,10 @@ class GradientNorm(Objective):
     def value_and_derivative(self, point: Point) -> tuple[Tensor, Weights]:
         """See the class."""
         point_given(point)
-        return self.value(point), _map(lambda t: 2 * t, point.curvature(self._scaled(point)))
+        product = point.curvature(self._scaled(point))
+        parts = [t for t in (*product.matrices, *product.biases) if t is not None]
+        doubled = iter(torch._foreach_mul(parts, 2))
+        return self.value(point), _map(lambda _: next(doubled), product)
 
     def _of_flat(self, gradient: Tensor) -> Tensor:
         return gradient if self.metric is None else self.metric * gradient

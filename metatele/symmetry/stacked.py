@@ -182,6 +182,16 @@ class Stacked:
             found |= {n: Element(v.view(shape), i.view(shape)) for n, shape, v, i in pairs}
         return [found[n] for n in range(len(self._bundles))]
 
+    def stack(self, elements: Sequence[Element]) -> list[Element]:
+        """Elements of :attr:`spaces`, one for each, as :meth:`act_` takes them."""
+        rest, found = iter(elements), []
+        for bundle in self._bundles:
+            pairs = [(next(rest), flip) for flip in bundle.flipped]
+            turned = [Element(e.inverse.mT, e.value.mT) if flip else e for e, flip in pairs]
+            value, inverse = (torch.stack([e[n] for e in turned]).to(self.device) for n in (0, 1))
+            found.append(Element(value, inverse))
+        return found
+
     def act_(self, weights: Tensor, elements: Sequence[Element]) -> None:
         """Move a flat vector in place."""
         for bundle, element in zip(self._bundles, elements, strict=True):

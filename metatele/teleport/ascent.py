@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,23 +104,23 @@ class Ascent(TeleportMove):
         landscape, point = start.landscape, start
         chosen = self.chosen_action(landscape)
         # What is decided is decided on the CPU, from numbers that are read once a try: each read waits for the device.
-        undone = torch.zeros(start.flat.shape[:-1], dtype=torch.bool)
-        active = ~undone
-        radius = torch.full(undone.shape, self.radius, dtype=start.flat.dtype)
+        undone = np.zeros(start.flat.shape[:-1], dtype=np.bool_)
+        active = np.ones_like(undone)
+        radius = np.full(undone.shape, self.radius)
         path: list[Leg] = []
         bounded = math.isfinite(self.max_drift)
-        why = torch.full(undone.shape, int(Reason.MOVED))
+        why = np.full(undone.shape, int(Reason.MOVED))
+        device = start.flat.device
         searches = self.rate == "line-search"
         for _ in range(self.steps):
             value, derivative = self.objective.value_and_derivative(point)
             if math.isfinite(self.cap):
-                value = value.cpu()
-                reached_cap = ~((value > self.cap) if self.descend else (value < self.cap))
-                why = torch.where(active & reached_cap, Reason.CAP, why)
+                reached = value.cpu().numpy()
+                reached_cap = np.logical_not((reached > self.cap) if self.descend else (reached < self.cap))
+                why = np.where(active & reached_cap, int(Reason.CAP), why)
                 active = active & ~reached_cap
-                if not bool(active.any()):
+                if not active.any():
                     break
-                value = value.to(start.flat.device)
             direction = self.direction(chosen, point, derivative, movable)
             square = allowed = _square(direction)
             if chosen.name == "rescaling" and math.isfinite(self.max_imbalance):
@@ -128,7 +129,9 @@ class Ascent(TeleportMove):
             size = torch.linalg.vector_norm(point.flat, dim=-1) if searches else square
             waiting = active
             for _ in range(self.tries if searches else 1):
-                leg = self.step(chosen, landscape, direction, allowed, radius, waiting)
+                length = torch.as_tensor(radius, dtype=allowed.dtype)
+                length = length.to(device) if length.ndim else length  # a number goes along with its kernel
+                leg = self.step(chosen, landscape, direction, allowed, length, torch.as_tensor(waiting))
                 moved = leg.move(point)
                 if bounded:  # judged as the whole move will be, from the weights alone and as they are stored
                     moved = moved.again()
@@ -137,47 +140,45 @@ class Ascent(TeleportMove):
                 if searches:
                     change = torch.linalg.vector_norm(moved.flat - point.flat, dim=-1)
                     known += [value, self.objective.value(moved), change, size]
-                numbers = torch.stack(torch.broadcast_tensors(*known)).cpu()
-                lost = torch.where(numbers[0] > 0, Reason.MOVED, Reason.NO_DIRECTION)
-                lost = torch.where((numbers[1] == 0) & (lost == Reason.MOVED), Reason.IMBALANCE, lost)
-                finite = torch.isfinite(numbers[2])
+                numbers = torch.stack(torch.broadcast_tensors(*known)).double().cpu().numpy()
+                lost = np.where(numbers[1] == 0, int(Reason.IMBALANCE), int(Reason.MOVED))
+                lost = np.where(numbers[0] > 0, lost, int(Reason.NO_DIRECTION))
+                finite = np.isfinite(numbers[2])
                 good = waiting & finite
-                failed = torch.where(finite, Reason.MOVED, Reason.NOT_FINITE)
+                failed = np.where(finite, int(Reason.MOVED), int(Reason.NOT_FINITE))
                 if bounded:
                     near = numbers[3] <= self.max_drift
-                    failed = torch.where(good & ~near, Reason.DRIFT, failed)
+                    failed = np.where(good & ~near, int(Reason.DRIFT), failed)
                     good = good & near
                 if searches:
                     old, reached, far, whole = numbers[4:]
                     better = (reached < old) if self.descend else (reached > old)
-                    failed = torch.where(good & ~better, Reason.NO_GAIN, failed)
+                    failed = np.where(good & ~better, int(Reason.NO_GAIN), failed)
                     good = good & better
                     small = far <= self.max_change * whole
-                    failed = torch.where(good & ~small, Reason.TOO_FAR, failed)
+                    failed = np.where(good & ~small, int(Reason.TOO_FAR), failed)
                     good = good & small
-                why = torch.where(waiting, torch.where(lost > 0, lost, failed), why)
+                why = np.where(waiting, np.where(lost > 0, lost, failed), why)
                 # Where every network moved, its passes serve the next step; where none did, they serve another try.
-                if bool(good.all()):
-                    point = moved
-                elif bool(good.any()):
-                    mask = good.to(point.flat.device).unsqueeze(-1)
-                    point = landscape.at(torch.where(mask, moved.flat, point.flat))
-                if bool(good.any()):
-                    path.append(leg._replace(active=good.to(point.flat.device)))
+                if good.any():
+                    mask = torch.as_tensor(good).to(device)
+                    path.append(leg._replace(active=mask))
+                    every = bool(good.all())
+                    there = moved if every else landscape.at(torch.where(mask[..., None], moved.flat, point.flat))
+                    point = there
                 waiting = waiting & ~good
                 if searches:
-                    longer, shorter = (2 * radius).clamp(max=self.radius), radius / 2
-                    radius = torch.where(good, longer, torch.where(waiting, shorter, radius))
-                if not bool(waiting.any()):
+                    longer, shorter = np.minimum(2 * radius, self.radius), radius / 2
+                    radius = np.where(good, longer, np.where(waiting, shorter, radius))
+                if not waiting.any():
                     break
             # A fixed step that cannot be made is taken back; a line search has then merely arrived.
             if not searches:
                 undone = undone | waiting
             active = active & ~waiting
-            if not bool(active.any()):
+            if not active.any():
                 break
-        device = start.flat.device
-        return Course(point.flat, path, undone.to(device), why.to(device))
+        return Course(point.flat, path, torch.as_tensor(undone).to(device), torch.as_tensor(why).to(device))
 
     def direction(
         self, chosen: Action, point: Point, covector: Weights, movable: Sequence[bool]
@@ -217,11 +218,16 @@ class Ascent(TeleportMove):
         if self.rate == "fixed":
             factor = torch.full_like(square, sign * self.lr)
         else:
-            factor = sign * radius.to(square.device) * torch.where(square > 0, square, 1.0).rsqrt()
-        elements = [
-            None if d is None else self._element(chosen, factor.unsqueeze(-1) * d, k)
-            for d, k in zip(direction, landscape.mlp.hidden_widths, strict=True)
-        ]
+            factor = sign * radius * torch.where(square > 0, square, 1.0).rsqrt()
+        widths = landscape.mlp.hidden_widths
+        elements: list[GroupElement | None] = [None] * len(widths)
+        for k in dict.fromkeys(widths):  # layers of one width at a time
+            members = [n for n, d in enumerate(direction) if d is not None and widths[n] == k]
+            alike = [d for d, width in zip(direction, widths, strict=True) if d is not None and width == k]
+            if alike:
+                g = self._element(chosen, factor.unsqueeze(-1) * torch.stack(alike), k)
+                for n, matrix, inverse in zip(members, g.matrix.unbind(0), g.inverse.unbind(0), strict=True):
+                    elements[n] = GroupElement(matrix, inverse)
         return Leg(chosen, landscape.inputs, elements, active)
 
     def _element(self, chosen: Action, coordinates: Tensor, k: int) -> GroupElement:
