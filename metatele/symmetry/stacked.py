@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from metatele.network.spaces import Place, Space, grid_of
+from metatele.symmetry.commuting import LARGEST, bundled, read_by
 from metatele.symmetry.exact import Element, element_of
 from metatele.symmetry.group import exponential
 
-_LARGEST = 1 << 22  # elements of a place that are moved at a time
 _DOUBLE = 1 << 24  # of all parameters together: more are kept in single precision, as they come
 
 
@@ -31,7 +30,7 @@ class _Spot(NamedTuple):
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     first: int
-    index: Tensor | None
+    numbers: Tensor | None
     reads: bool
     halves: int  # of phases: how many pairs of rows each unit has
     gain: Tensor | None  # numbers of the gains [S, k]
@@ -41,12 +40,12 @@ class _Spot(NamedTuple):
         return int(np.prod(self.sizes))
 
     def parts(self, flat: Tensor) -> Iterator[Tensor]:
-        """Its elements, as views of no more than :data:`_LARGEST`; one where they are copied by number."""
-        if self.index is not None:
-            yield flat[self.index]
+        """Its elements, as views of no more than :data:`LARGEST`; one where they are copied by number."""
+        if self.numbers is not None:
+            yield flat[self.numbers]
             return
         view = flat.as_strided(self.sizes, self.strides, self.first)
-        yield from view.split(max(1, self.sizes[-1] * _LARGEST // max(self.numel, 1)), -1)
+        yield from view.split(max(1, self.sizes[-1] * LARGEST // max(self.numel, 1)), -1)
 
     def taken(self, part: Tensor) -> Tensor:
         """``[…, k, m]`` of such a part."""
@@ -116,7 +115,7 @@ class Stacked:
 
     def __init__(self, spaces: Sequence[Space], tensors: Mapping[str, Tensor]) -> None:
         moved = {name for space in spaces for name in space.parameters}
-        read = {name for space in spaces for name in _read(space)} - moved
+        read = {name for space in spaces for name in read_by(space)} - moved
         self.names = [name for name in tensors if name in moved]
         every = [*self.names, *(name for name in tensors if name in read)]
         self._shapes = {name: tensors[name].shape for name in every}
@@ -128,7 +127,7 @@ class Stacked:
         exact = sum(sizes) <= _DOUBLE or any(tensors[name].dtype != torch.float32 for name in every)
         self.dtype = torch.float64 if exact else torch.float32
         self._missing = torch.zeros((), dtype=like.dtype, device=self.device)
-        self._bundles = [self._bundle(members) for members in _bundled(spaces, self._shapes, self._begins)]
+        self._bundles = [self._bundle(members) for members in bundled(spaces, self._shapes, self._begins)]
         # Tangents of one kind of matrix lie beside each other: their exponentials are computed together.
         kinds = {n: _family(bundle.kind) for n, bundle in enumerate(self._bundles)}
         self._families = {kind: [n for n in kinds if kinds[n] == kind] for kind in dict.fromkeys(kinds.values())}
@@ -214,10 +213,9 @@ class Stacked:
             targets, which = np.unique(at, axis=0, return_inverse=True)
             alone = len(targets) == len(at)
             sums = torch.from_numpy((np.arange(len(targets))[:, None] == which.reshape(-1)).astype(np.float64))
-            numbers = [torch.from_numpy(a).to(self.device) for a in (at, at if alone else targets)]
-            carried.append(
-                _Carried(self._spot([c.weight for c in carries]), *numbers, None if alone else sums.to(self.device))
-            )
+            own, unlike = (torch.from_numpy(a).to(self.device) for a in (at, at if alone else targets))
+            weight = self._spot([c.weight for c in carries])
+            carried.append(_Carried(weight, own, unlike, None if alone else sums.to(self.device)))
         flips = tuple(flip for _, flip, _ in members)
         return _Bundle(tuple(space for space, _, _ in members), flips, tuple(spots), tuple(carried))
 
@@ -242,12 +240,6 @@ def _family(space: Space) -> tuple[str, int]:
     return ("matrix", space.k) if space.group in ("GL", "O") else (space.group, 0)
 
 
-def _read(space: Space) -> set[str]:
-    """Parameters that are looked at beside those that are changed."""
-    gains = {place.gain[0] for place in space.places if place.gain is not None}
-    return gains | {carry.weight.name for carry in space.carries}
-
-
 def _pieces(bundle: _Bundle, *flats: Tensor) -> Iterator[tuple[list[_Spot], list[list[Tensor]]]]:
     """Places that write, then those that read; small ones of matrix groups joined, large ones in parts.
 
@@ -256,7 +248,7 @@ def _pieces(bundle: _Bundle, *flats: Tensor) -> Iterator[tuple[list[_Spot], list
     for reads in (False, True):
         spots = [spot for spot in bundle.spots if spot.reads == reads]
         matrix = bundle.kind.group in ("GL", "O")
-        if matrix and len(spots) > 1 and sum(spot.numel for spot in spots) <= _LARGEST:
+        if matrix and len(spots) > 1 and sum(spot.numel for spot in spots) <= LARGEST:
             yield spots, [[next(spot.parts(flat)) for spot in spots] for flat in flats]
             continue
         for spot in spots:
@@ -328,7 +320,7 @@ def _pairs(spot: _Spot, t: Tensor) -> Tensor:
 def _weights(bundle: _Bundle, carried: _Carried, flat: Tensor) -> Tensor:
     """W of a carry ``[S, k, m]``."""
     spot = carried.weight
-    whole = flat[spot.index] if spot.index is not None else flat.as_strided(spot.sizes, spot.strides, spot.first)
+    whole = flat[spot.numbers] if spot.numbers is not None else flat.as_strided(spot.sizes, spot.strides, spot.first)
     return _joined(bundle, [spot], [whole])
 
 
@@ -342,7 +334,9 @@ def _act_(bundle: _Bundle, element: Element, flat: Tensor) -> None:
         spot, g = spots[0], element.inverse if spots[0].reads else element.value
         if group in ("scale", "shift"):
             part = parts[0]
-            g = (element.value if group == "shift" else g).view(*part.shape[: spot.lead + 1], *[1] * (part.ndim - spot.lead - 1))
+            g = (element.value if group == "shift" else g).view(
+                *part.shape[: spot.lead + 1], *[1] * (part.ndim - spot.lead - 1)
+            )
             factors = spot.factors(flat, part) if group == "shift" else None  # gains commute with scales
             g = g if factors is None else g / factors
             _ = part.mul_(g) if group == "scale" else part.add_(g)
@@ -360,113 +354,7 @@ def _act_(bundle: _Bundle, element: Element, flat: Tensor) -> None:
             split = [y.reshape(p.shape) for y, p in zip(Y.split(sizes, -1), parts, strict=True)]
             new = _gained(spots, flat, split, back=True)
             for part, y, s in zip(parts, new, spots, strict=True):
-                _ = part.copy_(y) if s.index is None else None
+                _ = part.copy_(y) if s.numbers is None else None
         for s, y in zip(spots, new, strict=True):
-            if s.index is not None:
-                flat[s.index] = y.to(flat.dtype)
-
-
-# --- which spaces may act together
-
-
-def _bundled(
-    spaces: Sequence[Space], shapes: Mapping[str, torch.Size], begins: Mapping[str, int]
-) -> list[list[tuple[Space, bool, list[Place]]]]:
-    """Spaces of one kind that commute, in the order of their elements; what does not commute stays in its order."""
-    bundles: list[tuple[Any, list[tuple[Space, bool, list[Place]]], int]] = []
-    near: dict[str, list[tuple[int, Space]]] = {}  # by parameter: who touches it, in which bundle
-    lines = _Lines(shapes)
-    for space in spaces:
-        flip, places = _oriented(space, begins)
-        kind = _kind(space, places)
-        touched = _read(space) | set(space.parameters)
-        others = {id(o): (n, o) for name in touched for n, o in near.get(name, ())}
-        least = max((n + 1 for n, o in others.values() if not lines.commute(space, o)), default=0)
-        size = max((p.base.numel() * len(p.offsets) for p in places), default=1)
-        chosen = next(
-            (n for n in range(least, len(bundles)) if bundles[n][0] == kind and bundles[n][2] + size <= _LARGEST), None
-        )
-        if chosen is None:
-            chosen = len(bundles)
-            bundles.append((kind, [], 0))
-        bundles[chosen][1].append((space, flip, places))
-        bundles[chosen] = (kind, bundles[chosen][1], bundles[chosen][2] + size)
-        for name in touched:
-            near.setdefault(name, []).append((chosen, space))
-    for _, members, _ in bundles:
-        members.sort(key=lambda member: [_start(p, begins) for p in member[2]])
-    return [members for _, members, _ in bundles]
-
-
-def _start(place: Place, begins: Mapping[str, int]) -> int:
-    return begins[place.name] + int(place.base.numpy()[0, 0]) + int(place.offsets.numpy()[0])
-
-
-def _oriented(space: Space, begins: Mapping[str, int]) -> tuple[bool, list[Place]]:
-    """Places in the order of their elements; of GL the first one writes: where it reads, ``M⁻ᵀ`` stands for M."""
-    places = sorted(space.places, key=lambda place: (_start(place, begins), place.reads))
-    gained = any(place.gain is not None for place in places)
-    flip = space.group == "GL" and bool(places) and places[0].reads and not gained
-    return flip, [p._replace(reads=not p.reads) for p in places] if flip else places
-
-
-def _kind(space: Space, places: list[Place]) -> Any:
-    """What spaces that are stacked have in common."""
-
-    def of(place: Place) -> Any:
-        grid = place.grid()
-        shape = tuple(place.base.shape), len(place.offsets)
-        return place.reads, place.gain is None, shape, None if grid is None else (grid[0], tuple(grid[1]))
-
-    carries = tuple((of(c.weight), len(c.at)) for c in space.carries)
-    return space.group, space.k, space.centred, tuple(of(place) for place in places), carries
-
-
-class _Lines:
-    """Which spaces commute, and do not write the same elements twice."""
-
-    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
-        self.shapes = shapes
-        self._known: dict[int, tuple[str, frozenset[int]] | None] = {}
-
-    def commute(self, a: Space, b: Space) -> bool:
-        """Whether they do, and may act at a time."""
-        if a.group == b.group == "shift":
-            pairs = [(c.at.numpy(), d.at.numpy()) for c in a.carries for d in b.carries if c.name == d.name]
-            if any(not np.array_equal(one, other) and np.intersect1d(one, other).size for one, other in pairs):
-                return False  # their sums cannot be written row by row
-        elif _read(a) & set(b.parameters) or _read(b) & set(a.parameters):
-            return False
-        elif (a.carries or b.carries) and set(a.parameters) & set(b.parameters):
-            return False
-        return all(self._apart(p, q) for p in a.places for q in b.places if p.name == q.name)
-
-    def _apart(self, p: Place, q: Place) -> bool:
-        one, other = self._of(p), self._of(q)
-        if one is None or other is None:
-            return False
-        return one[0] != other[0] or one[1].isdisjoint(other[1])
-
-    def _of(self, place: Place) -> tuple[str, frozenset[int]] | None:
-        if id(place) not in self._known:
-            self._known[id(place)] = self._found(place)
-        return self._known[id(place)]
-
-    def _found(self, place: Place) -> tuple[str, frozenset[int]] | None:
-        """Whole rows of a parameter, or whole columns, and which; ``None`` where they are neither."""
-        shape, base, offsets = self.shapes[place.name], place.base.numpy(), place.offsets.numpy()
-        if base.shape[1] != 1 and len(shape) < 2:
-            return "rows", frozenset((base[..., None] + offsets).reshape(-1).tolist())
-        if not len(shape) or base.shape[1] != 1:
-            return None
-        row = shape.numel() // shape[0]
-        first: NDArray[np.int64] = base[:, 0]
-        if np.array_equal(offsets, np.arange(row)) and not (first % row).any():
-            return "rows", frozenset((first // row).tolist())
-        if len(shape) == 1:
-            return "rows", frozenset((first[:, None] + offsets).reshape(-1).tolist())
-        rest = row // shape[1]
-        whole = (np.arange(shape[0])[:, None] * row + np.arange(rest)).reshape(-1)
-        if np.array_equal(np.sort(offsets), whole) and not (first % rest).any() and first.max() < row:
-            return "columns", frozenset((first // rest).tolist())
-        return None
+            if s.numbers is not None:
+                flat[s.numbers] = y.to(flat.dtype)

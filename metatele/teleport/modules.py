@@ -67,10 +67,10 @@ def ascend_(
     # In double precision, and written rounded once: steps in half precision would be lost, or add up their rounding.
     w = orbit.flat(tensors)
     targets = [tensors[n] for n in orbit.names]
-    narrow = {t.dtype for t in targets}
+    kinds = list({t.dtype for t in targets})
 
     def write() -> None:
-        rounded = w.to(*narrow) if len(narrow) == 1 else w
+        rounded = w.to(kinds[0]) if len(kinds) == 1 else w
         if targets:
             torch._foreach_copy_(targets, list(orbit.parts(rounded).values()))
 
