@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metatele.errors import ConfigError, NotExactError, ShapeMismatchError, SingularInputError
 from metatele.network.bias import with_ones
 from metatele.network.sequential import describe, read_sequential
-from metatele.perceptron.losses import Loss
+from metatele.perceptron.losses import Loss, relative_change
 from metatele.perceptron.mlp import MLP, Pass, Weights
 from metatele.symmetry import (
     Action,
@@ -213,6 +213,7 @@ class Point:
 
     def __init__(self, landscape: Landscape, weights: Weights, sites: Sequence[Site] | None = None) -> None:
         self.landscape, self.weights, self._sites = landscape, weights, sites
+        self._like: Sequence[Site] = ()  # of a point of the same weights: what their hidden layers are factorised to
 
     @cached_property
     def flat(self) -> Tensor:
@@ -243,10 +244,18 @@ class Point:
             if self._sites is None:
                 prepared = self.landscape.prepared(action) if m == 0 else None
                 activation = self.landscape.mlp.activations[m]
-                sites.append(Site(Pair(V, U, bias), inputs, activation, prepared, pre=pre, hidden=hidden, slope=slope))
+                site = Site(Pair(V, U, bias), inputs, activation, prepared, pre=pre, hidden=hidden, slope=slope)
+                sites.append(site.fitted(self._like[m]) if self._like else site)
             else:
                 sites.append(self._sites[m])
         return sites
+
+    def again(self) -> Point:
+        """The same weights, as they are stored, with passes of their own; factors of hidden layers serve both."""
+        other = self.landscape.at(self.flat)
+        if self._sites is not None and self.landscape.stored is None:
+            other._like = self._sites
+        return other
 
     def teleported(self, action: Action, elements: Sequence[GroupElement | None]) -> Point:
         """The point that group elements, one for each hidden layer, move this one to."""
@@ -263,6 +272,13 @@ class Point:
     def value(self) -> Tensor:
         """``L(w)``, ``[...]``."""
         return self.landscape.loss.value(self.outputs, self.landscape.targets)
+
+    def drift(self, start: Point) -> Tensor:
+        """Of the loss from another point of the landscape, ``[...]``; see :meth:`Loss.drift`."""
+        loss = self.landscape.loss
+        if type(loss).drift is not Loss.drift:
+            return loss.drift(start.outputs, self.outputs, self.landscape.targets)
+        return relative_change(start.value, self.value)
 
     @property
     def outputs(self) -> Tensor:

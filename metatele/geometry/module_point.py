@@ -28,6 +28,14 @@ def kept(model: nn.Module) -> Iterator[None]:
                 b.copy_(was)
 
 
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all numbers of some tensors, in double precision."""
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    norms = torch._foreach_norm([t.detach() for t in tensors], 2, dtype=torch.float64)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 class ModulePoint:
     """Any module at its weights, for objectives of :mod:`metatele.geometry`: what a ``Point`` is for perceptrons.
 
@@ -120,27 +128,36 @@ class ModulePoint:
             By name; nothing where v is zero or not finite.
         """
         here = self.gradients()[1] if gradients is None else gradients
-        sizes = [sum(float(t.detach().double().square().sum()) for t in own.values()) for own in (self.own, direction)]
+        sizes = torch.stack([norm_of(list(self.own.values())), norm_of(list(direction.values()))]).tolist()
+        return self.difference(direction, here, *sizes)
+
+    @torch.no_grad()
+    def difference(
+        self, direction: Mapping[str, Tensor], gradients: Mapping[str, Tensor], size: float, length: float
+    ) -> dict[str, Tensor]:
+        """The same where ``‖w‖`` and ``‖v‖`` are known."""
         unit = max(torch.finfo(p.dtype).eps for p in self.own.values())
-        step = math.sqrt(unit * sizes[0] / sizes[1]) if sizes[1] > 0 else 0.0
+        step = math.sqrt(unit) * size / length if length > 0 else 0.0
         if not 0 < step < math.inf:
             return {}
         with self.restored(direction):
-            for name, t in direction.items():
-                self.own[name].add_(t, alpha=step)
+            torch._foreach_add_([self.own[name] for name in direction], list(direction.values()), alpha=step)
             _, there = self.gradients()
-        return {name: (there[name] - t) / step for name, t in here.items() if name in there}
+        names = [name for name in gradients if name in there]
+        differences = torch._foreach_sub([there[name] for name in names], [gradients[name] for name in names])
+        torch._foreach_div_(differences, step)
+        return dict(zip(names, differences, strict=True))
 
     @contextmanager
     def restored(self, names: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Weights that may be changed, and come back; gives what they were."""
-        before = {name: self.own[name].detach().clone() for name in names}
+        own = [self.own[name].detach() for name in names]
+        before = list(torch._foreach_mul(own, 1)) if own else []  # copies
         try:
-            yield before
+            yield dict(zip(names, before, strict=True))
         finally:
-            with torch.no_grad():
-                for name, t in before.items():
-                    self.own[name].copy_(t)
+            if own:
+                torch._foreach_copy_(own, before)
 
     @property
     def size(self) -> int:

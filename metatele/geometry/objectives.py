@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from metatele.geometry.landscape import Point, point_given
@@ -78,7 +79,8 @@ class GradientNorm(Objective):
             gradient = point.flatten(point.gradients()[1])
             return (gradient * self._of_flat(gradient)).sum()
         point_given(point)
-        return _inner(point.derivative, self._scaled(point))
+        gradient = point.gradient
+        return (gradient * self._of_flat(gradient)).sum(-1)
 
     def value_and_gradient(self, point: Point | ModulePoint) -> tuple[Tensor, Tensor]:
         """See the class."""
@@ -95,8 +97,10 @@ class GradientNorm(Objective):
     def value_and_derivative(self, point: Point) -> tuple[Tensor, Weights]:
         """See the class."""
         point_given(point)
-        scaled = self._scaled(point)
-        return _inner(point.derivative, scaled), _map(lambda t: 2 * t, point.curvature(scaled))
+        product = point.curvature(self._scaled(point))
+        parts = [t for t in (*product.matrices, *product.biases) if t is not None]
+        doubled = iter(torch._foreach_mul(parts, 2))
+        return self.value(point), _map(lambda _: next(doubled), product)
 
     def _of_flat(self, gradient: Tensor) -> Tensor:
         return gradient if self.metric is None else self.metric * gradient
@@ -112,12 +116,3 @@ def _map(function: Callable[[Tensor], Tensor], weights: Weights) -> Weights:
         tuple(function(W) for W in weights.matrices),
         tuple(None if b is None else function(b) for b in weights.biases),
     )
-
-
-def _inner(left: Weights, right: Weights) -> Tensor:
-    """Sum over all entries of the products, ``[...]``."""
-    parts = [(a * b).sum((-2, -1)) for a, b in zip(left.matrices, right.matrices, strict=True)]
-    parts += [
-        (a * b).sum(-1) for a, b in zip(left.biases, right.biases, strict=True) if a is not None and b is not None
-    ]
-    return sum(parts[1:], parts[0])

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 GROUPS = ("GL", "O", "scale", "phase", "perm", "shift")
@@ -41,31 +43,42 @@ class Place(NamedTuple):
 
         No number of an element is written down then: those of a matrix take twice its own memory.
         """
-        grid = _grid(self.base[:, 0]), _grid(self.base[0]), _grid(self.offsets)
-        if not tensor.is_contiguous() or any(levels is None for levels in grid):
+        grid = self.grid() if tensor.is_contiguous() else None
+        if grid is None:
             return None
-        if self.base.shape[1] > 1 and bool((self.base - self.base[:, :1] != self.base[0] - self.base[0, 0]).any()):
+        units, rest, first = grid
+        sizes, strides = zip(units, *rest, strict=True)
+        return tensor.as_strided(sizes, strides, tensor.storage_offset() + first)
+
+    def grid(self) -> tuple[tuple[int, int], list[tuple[int, int]], int] | None:
+        """Size and stride of the units and of the rest, and the first element; ``None`` where they are on no grid."""
+        base, offsets = self.base.numpy(), self.offsets.numpy()
+        levels = grid_of(base[:, 0]), grid_of(base[0]), grid_of(offsets)
+        if levels[0] is None or levels[1] is None or levels[2] is None or len(levels[0]) > 1:
             return None
-        first = tensor.storage_offset() + int(self.base[0, 0]) + int(self.offsets[0])
-        units, rest = grid[0] or [(1, 1)], [*(grid[1] or []), *(grid[2] or [])]
-        if len(units) > 1:
+        if base.shape[1] > 1 and bool((base - base[:, :1] != base[0] - base[0, 0]).any()):
             return None
-        sizes, strides = zip(*units, *rest, strict=True)
-        return tensor.as_strided(sizes, strides, first)
+        units = levels[0][0] if levels[0] else (1, 1)
+        return units, [*levels[1], *levels[2]], int(base[0, 0]) + int(offsets[0])
 
 
-def _grid(numbers: Tensor) -> list[tuple[int, int]] | None:
-    """Sizes and strides of numbers that lie on a grid, the last fastest; ``None`` where they do not."""
+def grid_of(numbers: NDArray[np.int64]) -> list[tuple[int, int]] | None:
+    """Sizes and strides of numbers that lie on a grid, the last fastest; ``None`` where they do not.
+
+    Example:
+        >>> grid_of(np.array([0, 1, 2, 10, 11, 12]))
+        [(2, 10), (3, 1)]
+    """
     levels: list[tuple[int, int]] = []
     while len(numbers) > 1:
-        steps = numbers.diff()
+        steps = np.diff(numbers)
         stride = int(steps[0])
-        other = (steps != stride).nonzero()
-        size = len(numbers) if not len(other) else int(other[0]) + 1
+        other = steps != stride
+        size = int(other.argmax()) + 1 if other.any() else len(numbers)
         if stride <= 0 or len(numbers) % size:
             return None
-        rows = numbers.view(-1, size)
-        if bool((rows - rows[:, :1] != rows[0] - rows[0, 0]).any()):
+        rows = numbers.reshape(-1, size)
+        if len(rows) > 1 and bool((rows - rows[:, :1] != rows[0] - rows[0, 0]).any()):
             return None
         levels.insert(0, (size, stride))
         numbers = rows[:, 0]

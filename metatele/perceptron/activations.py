@@ -182,7 +182,11 @@ class ReLU(Activation):
     def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step function, then zeros."""
         zero = torch.zeros_like(z)
-        return (z > 0).to(z.dtype), zero, zero
+        return self.derivative(z), zero, zero
+
+    def derivative(self, z: Tensor) -> Tensor:
+        """Step function."""
+        return (z > 0).to(z.dtype)
 
     def why_not_invertible(self) -> str:
         """See the base class."""

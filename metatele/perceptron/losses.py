@@ -97,9 +97,12 @@ class Loss(ABC):
         Returns:
             ``[...]``; very large where the reference is zero.
         """
-        reference = self.value(before, targets)
-        change = (self.value(after, targets) - reference).abs()
-        return change / reference.abs().clamp_min(torch.finfo(reference.dtype).tiny)
+        return relative_change(self.value(before, targets), self.value(after, targets))
+
+
+def relative_change(before: Tensor, after: Tensor) -> Tensor:
+    """``|L' - L| / |L|``; very large where L is zero."""
+    return (after - before).abs() / before.abs().clamp_min(torch.finfo(before.dtype).tiny)
 
 
 @dataclass(frozen=True)

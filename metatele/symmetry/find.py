@@ -2,6 +2,7 @@ r"""Which symmetries a module has: found from one real pass, and each verified b
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,7 +153,11 @@ def refuse_parameters(model: nn.Module) -> None:
             raise UnsupportedModelError(f"parameter {name} is on the meta device and has no values")
         if not p.is_floating_point() or p.is_quantized:
             raise UnsupportedModelError(f"parameter {name} is of {p.dtype}: only real floating-point numbers move")
-        if not bool(p.detach().isfinite().all()):
+    named = [(name, p.detach()) for name, p in model.named_parameters() if p.numel()]
+    largest = torch._foreach_norm([p for _, p in named], math.inf) if named else []
+    finite = torch.stack([t.isfinite().to(largest[0].device) for t in largest]).tolist() if named else []
+    for (name, _), well in zip(named, finite, strict=True):
+        if not well:
             raise ConfigError(f"parameter {name} holds numbers that are not finite")
 
 

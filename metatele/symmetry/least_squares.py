@@ -178,7 +178,8 @@ class DampedInverse(NamedTuple):
         tall = A.shape[-2] > A.shape[-1]
         upper = A if tall else A.mT
         # The floor keeps an all-zero A solvable: X = 0, with a zero derivative.
-        root = (damping * A.square().sum((-2, -1), keepdim=True)).clamp_min(torch.finfo(A.dtype).tiny).sqrt()
+        size = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True)
+        root = (damping**0.5 * size).clamp_min(torch.finfo(A.dtype).tiny ** 0.5)
         eye = torch.eye(upper.shape[-1], dtype=A.dtype, device=A.device)
         Q, R = torch.linalg.qr(torch.cat([upper, root * eye], -2))
         return DampedInverse(Q[..., : upper.shape[-2], :], R, tall)

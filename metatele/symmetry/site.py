@@ -103,6 +103,11 @@ class Site:
             self._fits[damping] = DampedInverse.of(self.hidden, damping)
         return self._fits[damping]
 
+    def fitted(self, other: Site) -> Site:
+        """This hidden layer, with the inverses that are known of one that is the same to rounding."""
+        self._fits = other._fits
+        return self
+
     def between(self, pair: Pair) -> Site:
         """The same hidden layer with other weights behind it."""
         other = copy.copy(self)

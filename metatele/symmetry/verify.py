@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_map
 from metatele.network.spaces import Space
 from metatele.symmetry.double import change_of, outputs_of
 from metatele.symmetry.exact import Element, act_, random_element
+from metatele.symmetry.stacked import Stacked
 
 _TOLERANCE = 1e-9  # of a verified space: relative change of the outputs in float64
+_TOGETHER = 1 << 24  # parameters; of larger models no second copy is made to move all spaces together
 _CONDITION = 4.0  # of the elements by which spaces are verified
 _PERIOD = 1048573  # a prime: no two rows of a matrix have the same numbers, whatever its width
 
@@ -34,16 +36,20 @@ class VerifiedPoint:
         self.original = original
         g = torch.Generator().manual_seed(2)
         self.noise = torch.randn(_PERIOD, generator=g, dtype=torch.float64).repeat(2) if nearby else None
+        self._sizes: dict[str, Tensor] = {}
 
     def put_(self, name: str, parameter: Tensor) -> None:
         """Write one into a contiguous tensor."""
         parameter.copy_(self.original[name])
         if self.noise is None:
             return
-        size = 0.1 * (float(torch.linalg.vector_norm(parameter)) / max(1, parameter.numel()) ** 0.5 + 0.1)
-        noise = self.noise[zlib.crc32(name.encode()) % _PERIOD :].to(parameter.device)
+        if name not in self._sizes:
+            self._sizes[name] = 0.1 * (parameter.norm() / max(1, parameter.numel()) ** 0.5 + 0.1)
+        if self.noise.device != parameter.device:
+            self.noise = self.noise.to(parameter.device)
+        noise = self.noise[zlib.crc32(name.encode()) % _PERIOD :]
         for part in parameter.view(-1).split(_PERIOD):
-            part.add_(noise[: len(part)], alpha=size)
+            part.addcmul_(noise[: len(part)], self._sizes[name])
 
 
 def _others(tree: Any, g: torch.Generator) -> Any:
@@ -86,8 +92,16 @@ class Check(NamedTuple):
         """How much they change them, relatively."""
         g = torch.Generator().manual_seed(seed)
         moved = {**self.tensors, **{name: b.clone() for name, b in self.model.named_buffers()}}
+        continuous = [space for space in chosen if space.dimension]
+        together = len(continuous) > 1 and sum(t.numel() for t in self.tensors.values()) <= _TOGETHER
+        if together:
+            stacked = Stacked(continuous, self.tensors)
+            w = stacked.flat(moved)
+            stacked.act_(w, stacked.stack([_tried(space, g, swap) for space in stacked.spaces]))
+            torch._foreach_copy_([moved[name] for name in stacked.names], list(stacked.parts(w).values()))
         for space in chosen:
-            act_(space, _tried(space, g, swap), moved)
+            if not (together and space.dimension):
+                act_(space, _tried(space, g, swap), moved)
         change = change_of(outputs_of(self.model, moved, self.inputs, self.named), self.before)
         for name in {name for space in chosen for name in space.parameters}:
             self.point.put_(name, self.tensors[name])

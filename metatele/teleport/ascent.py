@@ -12,13 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from metatele.errors import ConfigError
 from metatele.geometry import GradientNorm, Landscape, Objective, Point
 from metatele.perceptron.mlp import MLP, Weights
-from metatele.symmetry import PARAMETRISATIONS, Action, Pair
+from metatele.symmetry import PARAMETRISATIONS, Action, GroupElement, Pair, exponential
 from metatele.teleport.move import Course, Leg, TeleportMove, finite_radius
 from metatele.teleport.report import Reason
 
@@ -102,67 +103,82 @@ class Ascent(TeleportMove):
         """See the base class."""
         landscape, point = start.landscape, start
         chosen = self.chosen_action(landscape)
-        undone = torch.zeros(start.flat.shape[:-1], dtype=torch.bool, device=start.flat.device)
-        active = ~undone
-        radius = start.flat.new_full(undone.shape, self.radius)
+        # What is decided is decided on the CPU, from numbers that are read once a try: each read waits for the device.
+        undone = np.zeros(start.flat.shape[:-1], dtype=np.bool_)
+        active = np.ones_like(undone)
+        radius = np.full(undone.shape, self.radius)
         path: list[Leg] = []
         bounded = math.isfinite(self.max_drift)
-        why = torch.full(undone.shape, int(Reason.MOVED), device=undone.device)
+        why = np.full(undone.shape, int(Reason.MOVED))
+        device = start.flat.device
+        searches = self.rate == "line-search"
         for _ in range(self.steps):
             value, derivative = self.objective.value_and_derivative(point)
             if math.isfinite(self.cap):
-                reached_cap = ~((value > self.cap) if self.descend else (value < self.cap))
-                why = torch.where(active & reached_cap, Reason.CAP, why)
+                reached = value.cpu().numpy()
+                reached_cap = np.logical_not((reached > self.cap) if self.descend else (reached < self.cap))
+                why = np.where(active & reached_cap, int(Reason.CAP), why)
                 active = active & ~reached_cap
-                if not bool(active.any()):
+                if not active.any():
                     break
             direction = self.direction(chosen, point, derivative, movable)
-            lost = torch.where(_square(direction) > 0, Reason.MOVED, Reason.NO_DIRECTION)
+            square = allowed = _square(direction)
             if chosen.name == "rescaling" and math.isfinite(self.max_imbalance):
                 direction = self._bounded(direction, point)
-                lost = torch.where((_square(direction) == 0) & (lost == Reason.MOVED), Reason.IMBALANCE, lost)
-            tries = self.tries if self.rate == "line-search" else 1
+                allowed = _square(direction)
+            size = torch.linalg.vector_norm(point.flat, dim=-1) if searches else square
             waiting = active
-            for _ in range(tries):
-                leg = self.step(chosen, landscape, direction, radius, waiting)
+            for _ in range(self.tries if searches else 1):
+                length = torch.as_tensor(radius, dtype=allowed.dtype)
+                length = length.to(device) if length.ndim else length  # a number goes along with its kernel
+                leg = self.step(chosen, landscape, direction, allowed, length, torch.as_tensor(waiting))
                 moved = leg.move(point)
                 if bounded:  # judged as the whole move will be, from the weights alone and as they are stored
-                    moved = landscape.at(moved.flat)
-                finite = torch.isfinite(moved.outputs.sum((-2, -1)))  # the weights are looked at in the end
+                    moved = moved.again()
+                known = [square, allowed, moved.outputs.sum((-2, -1))]  # the weights are looked at in the end
+                known.append(moved.drift(start) if bounded else square)
+                if searches:
+                    change = torch.linalg.vector_norm(moved.flat - point.flat, dim=-1)
+                    known += [value, self.objective.value(moved), change, size]
+                numbers = torch.stack(torch.broadcast_tensors(*known)).double().cpu().numpy()
+                lost = np.where(numbers[1] == 0, int(Reason.IMBALANCE), int(Reason.MOVED))
+                lost = np.where(numbers[0] > 0, lost, int(Reason.NO_DIRECTION))
+                finite = np.isfinite(numbers[2])
                 good = waiting & finite
-                failed = torch.where(finite, Reason.MOVED, Reason.NOT_FINITE)
+                failed = np.where(finite, int(Reason.MOVED), int(Reason.NOT_FINITE))
                 if bounded:
-                    near = landscape.loss.drift(start.outputs, moved.outputs, landscape.targets) <= self.max_drift
-                    failed = torch.where(good & ~near, Reason.DRIFT, failed)
+                    near = numbers[3] <= self.max_drift
+                    failed = np.where(good & ~near, int(Reason.DRIFT), failed)
                     good = good & near
-                if self.rate == "line-search":
-                    reached = self.objective.value(moved)
-                    better = (reached < value) if self.descend else (reached > value)
-                    failed = torch.where(good & ~better, Reason.NO_GAIN, failed)
+                if searches:
+                    old, reached, far, whole = numbers[4:]
+                    better = (reached < old) if self.descend else (reached > old)
+                    failed = np.where(good & ~better, int(Reason.NO_GAIN), failed)
                     good = good & better
-                    small = (moved.flat - point.flat).norm(dim=-1) <= self.max_change * point.flat.norm(dim=-1)
-                    failed = torch.where(good & ~small, Reason.TOO_FAR, failed)
+                    small = far <= self.max_change * whole
+                    failed = np.where(good & ~small, int(Reason.TOO_FAR), failed)
                     good = good & small
-                why = torch.where(waiting, torch.where(lost > 0, lost, failed), why)
-                # Where every network moved, its passes serve the next step.
-                if bool(good.all()):
-                    point = moved
-                else:
-                    point = landscape.at(torch.where(good.unsqueeze(-1), moved.flat, point.flat))
-                path.append(leg._replace(active=good))
+                why = np.where(waiting, np.where(lost > 0, lost, failed), why)
+                # Where every network moved, its passes serve the next step; where none did, they serve another try.
+                if good.any():
+                    mask = torch.as_tensor(good).to(device)
+                    path.append(leg._replace(active=mask))
+                    every = bool(good.all())
+                    there = moved if every else landscape.at(torch.where(mask[..., None], moved.flat, point.flat))
+                    point = there
                 waiting = waiting & ~good
-                if self.rate == "line-search":
-                    longer, shorter = (2 * radius).clamp(max=self.radius), radius / 2
-                    radius = torch.where(good, longer, torch.where(waiting, shorter, radius))
-                if not bool(waiting.any()):
+                if searches:
+                    longer, shorter = np.minimum(2 * radius, self.radius), radius / 2
+                    radius = np.where(good, longer, np.where(waiting, shorter, radius))
+                if not waiting.any():
                     break
             # A fixed step that cannot be made is taken back; a line search has then merely arrived.
-            if self.rate != "line-search":
+            if not searches:
                 undone = undone | waiting
             active = active & ~waiting
-            if not bool(active.any()):
+            if not active.any():
                 break
-        return Course(point.flat, [leg for leg in path if bool(leg.active.any())], undone, why)
+        return Course(point.flat, path, torch.as_tensor(undone).to(device), torch.as_tensor(why).to(device))
 
     def direction(
         self, chosen: Action, point: Point, covector: Weights, movable: Sequence[bool]
@@ -189,21 +205,39 @@ class Ascent(TeleportMove):
         return bounded
 
     def step(
-        self, chosen: Action, landscape: Landscape, direction: list[Tensor | None], radius: Tensor, active: Tensor
+        self,
+        chosen: Action,
+        landscape: Landscape,
+        direction: list[Tensor | None],
+        square: Tensor,
+        radius: Tensor,
+        active: Tensor,
     ) -> Leg:
-        """The group elements of one step along ``direction``."""
+        """The group elements of one step along ``direction``, of squared norm ``square``."""
         sign = -1.0 if self.descend else 1.0
         if self.rate == "fixed":
-            factor = torch.full_like(radius, sign * self.lr)
+            factor = torch.full_like(square, sign * self.lr)
         else:
-            square = _square(direction)
             factor = sign * radius * torch.where(square > 0, square, 1.0).rsqrt()
-        element = PARAMETRISATIONS[self.parametrisation]
-        elements = [
-            None if d is None else element(chosen.algebra(factor.unsqueeze(-1) * d, k))
-            for d, k in zip(direction, landscape.mlp.hidden_widths, strict=True)
-        ]
+        widths = landscape.mlp.hidden_widths
+        elements: list[GroupElement | None] = [None] * len(widths)
+        for k in dict.fromkeys(widths):  # layers of one width at a time
+            members = [n for n, d in enumerate(direction) if d is not None and widths[n] == k]
+            alike = [d for d, width in zip(direction, widths, strict=True) if d is not None and width == k]
+            if alike:
+                g = self._element(chosen, factor.unsqueeze(-1) * torch.stack(alike), k)
+                for n, matrix, inverse in zip(members, g.matrix.unbind(0), g.inverse.unbind(0), strict=True):
+                    elements[n] = GroupElement(matrix, inverse)
         return Leg(chosen, landscape.inputs, elements, active)
+
+    def _element(self, chosen: Action, coordinates: Tensor, k: int) -> GroupElement:
+        """From coordinates of the algebra; steps are short, so that a Taylor series will do for exponentials."""
+        if self.parametrisation == "exp" and chosen.name == "rescaling":
+            return GroupElement(chosen.algebra(coordinates.exp(), k), chosen.algebra((-coordinates).exp(), k))
+        T = chosen.algebra(coordinates, k)
+        if self.parametrisation == "exp" and self.rate != "fixed" and self.radius <= 0.5:
+            return exponential(T, self.radius)
+        return PARAMETRISATIONS[self.parametrisation](T)
 
 
 def _square(direction: Sequence[Tensor | None]) -> Tensor:

@@ -14,9 +14,10 @@ from metatele.geometry.module_point import kept as buffers_kept
 from metatele.network import ranks
 from metatele.network.spaces import Space
 from metatele.symmetry.double import steady
-from metatele.symmetry.exact import Element, act_, element_of, pullback
+from metatele.symmetry.exact import Element
+from metatele.symmetry.stacked import Stacked
 from metatele.teleport.report import Reason, TeleportReport
-from metatele.teleport.slopes import slope_of
+from metatele.teleport.slopes import slope_of, told
 
 
 @torch.no_grad()
@@ -61,17 +62,17 @@ def ascend_(
     """
     begin_s = time.perf_counter()
     moving = [s for s in spaces if s.group != "perm"]
-    names = list(dict.fromkeys(name for s in moving for name in s.parameters))
     tensors: dict[str, Tensor] = {n: p.data for n, p in model.named_parameters()}
-    # Steps in half precision would be lost, or add up their rounding: what is written is rounded once.
-    exact = {n: tensors[n].double() if tensors[n].element_size() < 4 else tensors[n] for n in names}
+    orbit = Stacked(moving, tensors)
+    # In double precision, and written rounded once: steps in half precision would be lost, or add up their rounding.
+    w = orbit.flat(tensors)
+    targets = [tensors[n] for n in orbit.names]
+    kinds = list({t.dtype for t in targets})
 
-    def write(to: dict[str, Tensor]) -> None:
-        for n, t in to.items():
-            if t is not exact[n]:
-                exact[n].copy_(t)
-            if exact[n] is not tensors[n]:
-                tensors[n].copy_(exact[n])
+    def write() -> None:
+        rounded = w.to(kinds[0]) if len(kinds) == 1 else w
+        if targets:
+            torch._foreach_copy_(targets, list(orbit.parts(rounded).values()))
 
     sign = -1.0 if descend else 1.0
     goal = GradientNorm() if objective is None else objective
@@ -79,41 +80,42 @@ def ascend_(
         slope = slope_of(goal, ModulePoint(model, loss, moving, group))
         first_loss, first = slope.value()
         best, known_loss, done, taken_back = first, first_loss, 0, False
-        kept = {n: t.clone() for n, t in exact.items()}
-        size = math.sqrt(sum(float(t.double().square().sum()) for t in kept.values()))
+        kept, size = w.clone(), torch.linalg.vector_norm(w[: orbit.moved], dtype=torch.float64)
         reason = Reason.MOVED
-        fresh = True
-        slopes: dict[str, Tensor] = {}
+        direction: Tensor | None = None
+        norm = size
         for _ in range(steps):
             if math.isfinite(cap) and sign * best >= sign * cap:
                 reason = reason if done else Reason.CAP
                 break
-            slopes = slope.derivative() if fresh else slopes
-            tangents = [sign * pullback(s, tensors, slopes) for s in moving]
-            norm = math.sqrt(sum(float(t.square().sum()) for t in tangents))
-            if not (0 < norm < math.inf):
+            if direction is None:
+                direction = sign * orbit.pullback(w, orbit.flat(slope.derivative()))
+                norm = torch.linalg.vector_norm(direction)
+            elements = orbit.elements(direction * (radius / norm), radius)
+            orbit.act_(w, elements)
+            change = torch.linalg.vector_norm((w - kept)[: orbit.moved], dtype=torch.float64) / size
+            length, far = told(norm, change)
+            if not (0 < length < math.inf):
                 reason = Reason.NO_DIRECTION
                 break
-            elements = [element_of(s, t * (radius / norm)) for s, t in zip(moving, tangents, strict=True)]
-            for s, element in zip(moving, elements, strict=True):
-                act_(s, element, {**tensors, **exact})
-            change = math.sqrt(sum(float((t - kept[n]).double().square().sum()) for n, t in exact.items())) / size
-            write(exact)
+            write()
             try:
-                now_loss, now = slope.value() if change <= max_change else (math.nan, math.nan)
+                now_loss, now = slope.value() if far <= max_change else (math.nan, math.nan)
             except BaseException:  # whatever the loss raises: the model is not left half moved
-                write(kept)
+                w.copy_(kept)
+                write()
                 raise
             drift = abs(now_loss - first_loss) / max(abs(first_loss), 1e-30)
             if math.isfinite(now) and drift <= max_drift and sign * now > sign * best:
-                best, known_loss, done, fresh = now, now_loss, done + 1, True
-                kept = {n: t.clone() for n, t in exact.items()}
+                best, known_loss, done, direction = now, now_loss, done + 1, None
+                kept.copy_(w)
                 if path is not None:
-                    path += zip(moving, elements, strict=True)
+                    path += orbit.each(elements)
                 continue
             taken_back = taken_back or not drift <= max_drift
-            write(kept)
-            radius, fresh, reason = radius / 2, False, Reason.NO_GAIN
+            w.copy_(kept)
+            write()
+            radius, reason = radius / 2, Reason.NO_GAIN
     why = Reason.MOVED if done else reason
     return TeleportReport(
         *(goal.name, first_loss, known_loss, first, best),

@@ -50,14 +50,15 @@ class Leg(NamedTuple):
     def apply(self, mlp: MLP, flat: Tensor) -> Tensor:
         """The weights ``[..., P]`` moved; differentiable in them."""
         moved = mlp.flatten(sweep(self.action, mlp, mlp.unflatten(flat), self.inputs, self.elements))
-        return torch.where(self.active.unsqueeze(-1), moved, flat)
+        return torch.where(self.active.to(flat.device).unsqueeze(-1), moved, flat)
 
     def move(self, point: Point) -> Point:
         """The same of a point, whose passes are made use of."""
         moved = point.teleported(self.action, self.elements)
         if bool(self.active.all()):
             return moved
-        return point.landscape.at(torch.where(self.active.unsqueeze(-1), moved.flat, point.flat))
+        mask = self.active.to(point.flat.device).unsqueeze(-1)
+        return point.landscape.at(torch.where(mask, moved.flat, point.flat))
 
 
 class Course(NamedTuple):
@@ -188,7 +189,7 @@ class TeleportMove(ABC):
         end = landscape.at(moved)
         moved = end.flat
         finite = torch.isfinite(moved).all(-1)
-        drift = landscape.loss.drift(start.outputs, end.outputs, landscape.targets)
+        drift = end.drift(start)
         accepted = finite & (drift <= self.max_drift)
         if not bool(accepted.all()):
             moved = torch.where(accepted.unsqueeze(-1), moved, flat)

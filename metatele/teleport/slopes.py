@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 from metatele.geometry import Curvature, GradientNorm, ModuleObjective, ModulePoint, Sharpness
+from metatele.geometry.module_point import norm_of
+
+
+def told(*numbers: Tensor) -> list[float]:
+    """Numbers on a device, in one read."""
+    device = numbers[0].device
+    return torch.stack([n.detach().double().to(device) for n in numbers]).tolist()
 
 
 class Slope(ABC):
@@ -28,16 +35,19 @@ class GradientNormSlope(Slope):
     def __init__(self, point: ModulePoint) -> None:
         self.point = point
         self.gradients: dict[str, Tensor] = {}
+        self.sizes = (0.0, 0.0)  # of the weights and of their gradient
 
     def value(self) -> tuple[float, float]:
         """See the base class."""
         loss, self.gradients = self.point.gradients()
-        squares = [g.double().square().sum() for g in self.gradients.values()]
-        return float(loss), float(sum(squares, torch.zeros(())))
+        sizes = norm_of(list(self.point.own.values())), norm_of(list(self.gradients.values()))
+        value, *known = told(loss, *sizes)
+        self.sizes = known[0], known[1]
+        return value, known[1] ** 2
 
     def derivative(self) -> dict[str, Tensor]:
         """See the base class."""
-        return self.point.hessian_product(self.gradients, self.gradients)
+        return self.point.difference(self.gradients, self.gradients, *self.sizes)
 
 
 class ObjectiveSlope(Slope):
@@ -48,7 +58,8 @@ class ObjectiveSlope(Slope):
 
     def value(self) -> tuple[float, float]:
         """See the base class."""
-        return float(self.point.loss()), float(self.objective.value(self.point))
+        loss, value = told(self.point.loss(), self.objective.value(self.point))
+        return loss, value
 
     def derivative(self) -> dict[str, Tensor]:
         """See the base class."""
