@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from metatele.network import ranks
+from metatele.network.again import COMPILED, Again, ends_in, numbered
 from metatele.network.graph import Use, tensors_in, walk
 from metatele.network.heads import Head, agreed, heads_of
 from metatele.network.hook import is_ordinary, listen
@@ -44,6 +45,7 @@ class _Pass:
         scale: Number of the part whose whole gradient is kept, to compare it with ``p.grad``.
         heads: Of attention, if they were asked for.
         within: Those it is counted with.
+        again: How it is made once more, if its graph is compiled.
         let_go: Its uses are seen no more.
         replaced: It is a part of another pass.
     """
@@ -60,6 +62,7 @@ class _Pass:
     scale: int | None = None
     heads: list[Head] = field(default_factory=list)
     within: list[_Pass] | None = None
+    again: Again | None = None
     let_go: bool = False
     replaced: bool = False
 
@@ -67,7 +70,7 @@ class _Pass:
         """Let go of the graph, whose nodes hold on to their hooks and these to the nodes."""
         for live in self.uses:
             live.use = None
-        self.uses, self.let_go = [], True
+        self.uses, self.again, self.let_go = [], None, True
 
 
 @dataclass(eq=False)
@@ -124,6 +127,7 @@ class Watch:
         self._totals: dict[int, Total] = {}
         self._live: list[_Pass] = []
         self._inner: list[_Pass] = []  # of the module inside, until the one around it is known to have been called
+        self._into: list[_Came] | None = None  # what comes while a pass is made again
         self._partial = False  # whether a pass counts whose uses were let go
         self._number, self._called = 0, False
         self._reasons: dict[int, str] = {}
@@ -180,7 +184,7 @@ class Watch:
         self._group = self._group if inside else ranks.active_group()
         if not torch.is_grad_enabled():
             return
-        outputs = [t for t in tensors_in(output) if is_ordinary(t) and t.grad_fn is not None]
+        outputs = ends_in(output)
         if not outputs:
             return
         if level == 0:
@@ -208,7 +212,11 @@ class Watch:
         if level == 1:
             self._inner = [*self._inner[1 - _LIVE :], passed]
         if wanted.walks:
-            self._walk(passed, outputs)
+            if not inside and self._is_compiled(outputs):
+                module = self.root if level == 0 else inside_of(self.root)
+                passed.again = Again.of(module or self.root, given, outputs)
+            else:
+                self._walk(passed, outputs)
             self._live.append(passed)
             if len(self._live) > _LIVE:
                 self._live.pop(0).release()
@@ -218,12 +226,15 @@ class Watch:
         first = next((t for t in outputs if t.dim()), outputs[0])
         if passed.wanted.ends:
             passed.outputs = first.detach().clone()  # a loss may scale it in place
-        heard = set()
-        for t in (first, *outputs):
-            if t.grad_fn is not None and t.grad_fn not in heard:
-                heard.add(t.grad_fn)
-                number = t.output_nr if t is first and passed.wanted.ends else None
-                t.grad_fn.register_prehook(partial(self._came_back, passed, number))
+        for node, n in numbered(outputs).items():
+            number = first.output_nr if node is first.grad_fn and passed.wanted.ends else None
+            node.register_prehook(partial(self._came_back, passed, n, number))
+
+    def _is_compiled(self, outputs: list[Tensor]) -> bool:
+        """Whether a compiled graph hides how a parameter is used."""
+        if "torch._dynamo" in sys.modules:
+            self._reasons = walk(outputs, self.parts, (p for _, p in self.vectors)).reasons
+        return COMPILED in self._reasons.values()
 
     def _walk(self, passed: _Pass, outputs: list[Tensor]) -> None:
         found = walk(outputs, self.parts, (p for _, p in self.vectors))
@@ -247,7 +258,20 @@ class Watch:
             passed.uses.append(live)
             use.node.register_prehook(partial(self._used, passed, live))
 
-    def _came_back(self, passed: _Pass, number: int | None, gradients: tuple[Tensor | None, ...]) -> None:
+    def complete(self) -> None:
+        """Make passes that count and whose graphs were compiled once more, call by call, to see what these hide."""
+        for passed in [one for one in self.ended if one.again is not None]:
+            reasons, self._into = self._reasons, []
+            if not passed.again.make(list(self._parameters), partial(self._walk, passed)):  # type: ignore[union-attr]
+                self._reasons, self._into = reasons, []
+            came, self._into = self._into, None
+            passed.release()
+            passed.let_go = False
+            self._take(came)
+
+    def _came_back(self, passed: _Pass, node: int, number: int | None, gradients: tuple[Tensor | None, ...]) -> None:
+        if passed.again is not None:
+            passed.again.came(node, gradients)
         gradient = None if number is None else gradients[number]
         self._note((passed, None, [], None if gradient is None else gradient.detach()))
 
@@ -258,6 +282,9 @@ class Watch:
             self._note((passed, live, sums, None))
 
     def _note(self, came: _Came) -> None:
+        if self._into is not None:
+            self._into.append(came)
+            return
         self._pending.setdefault(_backward_number(), []).append(came)
         if len(self._pending) > _LIVE:  # of attacks or penalties, say, that reach no parameter
             self._pending.pop(next(iter(self._pending)))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metatele.errors import MetateleError, UnsupportedModelError
+from metatele.errors import MetateleError
 from metatele.learned.general.course import Course
 from metatele.learned.general.memory import laid_back, laid_out, read
 from metatele.learned.general.optimizer import GeneralOptimizer
@@ -25,7 +25,7 @@ from metatele.network.wanted import NOTHING
 from metatele.network.watch import Watch
 from metatele.optim.checked import own
 from metatele.optim.described import Row, rows_of
-from metatele.optim.equivariant import NETWORK, EquivariantStepper
+from metatele.optim.equivariant import NETWORK, perceptrons
 from metatele.optim.heads import NOTE, balanced_
 from metatele.optim.moving import Moves, Paths, real
 from metatele.optim.one_batch import PREFIX, OneBatch, is_random, under
@@ -63,7 +63,7 @@ class GeneralStepper(Stepper):
     def __init__(self, meta: GeneralOptimizer, model: nn.Module) -> None:
         self.meta, self.model = meta, model
         self.capture = Watch(model, *parts_of(unwrapped(model)))
-        self._inner = self._perceptron()
+        self._inner = perceptrons(meta.repeated, model) if meta.config.repeats else None  # on one batch
         self._still, self._lost, self._warned = 0, 0, False
         self._owner: weakref.ref[Any] | None = None
         self._within = False  # whether the layers of a perceptron are listened to
@@ -81,15 +81,6 @@ class GeneralStepper(Stepper):
         self._paths: Paths | None = None  # to and from its flat tensors
         self._listed: tuple[object, object, list[nn.Parameter]] | None = None
         self._safe: tuple[float, list[Tensor]] | None = None  # log of the loss at a look, and the weights there
-
-    def _perceptron(self) -> EquivariantStepper | None:
-        """What steps on one batch, if the model is a perceptron."""
-        if not self.meta.config.repeats:
-            return None
-        try:
-            return EquivariantStepper(self.meta.repeated, self.model)
-        except UnsupportedModelError:
-            return None
 
     def attach(self, owner: Any) -> None:
         """Listen to the model for as long as ``owner`` lives."""
@@ -114,6 +105,11 @@ class GeneralStepper(Stepper):
         self.capture.clear(ahead=True)
         if self._inner is not None and self._within:
             self._inner.capture.clear()
+
+    def ready(self) -> None:
+        """See the base class."""
+        if not is_random(self.model):  # Dropout would draw other masks
+            self.capture.complete()
 
     @property
     def like(self) -> Tensor:

@@ -233,6 +233,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         found: dict[int, tuple[float, float]] = {}  # rate and decay of each parameter
         for group in self.param_groups:
             found |= dict.fromkeys(map(id, group["params"]), (float(group["lr"]), float(group["weight_decay"])))
+        self.stepper.ready()
         parameters = self.stepper.parameters
         gradients = [p.grad for p in parameters]
         if any(g is not None and g.is_sparse for g in gradients):

@@ -128,6 +128,9 @@ class Stepper(ABC):
         """Forget what came; passes made before gradients are zeroed may still get theirs."""
         self.clear()
 
+    def ready(self) -> None:  # noqa: B027 (all was seen by default)
+        """A step is due: look once more at what the passes did not show."""
+
     @property
     def like(self) -> Tensor:
         """Of the dtype of all memories, where the meta-optimizer is."""
