@@ -4,13 +4,13 @@ make gpu
 PYTHONPATH=. python3 benchmarks/gpu.py --out runs/gpu --data-root DATA
 PYTHONPATH=. python3 benchmarks/gpu.py --out runs/rehearsal --device cpu --rehearse
 
-Parts, the most important first; each in a process of its own with a time limit, so that one which fails or hangs costs
-itself alone:
+Parts, what was measured least first; each in a process of its own with a time limit, so that one which fails or hangs
+costs itself alone, and one that runs out of time keeps what it has:
 environment (names, versions, best rates), checks (the same numbers as on a CPU), batched (the same for many networks in
-one program, with and without CUDA graphs), steps (a user's step beside Adam's),
-meta (meta-training by batch and precision), graphs (the same by CUDA graphs), diagnosis (what stops a capture),
-quick (the preset to its checkpoint), figures (Figure 5 and Table 1), moves (teleports in gradient steps), quality
-(a char-GPT to AdamW's loss), tests (the device tests; beside checks, as neither is timed).
+one program, with and without CUDA graphs), figures (Figure 5 and Table 1), moves (teleports in gradient steps), quality
+(a char-GPT to AdamW's loss), steps (a user's step beside Adam's), graphs (meta-training by batch and precision, by CUDA
+graphs), quick (the preset to its checkpoint), meta (as graphs, call by call), diagnosis (what stops a capture, if
+something did), tests (the device tests; beside checks and batched, as none of them is timed).
 
 --out gets gpu.json and table.md, written after each part, log.txt with all that was printed, and figures. --rehearse
 makes everything tiny; its numbers mean nothing. The exit code is 1 if a part failed.
@@ -67,17 +67,18 @@ PARTS: dict[str, Part] = {
     "environment": Part("gpu_checks:environment", 45),
     "checks": Part("gpu_checks:checks", 100),
     "batched": Part("gpu_checks:batched", 40),
-    "steps": Part("gpu_steps:steps", 115),
-    "meta": Part("gpu_training:meta", 80),
-    "graphs": Part("gpu_training:graphs", 60),
-    "diagnosis": Part("gpu_capture:diagnosis", 60),
-    "quick": Part("gpu_training:quick", 65),
     "figures": Part("gpu_training:figures", 70),
     "moves": Part("gpu_steps:moves", 60),
     "quality": Part("gpu_steps:quality", 95),
+    "steps": Part("gpu_steps:steps", 115),
+    "graphs": Part("gpu_training:graphs", 60),
+    "quick": Part("gpu_training:quick", 65),
+    "meta": Part("gpu_training:meta", 80),
+    "diagnosis": Part("gpu_capture:diagnosis", 60),
     "tests": Part("gpu:device_tests", 120),
 }
-BESIDE = {"checks": "tests"}  # what runs at the same time, as neither is timed
+BESIDE = "tests"  # runs at the same time as these, one after the other: none of them is timed
+UNTIMED = ("checks", "batched")
 
 
 # --- a part, in its process
@@ -89,24 +90,34 @@ def device_tests(kit: Any) -> None:
     names = [name for name in names if (ROOT / name).is_file()]
     workers = ["-n", "8", "--dist", "worksteal"] if kit.gpu and importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", *names, "-x", *workers]  # pyproject.toml says that it is quiet
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # of each worker
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=max(5.0, kit.left_s() - 1),
-        check=False,
-    )
-    print(done.stdout[-20_000:], flush=True)
-    lines = [line.strip("= ") for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
+    limit_s, late = max(5.0, kit.left_s() - 1), False
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # of each worker
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            late = True
+            process.terminate()
+            process.wait()
+        output.seek(0)
+        stdout = output.read()
+    print(stdout[-20_000:], flush=True)
+    lines = [line.strip("= ") for line in stdout.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
     said = lines[-1] if lines else "nothing said"
+    if late:
+        dots = sum(len(line.split()[0]) for line in stdout.splitlines() if re.match(r"[.sxXFE]+(\s+\[|$)", line))
+        said = f"ended after {limit_s:.0f} s, {dots} tests"
     counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|error|skipped)", said)}
-    kit.add("tests", {**counts, "exit_code": done.returncode, "said": said})
-    bad = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    kit.add("tests", {**counts, "exit_code": process.returncode, "said": said})
+    bad = [line.split(" - ")[0] for line in stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     kit.row("device tests", counts.get("passed", 0), "pass", "all", "; ".join([said, *bad])[:160])
-    if done.returncode:
+    if process.returncode:
         kit.failures.append(f"pytest: {said}; {'; '.join(bad[:5])}")
 
 
@@ -158,57 +169,66 @@ class Run:
         self.args, self.log, self.scratch = args, log, scratch
         self.end_s = time.monotonic() + args.limit_s
         self.results: dict[str, dict[str, Any]] = {}
+        self.began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
     def left_s(self) -> float:
         """Seconds until the run is to be over."""
         return self.end_s - time.monotonic()
 
     def all(self) -> None:
-        """Each part, or two beside each other."""
+        """Each part, and one beside those that are not timed."""
         names = [name for name in PARTS if name in self.args.parts]
-        done: set[str] = set()
+        untimed = [name for name in names if name in UNTIMED]
+        if self.args.device == "cpu" or BESIDE not in names or not untimed:
+            untimed = []
         for name in names:
-            if name in done:
-                continue
-            beside = BESIDE.get(name)
-            together = [name, beside] if beside in names and self.args.device != "cpu" else [name]
-            self.together([one for one in together if one is not None])
-            done.update(one for one in together if one)
+            if untimed and name == untimed[0]:
+                self.together([untimed, [BESIDE]])
+            elif not untimed or name not in (*untimed, BESIDE):
+                self.together([[name]])
 
-    def together(self, names: Sequence[str]) -> None:
-        """Run parts at the same time, until the last is done or its time is over."""
+    def together(self, lanes: Sequence[Sequence[str]]) -> None:
+        """Run lanes of parts at the same time, each part of a lane after the last, until all are done or ended."""
         running: dict[str, Running] = {}
+        waiting = [list(lane) for lane in lanes]
+        at: list[str | None] = [None] * len(lanes)
         try:
-            for name in names:
-                limit_s = min(PARTS[name].limit_s, self.args.part_limit_s, self.left_s() - _STOP_S)
-                if limit_s < min(_LEAST_S, self.args.part_limit_s):
-                    self.keep(name, "left out", 0.0, "no time left")
-                    continue
-                running[name] = self.started(name, limit_s)
-            self.watch(running)
+            while running or any(waiting):
+                for number, lane in enumerate(waiting):
+                    if at[number] not in running and lane:
+                        at[number] = self.begun(lane.pop(0), running)
+                self.watch(running)
+                time.sleep(0.1)
         finally:  # where this run is ended, its parts are too
             for process, *_ in running.values():
                 ended(process)
 
+    def begun(self, name: str, running: dict[str, Running]) -> str:
+        """Start a part, if there is time."""
+        limit_s = min(PARTS[name].limit_s, self.args.part_limit_s, self.left_s() - _STOP_S)
+        if limit_s < min(_LEAST_S, self.args.part_limit_s):
+            self.keep(name, "left out", 0.0, "no time left")
+        else:
+            running[name] = self.started(name, limit_s)
+        return name
+
     def watch(self, running: dict[str, Running]) -> None:
-        """Until all are done or ended."""
-        while running:
-            time.sleep(0.1)
-            for name, (process, begin_s, end_s, output) in list(running.items()):
-                code, late = process.poll(), time.monotonic() > end_s
-                if code is None and not late:
-                    self.merge(name)
-                    continue
-                if code is None:
-                    ended(process)
-                del running[name]
-                output.close()
-                spent_s = time.monotonic() - begin_s
-                said = self.copied(name)
-                if late:
-                    self.keep(name, "out of time", spent_s, f"ended after {spent_s:.0f} s")
-                else:
-                    self.keep(name, "failed" if code else "done", spent_s, said if code else "")
+        """Take in what there is; parts that are done, or whose time is over, run no more."""
+        for name, (process, begin_s, end_s, output) in list(running.items()):
+            code, late = process.poll(), time.monotonic() > end_s
+            if code is None and not late:
+                self.merge(name)
+                continue
+            if code is None:
+                ended(process)
+            del running[name]
+            output.close()
+            spent_s = time.monotonic() - begin_s
+            said = self.copied(name)
+            if code is None:
+                self.keep(name, "out of time", spent_s, f"ended after {spent_s:.0f} s")
+            else:
+                self.keep(name, "failed" if code else "done", spent_s, said if code else "")
 
     def started(self, name: str, limit_s: float) -> Running:
         """A part's process, when it began and when it is to end, and its output."""
@@ -266,7 +286,8 @@ class Run:
     def write(self) -> None:
         """gpu.json and table.md."""
         shown = {name: {k: v for k, v in r.items() if k != "found"} for name, r in self.results.items()}
-        doc = {"format": 1, "rehearsal": self.args.rehearse, "limit_s": self.args.limit_s, "parts": shown}
+        doc = {"format": 1, "rehearsal": self.args.rehearse, "limit_s": self.args.limit_s, "began": self.began}
+        doc["parts"] = shown
         beside = self.args.out / "gpu.json.new"
         beside.write_text(json.dumps(anywhere(doc), indent=1) + "\n", encoding="utf-8")
         os.replace(beside, self.args.out / "gpu.json")

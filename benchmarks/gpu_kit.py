@@ -93,8 +93,10 @@ class Kit:
         self.save()
 
     def row(self, what: str, value: float, unit: str, goal: str = "", note: str = "") -> None:
-        """A row of the table."""
-        self.rows.append({"what": what, "value": plain(value), "unit": unit, "goal": goal, "note": note})
+        """A row of the table; in the place of the one of this name, if there is one."""
+        one = {"what": what, "value": plain(value), "unit": unit, "goal": goal, "note": note}
+        at = next((n for n, row in enumerate(self.rows) if row["what"] == what), len(self.rows))
+        self.rows[at : at + 1] = [one]
         self.save()
 
     def save(self) -> None:

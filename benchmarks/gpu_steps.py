@@ -433,6 +433,8 @@ class _Quality:
                 seconds.append(spent_s)
                 losses.append(self.measured(model))
                 at.append(number + 1)
+                self.kit.values[f"quality_{who}"] = {"steps": at, "seconds": seconds, "loss": losses, "of": count}
+                self.kit.save()  # stays, if time runs out
                 begin_s = self.kit.now_s()
         return {"steps": at, "seconds": seconds, "loss": losses, "ms_per_step": 1e3 * spent_s / count}
 

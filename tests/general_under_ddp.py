@@ -1,5 +1,6 @@
 """The general family in several gloo processes, for tests of what all ranks have in common. Run by multiprocessing."""
 
+import contextlib
 import datetime
 import os
 import pickle
@@ -7,6 +8,7 @@ import pickle
 import torch
 import torch.distributed as dist
 from general_cases import batch, in_another_basis, make, optimizer_of
+from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +28,17 @@ CASES = {
     "closure": "skips",
     "heads in another basis": "language",
 }
+ALIKE = {  # in what all ranks have in common only: statistics of a batch norm are of each share
+    "batch norm": "convolutional",
+    "group norm": "normed",
+    "transformer": "language",
+    "batch norm, views of buckets": "convolutional",
+    "transformer, views of buckets": "language",
+    "batch norm, accumulated": "convolutional",
+    "transformer, accumulated": "language",
+    "transformer, accumulated, views of buckets": "language",
+}
+FEW = 12  # steps of those
 
 
 def steps_of(case):
@@ -80,12 +93,53 @@ def trained(case, rank=0, ranks=1):
     return [p.detach().clone() for p in model.parameters()], told
 
 
+def few(case, rank=0, ranks=1):
+    """Weights and how each was stepped after :data:`FEW` steps; accumulated ones are of two passes."""
+    torch.manual_seed(0)
+    name = ALIKE[case]
+    model = GroupNormed() if name == "normed" else make(name)
+    optimizer = optimizer_of(model)
+    views = "views of buckets" in case
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=views) if ranks > 1 else model
+    for step in range(FEW):
+        x, labels = batch("convolutional" if name == "normed" else name, step, BATCH)
+        x, labels = x[rank::ranks], labels[rank::ranks]
+        optimizer.zero_grad()
+        if "accumulated" in case:
+            first = slice(0, len(x) // 2)
+            with wrapped.no_sync() if ranks > 1 else contextlib.nullcontext():
+                (functional.cross_entropy(wrapped(x[first]), labels[first]) / 2).backward()
+            x, labels = x[len(x) // 2 :], labels[len(x) // 2 :]
+            (functional.cross_entropy(wrapped(x), labels) / 2).backward()
+        else:
+            functional.cross_entropy(wrapped(x), labels).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()], sorted({row.how for row in optimizer.describe().rows})
+
+
+class GroupNormed(nn.Sequential):
+    """A CNN whose norms are of each sample."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 4, 3),
+            nn.GroupNorm(2, 4),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 2),
+            nn.GroupNorm(2, 4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(36, 4),
+        )
+
+
 def work(rank, ranks, folder):
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timeout)
     try:
         found = {case: trained(case, rank, ranks) for case in CASES}
+        found |= {case: few(case, rank, ranks) for case in ALIKE}
     finally:
         dist.destroy_process_group()
     with open(f"{folder}/{rank}.pkl", "wb") as file:

@@ -472,20 +472,73 @@ def test_empty_batches_and_batches_of_one_leave_it_sound():
     assert optimizer.param_groups[0]["skipped"] == 0  # gradients of nothing are zero
 
 
-@pytest.mark.parametrize("what", ["model", "step"])
-def test_compiled_models_and_steps_learn(what):
-    model = make("skips")
-    optimizer = optimizer_of(model)
-    called = torch.compile(model, backend="aot_eager") if what == "model" else model
-    step = torch.compile(optimizer.step, backend="eager") if what == "step" else optimizer.step
-    losses = []
-    for _ in range(4):
+WAYS = [
+    ("convolutional", "model"),
+    ("language", "model"),
+    *(("skips", way) for way in ("in place", "loss", "step", "all")),
+]
+
+
+@pytest.mark.parametrize(("name", "what"), WAYS)
+def test_what_is_compiled_is_learned_on_as_what_is_not(name, what):
+    def trained(how):
+        model = make(name)
+        optimizer = optimizer_of(model)
+        called = torch.compile(model, backend="aot_eager") if how == "model" else model
+        if how == "in place":
+            model.compile(backend="aot_eager")
+
+        def loss(x, labels):
+            return torch.nn.functional.cross_entropy(called(x), labels)
+
+        def step(x, labels):
+            optimizer.zero_grad()
+            value = loss(x, labels)
+            value.backward()
+            optimizer.step()
+            return value
+
+        loss = torch.compile(loss, backend="aot_eager") if how == "loss" else loss
+        step = torch.compile(step, backend="aot_eager") if how == "all" else step
+        if how == "step":
+            optimizer.step = torch.compile(optimizer.step, backend="eager")
+        for number in range(12):
+            step(*batch(name, number))
+        buffers = [b.clone() for b in model.buffers()]
+        seen = {row.how for row in optimizer.describe().rows}
+        return [p.detach().clone() for p in model.parameters()] + buffers, seen
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Dynamo does not know")  # what its tracer meets in our hooks
+        (mine, seen), (expected, seen_plain) = trained(what), trained("plain")
+    assert seen == seen_plain
+    for p, wanted in zip(mine, expected, strict=True):
+        torch.testing.assert_close(p, wanted, rtol=1e-4, atol=1e-6)
+    torch.compiler.reset()
+
+
+def test_a_compiled_pass_that_cannot_be_made_again_is_stepped_by_gradients():
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.dropout = nn.Linear(6, 4), nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.dropout(self.layer(x))
+
+    model = Once()
+    optimizer, called = optimizer_of(model), torch.compile(model, backend="aot_eager")
+    for number in range(3):
         optimizer.zero_grad()
-        loss = loss_of("skips", called, 0)
-        loss.backward()
-        step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+        loss_of("skips", called, number).backward()
+        optimizer.step()
+    assert optimizer.describe().rows[0][2:4] == ("by moments of its gradient", "it is used in a compiled graph")
+    model.eval()
+    optimizer.zero_grad()
+    loss_of("skips", called, 4).backward()
+    model.forward = None  # what cannot be called
+    optimizer.step()
+    assert "compiled graph" in optimizer.describe().rows[0].why
     torch.compiler.reset()
 
 

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from general_under_ddp import CASES, trained, work
+from general_under_ddp import ALIKE, CASES, few, trained, work
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def ranks(tmp_path_factory):
     return [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *ALIKE])
 def test_all_ranks_have_the_same_weights_to_the_bit(ranks, case):
     (one, told), (other, told_other) = (rank[case] for rank in ranks)
     for mine, theirs in zip(one, other, strict=True):
@@ -41,3 +41,13 @@ def test_they_are_those_of_one_process_that_sees_the_whole_batch(ranks, case):
             assert (p - expected).norm() < 0.2 * expected.norm()
         else:
             torch.testing.assert_close(p, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_convolutions_and_attention_are_stepped_by_their_inputs_with_buckets_and_accumulation(ranks, case):
+    (mine, how), (alone, how_alone) = ranks[0][case], few(case)
+    assert how == how_alone
+    assert any("inputs seen" in one for one in how)
+    if not case.startswith("batch norm"):  # whose statistics are of each share
+        for p, expected in zip(mine, alone, strict=True):
+            assert (p - expected).norm() < (0.2 if "accumulated" in case else 1e-3) * expected.norm() + 1e-4

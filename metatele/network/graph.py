@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metatele.network.parts import Part
-from metatele.network.views import Chain, Node, below, is_open, replayed, shape_out
+from metatele.network.views import Chain, Node, below, is_open, leaf_of, replayed, shape_out
 
 _ADDS = ("AddBackward0", "SubBackward0")
 _SPREAD = (*_ADDS, "MulBackward0", "DivBackward0", "WhereBackward0")  # an operand may be the same for all samples
@@ -165,7 +165,7 @@ class _Walk:
 
     def _edge(self, user: Node, name: str, slot: int, node: Node, number: int, stack: list[Any]) -> None:
         node, _, chain = below(node, number)
-        variable = getattr(node, "variable", None)
+        variable = leaf_of(node)
         if variable is not None:  # a leaf
             if id(variable) in self.wanted:
                 self.users.setdefault(id(variable), []).append(User(user, name, slot, chain))
@@ -284,7 +284,7 @@ def _read_product(node: Node, name: str, slot: int, seen: Tensor, found: _Walk) 
     other = node.next_functions[product.right if kind == "left" else product.left][0]
     if other is not None:
         under, _, _ = below(other, 0)
-        if id(getattr(under, "variable", None)) in found.wanted:
+        if id(leaf_of(under)) in found.wanted:
             return "it is multiplied by another parameter"
     if seen.dim() < 2:
         return "it is used as a vector"
@@ -354,7 +354,7 @@ def _loose_biases(
             if product is None or product.bias is None or user.node.next_functions[product.bias][0] is None:
                 continue
             under, _, chain = below(*user.node.next_functions[product.bias])
-            bias = loose.get(id(getattr(under, "variable", None)))
+            bias = loose.get(id(leaf_of(under)))
             if bias is not None and bias.dim() == 1 and not chain and len(found.users[id(bias)]) == 1:
                 biases[key] = bias
     return biases

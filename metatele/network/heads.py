@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from metatele.network import ranks
 from metatele.network.labels import Bias, End, Users, constant
-from metatele.network.views import Node, shape_out
+from metatele.network.views import Node, leaf_of, shape_out
 
 _PRODUCTS = {  # slots of left and right factor, of an added bias, and whether the right one is turned
     "AddmmBackward0": (1, 2, 0, False),
@@ -173,7 +173,7 @@ class _Finder:
 
     def _read(self, parameters: Sequence[nn.Parameter]) -> None:
         """Which elements each product uses, and what is done with its outputs."""
-        leaves = {id(v): node for node in self.users.of if (v := getattr(node, "variable", None)) is not None}
+        leaves = {id(v): node for node in self.users.of if (v := leaf_of(node)) is not None}
         fused: dict[Node, Bias] = {}
         sums: dict[Node, Bias] = {}
         for p in parameters:

@@ -83,14 +83,8 @@ def _look(see: See, layer: int, whole: bool, arguments: tuple[Any, ...], named: 
 _UNCOMPILED: list[Callable[..., None]] = []  # the same, once something is compiled
 
 
-def _compiles() -> bool:
-    """Whether the frames that run now are compiled."""
-    callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
-    return "torch._dynamo" in sys.modules and (callback is None or callback() is not None)
-
-
 def _see(*what: Any) -> None:
-    if _compiles():
+    if "torch._dynamo" in sys.modules:  # frames that run may be compiled
         if not _UNCOMPILED:
             _UNCOMPILED.append(torch.compiler.disable(_look))
         _UNCOMPILED[0](*what)

@@ -137,5 +137,6 @@ def refuse_sharded(parameters: Iterable[Tensor], what: str) -> None:
         if kind is not None:
             raise UnsupportedModelError(
                 f"{what} does not work with parameters that are split over processes (FSDP, fully_shard, tensor "
-                f"parallelism), and found a {kind}: use DistributedDataParallel"
+                f"parallelism), and found a {kind}: use DistributedDataParallel; or, for the learned optimizer's "
+                "checkpoint 'general', fully_shard of the whole model over one dimension of processes"
             )

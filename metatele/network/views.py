@@ -74,6 +74,15 @@ def below(node: Node, number: int) -> tuple[Node, int, Chain]:
     return node, number, chain
 
 
+WHOLE = "_metatele_whole"  # of what fully_shard gathered for a pass: what stands for it in steps
+
+
+def leaf_of(node: Node) -> Any:
+    """The parameter whose gradient ends in a node; ``None`` for any other node."""
+    variable = getattr(node, "variable", None)
+    return getattr(variable, WHOLE, variable)
+
+
 def replayed(parameter: Tensor, chain: Chain) -> Tensor | None:
     """A stand-in of a parameter without elements, seen through views; ``None`` if it would take a copy."""
     stand_in = torch.empty(parameter.shape, device="meta")

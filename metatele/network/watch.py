@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from metatele.network import ranks
+from metatele.network.again import COMPILED, Again, ends_in, numbered
 from metatele.network.graph import Use, tensors_in, walk
 from metatele.network.heads import Head, agreed, heads_of
+from metatele.network.held import Plain
 from metatele.network.hook import is_ordinary, listen
 from metatele.network.parts import Part, Vector, refined
 from metatele.network.reduced import Look, Sums, reduced
@@ -44,6 +46,7 @@ class _Pass:
         scale: Number of the part whose whole gradient is kept, to compare it with ``p.grad``.
         heads: Of attention, if they were asked for.
         within: Those it is counted with.
+        again: How it is made once more, if its graph is compiled.
         let_go: Its uses are seen no more.
         replaced: It is a part of another pass.
     """
@@ -60,14 +63,15 @@ class _Pass:
     scale: int | None = None
     heads: list[Head] = field(default_factory=list)
     within: list[_Pass] | None = None
+    again: Again | None = None
     let_go: bool = False
     replaced: bool = False
 
-    def release(self) -> None:
+    def release(self, let_go: bool = True) -> None:
         """Let go of the graph, whose nodes hold on to their hooks and these to the nodes."""
         for live in self.uses:
             live.use = None
-        self.uses, self.let_go = [], True
+        self.uses, self.again, self.let_go = [], None, let_go
 
 
 @dataclass(eq=False)
@@ -93,10 +97,11 @@ class Watch:
             may show the layout of a part, and its bias: :attr:`parts` and :attr:`vectors` change then, once.
         vectors: The rest of its parameters.
         settled: The layouts of the parts stay as they are.
+        held: How the model holds its parameters; the parts and vectors have what stands for them.
 
     Attributes:
         wanted: What the next passes are to be asked for; :data:`NOTHING` costs one call of a hook.
-        group: Of the ``DistributedDataParallel`` that made the last pass that counts.
+        group: Of the processes that made the last pass that counts.
 
     Example:
         >>> from metatele.network.parts import parts_of
@@ -110,9 +115,14 @@ class Watch:
     """
 
     def __init__(
-        self, model: nn.Module, parts: Sequence[Part], vectors: Sequence[Vector] = (), settled: bool = False
+        self,
+        model: nn.Module,
+        parts: Sequence[Part],
+        vectors: Sequence[Vector] = (),
+        settled: bool = False,
+        held: Plain | None = None,
     ) -> None:
-        self.root = unwrapped(model)
+        self.root, self.held = unwrapped(model), held or Plain()
         self.parts, self.vectors, self.settled = list(parts), list(vectors), settled
         self.wanted = NOTHING
         self.group: ranks.Group | None = None
@@ -124,6 +134,7 @@ class Watch:
         self._totals: dict[int, Total] = {}
         self._live: list[_Pass] = []
         self._inner: list[_Pass] = []  # of the module inside, until the one around it is known to have been called
+        self._into: list[_Came] | None = None  # what comes while a pass is made again
         self._partial = False  # whether a pass counts whose uses were let go
         self._number, self._called = 0, False
         self._reasons: dict[int, str] = {}
@@ -143,7 +154,7 @@ class Watch:
 
     def __getstate__(self) -> dict[str, Any]:
         """The parts travel with a copy; data and owner do not."""
-        kept = ("root", "parts", "vectors", "settled", "wanted")
+        kept = ("root", "held", "parts", "vectors", "settled", "wanted")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -163,8 +174,9 @@ class Watch:
     def _listen(self) -> None:
         """Hear when a gradient has come into a parameter, also of one that was frozen until now."""
         for p in self._parameters:
-            if id(p) not in self._handles and p.requires_grad and p.is_leaf:
-                self._handles[id(p)] = p.register_post_accumulate_grad_hook(self._count)
+            leaf = self.held.leaf(p)
+            if leaf is not None and id(p) not in self._handles and leaf.requires_grad and leaf.is_leaf:
+                self._handles[id(p)] = leaf.register_post_accumulate_grad_hook(self._count)
 
     # --- passes
 
@@ -177,10 +189,10 @@ class Watch:
                 _remove(self._handles)
             return
         inside = _backward_number() >= 0  # recomputes what checkpointing had dropped
-        self._group = self._group if inside else ranks.active_group()
+        self._group = self._group if inside else self.held.group()
         if not torch.is_grad_enabled():
             return
-        outputs = [t for t in tensors_in(output) if is_ordinary(t) and t.grad_fn is not None]
+        outputs = ends_in(output)
         if not outputs:
             return
         if level == 0:
@@ -189,11 +201,7 @@ class Watch:
                 passed.release()
             self._inner = []
         self._listen()
-        if (
-            self._counted
-            and not inside
-            and not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
-        ):
+        if self._counted and not inside and not self.held.graded(self._parameters):
             self._uncount()  # gradients were cleared since: by the model's zero_grad, say
         self._number += 1
         passed = _Pass(self._number, wanted, group=self._group)
@@ -208,7 +216,10 @@ class Watch:
         if level == 1:
             self._inner = [*self._inner[1 - _LIVE :], passed]
         if wanted.walks:
-            self._walk(passed, outputs)
+            if not (inside or self.held.split) and self._is_compiled(outputs):
+                passed.again = Again.of((inside_of(self.root) if level else None) or self.root, given, outputs)
+            else:
+                self._walk(passed, outputs)
             self._live.append(passed)
             if len(self._live) > _LIVE:
                 self._live.pop(0).release()
@@ -218,12 +229,15 @@ class Watch:
         first = next((t for t in outputs if t.dim()), outputs[0])
         if passed.wanted.ends:
             passed.outputs = first.detach().clone()  # a loss may scale it in place
-        heard = set()
-        for t in (first, *outputs):
-            if t.grad_fn is not None and t.grad_fn not in heard:
-                heard.add(t.grad_fn)
-                number = t.output_nr if t is first and passed.wanted.ends else None
-                t.grad_fn.register_prehook(partial(self._came_back, passed, number))
+        for node, n in numbered(outputs).items():
+            number = first.output_nr if node is first.grad_fn and passed.wanted.ends else None
+            node.register_prehook(partial(self._came_back, passed, n, number))
+
+    def _is_compiled(self, outputs: list[Tensor]) -> bool:
+        """Whether a compiled graph hides how a parameter is used."""
+        found = walk(outputs, self.parts).reasons if "torch._dynamo" in sys.modules else {}
+        self._reasons = found or self._reasons
+        return COMPILED in found.values()
 
     def _walk(self, passed: _Pass, outputs: list[Tensor]) -> None:
         found = walk(outputs, self.parts, (p for _, p in self.vectors))
@@ -240,14 +254,26 @@ class Watch:
             default=None,
         )
         if passed.wanted.heads:
-            passed.heads = heads_of(outputs, list(self.root.parameters()))
+            passed.heads = heads_of(outputs, list(self.held.named(self.root).values()))
         passed.scale = smallest if passed.wanted.halves or passed.wanted.errors else None
         for use in found.uses:
             live = _Live(use)
             passed.uses.append(live)
             use.node.register_prehook(partial(self._used, passed, live))
 
-    def _came_back(self, passed: _Pass, number: int | None, gradients: tuple[Tensor | None, ...]) -> None:
+    def complete(self) -> None:
+        """Make passes that count and whose graphs were compiled once more, call by call, to see what these hide."""
+        for passed in [one for one in self.ended if one.again is not None]:
+            reasons, self._into = self._reasons, []
+            if not passed.again.make(list(self._parameters), partial(self._walk, passed)):  # type: ignore[union-attr]
+                self._reasons, self._into = reasons, []
+            came, self._into = self._into, None
+            passed.release(let_go=False)
+            self._take(came)
+
+    def _came_back(self, passed: _Pass, node: int, number: int | None, gradients: tuple[Tensor | None, ...]) -> None:
+        if passed.again is not None:
+            passed.again.came(node, gradients)
         gradient = None if number is None else gradients[number]
         self._note((passed, None, [], None if gradient is None else gradient.detach()))
 
@@ -258,7 +284,8 @@ class Watch:
             self._note((passed, live, sums, None))
 
     def _note(self, came: _Came) -> None:
-        self._pending.setdefault(_backward_number(), []).append(came)
+        into = self._pending.setdefault(_backward_number(), []) if self._into is None else self._into
+        into.append(came)
         if len(self._pending) > _LIVE:  # of attacks or penalties, say, that reach no parameter
             self._pending.pop(next(iter(self._pending)))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metatele.errors import ShapeMismatchError
+from metatele.errors import ShapeMismatchError, UnsupportedModelError
 from metatele.learned import EquivariantOptimizer, EquivariantStates, Observation
 from metatele.learned.equivariant.observation import Wants, inner
 from metatele.learned.equivariant.old_states import read_old
@@ -287,3 +287,11 @@ class EquivariantStepper(SequentialStepper):
         homes = {p: state.setdefault(number, {}) for number, p in parameters.items()}
         groups[0][NETWORK] = self._laid_out(known, homes)
         return {**state_dict, "state": state, "param_groups": groups}
+
+
+def perceptrons(meta: EquivariantOptimizer, model: nn.Module) -> EquivariantStepper | None:
+    """What steps a perceptron; ``None`` for any other model."""
+    try:
+        return EquivariantStepper(meta, model)
+    except UnsupportedModelError:
+        return None

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metatele.errors import MetateleError, UnsupportedModelError
 from metatele.learned.general.course import Course
 from metatele.learned.general.memory import laid_back, laid_out, read
 from metatele.learned.general.optimizer import GeneralOptimizer
 from metatele.learned.general.scene import Piece, Scene
+from metatele.network.held import held_by
 from metatele.network.parts import parts_of
 from metatele.network.reduced import Look
 from metatele.network.unwrap import unwrapped
@@ -25,7 +25,7 @@ from metatele.network.wanted import NOTHING
 from metatele.network.watch import Watch
 from metatele.optim.checked import own
 from metatele.optim.described import Row, rows_of
-from metatele.optim.equivariant import NETWORK, EquivariantStepper
+from metatele.optim.equivariant import NETWORK, perceptrons
 from metatele.optim.heads import NOTE, balanced_
 from metatele.optim.moving import Moves, Paths, real
 from metatele.optim.one_batch import PREFIX, OneBatch, is_random, under
@@ -58,12 +58,16 @@ class GeneralStepper(Stepper):
 
     meta: GeneralOptimizer
     capture: Watch
+    splits = True
     defaults: Mapping[str, Any] = {"momentum": 1.0, "total_steps": None, "skipped": 0}
 
     def __init__(self, meta: GeneralOptimizer, model: nn.Module) -> None:
         self.meta, self.model = meta, model
-        self.capture = Watch(model, *parts_of(unwrapped(model)))
-        self._inner = self._perceptron()
+        root = unwrapped(model)
+        self.held = held_by(root, "LearnedOptimizer")
+        self.capture = Watch(model, *self.held.pieces(*parts_of(root)), held=self.held)
+        plain = meta.config.repeats and not self.held.split
+        self._inner = perceptrons(meta.repeated, model) if plain else None  # on one batch
         self._still, self._lost, self._warned = 0, 0, False
         self._owner: weakref.ref[Any] | None = None
         self._within = False  # whether the layers of a perceptron are listened to
@@ -81,15 +85,6 @@ class GeneralStepper(Stepper):
         self._paths: Paths | None = None  # to and from its flat tensors
         self._listed: tuple[object, object, list[nn.Parameter]] | None = None
         self._safe: tuple[float, list[Tensor]] | None = None  # log of the loss at a look, and the weights there
-
-    def _perceptron(self) -> EquivariantStepper | None:
-        """What steps on one batch, if the model is a perceptron."""
-        if not self.meta.config.repeats:
-            return None
-        try:
-            return EquivariantStepper(self.meta.repeated, self.model)
-        except UnsupportedModelError:
-            return None
 
     def attach(self, owner: Any) -> None:
         """Listen to the model for as long as ``owner`` lives."""
@@ -114,6 +109,11 @@ class GeneralStepper(Stepper):
         self.capture.clear(ahead=True)
         if self._inner is not None and self._within:
             self._inner.capture.clear()
+
+    def ready(self) -> None:
+        """See the base class."""
+        if not is_random(self.model):  # Dropout would draw other masks
+            self.capture.complete()
 
     @property
     def like(self) -> Tensor:
@@ -153,7 +153,7 @@ class GeneralStepper(Stepper):
         looks = course.looks
         same = self._compare() if looks or self.capture.wanted.fingerprint else False
         if looks:
-            self._refuse_replaced()
+            self.refuse_replaced()
             scene = scene_of(course, self.capture, at, moves, self._by_gradient, same)
             if not self.repeating and self._recovers(course, scene, at):
                 self._watch()
@@ -188,11 +188,6 @@ class GeneralStepper(Stepper):
             warnings.warn(_NOT_FINITE, stacklevel=9)
         self._watch()
         return False
-
-    def _refuse_replaced(self) -> None:
-        known = {id(p) for p in self.parameters}
-        if any(p.grad is not None and id(p) not in known and p.numel() for p in self.capture.root.parameters()):
-            raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
 
     def _fits(self, at: Situation) -> bool:
         """Whether a batch that comes again is there to be fitted: a squared error of several outputs, say.
@@ -374,7 +369,7 @@ class GeneralStepper(Stepper):
 
     @property
     def _named(self) -> dict[str, nn.Parameter]:
-        return dict(self.capture.root.named_parameters())
+        return self.held.named(self.capture.root)
 
     def store(self, memory: Memory, group: dict[str, Any]) -> None:
         """See the base class."""

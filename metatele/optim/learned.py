@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"lr must be zero or positive, got {lr}")
         if not max_drift > 0:
             raise ValueError(f"max_drift must be positive, got {max_drift}")
-        refuse_sharded(unwrapped(model).parameters(), "LearnedOptimizer")
         if checkpoint is None:
             checkpoint = checkpoints.load(named_checkpoint("general"))  # also where a folder has this name
         elif isinstance(checkpoint, str | Path):
@@ -141,6 +140,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if family not in _STEPPERS:
             raise ConfigError(f"the family {family!r} cannot step a model: it has no stepper (register_stepper)")
         kind = _STEPPERS[family]
+        if not kind.splits:
+            refuse_sharded(unwrapped(model).parameters(), "LearnedOptimizer")
         self.stepper = kind(given, model)
         if total_steps is not None:
             if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
@@ -168,12 +169,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def state(self) -> defaultdict[Any, dict[str, Any]]:
         """What is remembered for each parameter; up to date whenever it is looked at."""
         self._settle()
-        self.stepper.store(self._memory, self.param_groups[0] if self.param_groups else {})
+        self.stepper.store(self._held(), self.param_groups[0] if self.param_groups else {})
         return self._memory
 
     @state.setter
     def state(self, value: defaultdict[Any, dict[str, Any]]) -> None:
         self._memory, self._uncounted = value, 0
+
+    def _held(self) -> MutableMapping[Any, dict[str, Any]]:
+        """The memory as the stepper knows the parameters."""
+        return self.stepper.held.memory(self._memory)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model that were left out so far.
@@ -222,7 +227,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         try:
             device = self.stepper.parameters[0].device.type
             casts = torch.is_autocast_enabled(device)
-            with torch.autocast(device, enabled=False) if casts else contextlib.nullcontext():
+            plain = torch.autocast(device, enabled=False) if casts else contextlib.nullcontext()
+            with plain, self.stepper.held.gathered():
                 self._advance(loss)
         finally:
             self.stepper.clear()
@@ -231,8 +237,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]  # of a step that is compiled this runs as it is
     def _advance(self, loss: Any = None) -> None:
         found: dict[int, tuple[float, float]] = {}  # rate and decay of each parameter
+        whole = self.stepper.held.whole
         for group in self.param_groups:
-            found |= dict.fromkeys(map(id, group["params"]), (float(group["lr"]), float(group["weight_decay"])))
+            found |= dict.fromkeys(
+                (id(whole(p)) for p in group["params"]), (float(group["lr"]), float(group["weight_decay"]))
+            )
+        self.stepper.ready()
         parameters = self.stepper.parameters
         gradients = [p.grad for p in parameters]
         if any(g is not None and g.is_sparse for g in gradients):
@@ -242,6 +252,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
         pairs = list(zip(gradients, settings, strict=True))
         if all(g is None or one is None for g, one in pairs):
+            self.stepper.refuse_replaced()
             return
         rates = [0.0 if g is None or one is None else one[0] for g, one in pairs]
         first = self.param_groups[0]
@@ -254,7 +265,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         value = loss.detach() if isinstance(loss, Tensor) else loss
         known = isinstance(value, float) or (isinstance(value, Tensor) and value.numel() == 1)
         value = sign * float(value) if known else None
-        at = Situation(parameters, rates, decays, sign, momentum, self._memory, first, weight.dtype, value)
+        at = Situation(parameters, rates, decays, sign, momentum, self._held(), first, weight.dtype, value)
         if not any(rates):
             self._count()
             self.stepper.idle(at)
@@ -291,7 +302,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             >>> [(row.name, row.shape, row.how) for row in optimizer.describe().rows]
             [('0.weight', (1, 4, 4), 'linear: inputs seen'), ('2.weight', (1, 2, 5), 'in no group')]
         """
-        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        whole = self.stepper.held.whole
+        rates = {id(whole(p)): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         self._settle()
         begun = any(float(entry.get("step", 0)) for entry in self._memory.values())
         return described(self.stepper.rows(), rates, begun, self.stepper.note)
@@ -301,7 +313,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's; what belongs to the whole network lies in the first group."""
         self._settle()
-        self.stepper.store(self._memory, self.param_groups[0])
+        self.stepper.store(self._held(), self.param_groups[0])
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -326,7 +338,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 # Copies: steps are made in place, and what was loaded belongs to the caller.
                 where = value.device if name == "step" else p.device
                 self._memory[p][name] = value.detach().to(where, copy=True)
-        self.stepper.loaded(self._memory, self.param_groups[0] if self.param_groups else {})
+        self.stepper.loaded(self._held(), self.param_groups[0] if self.param_groups else {})
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry: the model too, so that both halves stay together."""
@@ -344,4 +356,4 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, self.defaults[name])
         if "stepper" in state:
             self.stepper.attach(self)
-            self.stepper.loaded(self._memory, self.param_groups[0])
+            self.stepper.loaded(self._held(), self.param_groups[0])

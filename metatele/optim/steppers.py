@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from metatele.errors import MetateleError
 from metatele.network.capture import Capture
+from metatele.network.held import Plain
 from metatele.network.sequential import parameters_of, read_sequential
 from metatele.optim.described import Row
 
@@ -102,6 +103,8 @@ class Stepper(ABC):
         model: The model.
         capture: What the model's passes show. A stepper sets beforehand what the next ones are to be asked for.
         defaults: Settings of parameter groups that this family has beside those of all.
+        held: How the model holds its parameters.
+        splits: Whether it may hold them split over processes.
 
     Args:
         meta: The meta-optimizer.
@@ -112,6 +115,8 @@ class Stepper(ABC):
     model: nn.Module
     capture: Any
     defaults: Mapping[str, Any] = {}
+    held = Plain()
+    splits = False
 
     @abstractmethod
     def __init__(self, meta: Any, model: nn.Module) -> None: ...
@@ -127,6 +132,20 @@ class Stepper(ABC):
     def zeroed(self) -> None:
         """Forget what came; passes made before gradients are zeroed may still get theirs."""
         self.clear()
+
+    def ready(self) -> None:  # noqa: B027 (all was seen by default)
+        """A step is due: look once more at what the passes did not show."""
+
+    def refuse_replaced(self) -> None:
+        """No gradient came to the parameters that are known.
+
+        Raises:
+            MetateleError: One came to another parameter of the model, which was put in the place of one since.
+        """
+        known = {id(p) for p in self.parameters}
+        others = (p for p in self.held.named(self.model).values() if id(p) not in known)
+        if any(p.grad is not None and p.numel() for p in others):
+            raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
 
     @property
     def like(self) -> Tensor:

@@ -250,6 +250,7 @@ class TeleportOptimizer(Wrapper):
         """Whether batches are compared: to settle what action ``auto`` is."""
         return self.teleport.action == "auto" and self.batches is None and self._conjugation is None
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # of a step that is compiled this runs as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """A step of the wrapped optimizer, then a teleport if one is due; returns the closure's loss."""
@@ -263,8 +264,7 @@ class TeleportOptimizer(Wrapper):
                 self._capture.clear()
                 return given()
 
-        # Without a closure gradients and passes are there before the step, with one they come in it.
-        with self._plain():
+        with self._plain():  # without a closure gradients and passes are there before the step
             seen = self._seen(due) if closure is None else None
         loss = self.base.step() if closure is None else self.base.step(closure)
         try:

@@ -78,6 +78,7 @@ class ModuleTeleportOptimizer(TeleportOptimizer):
             self.base.param_groups[0].setdefault(name, value)
         self._watch()
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # of a step that is compiled this runs as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """A step of the wrapped optimizer, then a teleport if one is due; returns the closure's loss."""
