@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv train test lint types gpu clean
+.PHONY: venv train test lint types docs gpu clean
 
 venv: $(VENV)/.ready
 
@@ -27,9 +27,13 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
+# The pages, in docs/_build/html; a warning is an error
+docs: venv
+	PYTHONPATH=. $(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
 # As it is installed, without an environment of its own; with data: make gpu DATA=folder
 gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --out runs/gpu $(if $(DATA),--data-root $(DATA))
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build docs/_build docs/reference docs/tutorials *.egg-info

@@ -1,5 +1,6 @@
 """Every command and Python block of the README and of each page runs as for a new user, and leaves no trace."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -12,7 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A block after this mark takes minutes; its commands are checked against `--help` only.
 LONG = "<!-- takes minutes -->"
-PAGES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+# A block after this one runs where these modules are installed.
+NEEDS = r"<!-- needs ([\w, ]+) -->"
+_MADE = ("_build", "reference", "tutorials")  # folders of docs/ that are written when it is built
+_WRITTEN = [p for p in (ROOT / "docs").rglob("*.md") if p.relative_to(ROOT / "docs").parts[0] not in _MADE]
+PAGES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "README.md", *_WRITTEN))
 LINKED = sorted({*PAGES, *(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md")))})
 # What prepares the machine, or waits for a person.
 _NOT_RUN = ("make", "git", "cd", "pip", "tensorboard")
@@ -25,8 +30,10 @@ def text(page):
 
 def blocks(page, language):
     """Code blocks of a page: whether marked as long, line of their beginning, code."""
-    found = re.finditer(rf"({re.escape(LONG)}\n)?```{language}\n(.*?)```", text(page), re.DOTALL)
-    return [(bool(m[1]), text(page)[: m.start(2)].count("\n"), m[2]) for m in found]
+    marks = rf"({re.escape(LONG)}\n)?(?:{NEEDS}\n)?"
+    found = re.finditer(rf"{marks}```{language}\n(.*?)```", text(page), re.DOTALL)
+    there = [m for m in found if m[2] is None or all(map(importlib.util.find_spec, m[2].split(", ")))]
+    return [(bool(m[1]), text(page)[: m.start(3)].count("\n"), m[3]) for m in there]
 
 
 def commands(page):
@@ -62,11 +69,11 @@ def run(command, folder):
     return done.stdout
 
 
-@pytest.fixture
-def checkout(tmp_path):
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
     """A clone of the tree as it is now, in which git sees what the commands leave behind."""
-    ignore = shutil.ignore_patterns(".git", ".venv", "runs", "build", "*cache*", "*.egg-info", ".hypothesis")
-    folder = Path(shutil.copytree(ROOT, tmp_path / "metatele", ignore=ignore))
+    ignore = shutil.ignore_patterns(".git", ".venv", "runs", "build", "_build", "*cache*", "*.egg-info", ".hypothesis")
+    folder = Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("tree") / "metatele", ignore=ignore))
     if shutil.which("git"):
         run("git init -q . && git add -A", folder)
         run("git -c user.name=test -c user.email=test@localhost commit -q -m tree", folder)
@@ -74,7 +81,7 @@ def checkout(tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page_runs_and_leaves_the_tree_clean(page, checkout):
+def test_page_runs_and_leaves_the_tree_clean(page, checkout, tmp_path):
     answers = {}
     for long, command in commands(page):
         if not long:
@@ -89,13 +96,15 @@ def test_page_runs_and_leaves_the_tree_clean(page, checkout):
     files = []
     for long, line, code in blocks(page, "python"):
         if not long:
-            files.append(checkout.parent / f"{Path(page).stem}_line_{line}.py")
+            files.append(tmp_path / f"{Path(page).stem}_line_{line}.py")
             files[-1].write_text("\n" * line + code, encoding="utf-8")
     if files:
         each = "import runpy, sys; [runpy.run_path(file, run_name='__main__') for file in sys.argv[1:]]"
         run(f'python -c "{each}" {" ".join(map(str, files))}', checkout)
     if shutil.which("git"):
-        assert run("git status --porcelain", checkout) == ""
+        left = run("git status --porcelain", checkout)
+        run("git clean -fdxq && git checkout -q .", checkout)  # for the next page
+        assert left == ""
 
 
 @pytest.mark.parametrize("page", LINKED)
@@ -111,11 +120,13 @@ def test_links_images_and_anchors_of_a_page_exist(page):
             assert anchor in headings(os.path.relpath(found.resolve(), ROOT)), f"{page}: no heading for {target}"
 
 
-def test_every_page_is_reached_from_the_readme_and_the_index():
+def test_every_page_is_in_the_table_of_contents():
+    listed = set()
     for page in PAGES:
-        name = Path(page).name
-        assert page in ("README.md", "docs/index.md") or f"(docs/{name})" in text("README.md"), page
-        assert page in ("README.md", "docs/index.md") or f"({name})" in text("docs/index.md"), page
+        for _, _, tree in blocks(page, r"\{toctree\}"):
+            lines = [line.split("<")[-1].strip("> ") for line in tree.splitlines() if line and line[0] not in ": "]
+            listed |= {os.path.normpath(Path(page).parent / f"{line}.md") for line in lines}
+    assert set(PAGES) - {"README.md", "docs/index.md"} <= listed
 
 
 def test_readme_is_short():

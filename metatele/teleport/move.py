@@ -257,7 +257,7 @@ def in_sequence(
         The last weights, and the report of each batch.
 
     Example:
-    >>> from metatele.perceptron.activations import LeakyReLU
+        >>> from metatele.perceptron.activations import LeakyReLU
         >>> from metatele.perceptron.losses import SquaredError
         >>> mlp = MLP((1, 1, 1), LeakyReLU(0.1))
         >>> scene = Landscape(mlp, torch.ones(1, 1), torch.ones(1, 1), SquaredError())

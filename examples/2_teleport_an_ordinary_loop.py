@@ -1,6 +1,7 @@
-"""Move eight networks along their loss level sets and see what changes: the gradient, not the loss.
+"""Teleport an ordinary loop
+============================
 
-python examples/teleport_keeps_the_loss.py
+Move eight networks along their loss level sets and see what changes: the gradient, not the loss.
 """
 
 import torch

@@ -1,6 +1,7 @@
-"""Train on digits with the learned optimizer and with Adam, and watch what counts: the held-out loss.
+"""Train your network with the learned optimizer
+================================================
 
-python examples/digits_beside_adam.py    # needs scikit-learn; a few seconds
+Train on digits with the learned optimizer and with Adam, and watch what counts: the held-out loss.
 """
 
 import torch
