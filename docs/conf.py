@@ -58,6 +58,7 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "show_memory": False,
     "write_computation_times": False,
+    "min_reported_time": 600,  # they say which machine was busy
     "image_scrapers": ("matplotlib",),
     "reset_modules": (),
 }

@@ -109,7 +109,11 @@ for name, maker in makers.items():
 # :doc:`64 ordinary situations </field>` and :doc:`ten larger tasks </breadth>`.
 
 figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-styles = {"learned": ("#c1121f", "-"), "Adam 1e-3": ("#767676", "--"), "Adam 1e-2": ("#3a84c4", "-.")}
+styles = {
+    "learned": ("#c1121f", "-"),
+    "Adam 1e-3": ("#767676", "--"),
+    "Adam 1e-2": ("#3a84c4", "-."),
+}
 spots = {"learned": (4.1, 0.052), "Adam 1e-3": (4.2, 1.0), "Adam 1e-2": (6.1, 0.125)}
 for name, losses in curves.items():
     colour, dashes = styles[name]

@@ -126,7 +126,7 @@ for arm, values in runs.items():
     if arm[0] == 1e-2:
         right.plot(norms, color=colour, linestyle=dashes, linewidth=2.2)
 left.text(4.5, 2.0, "Adam, rate 1e-3", color="#767676", fontsize=11)
-left.text(4.6, 1.06, "with ascents", color="#767676", fontsize=11)
+left.text(3.9, 0.98, "with ascents", color="#767676", fontsize=11)
 left.text(0.2, 0.19, "rate 1e-2: alone,\nwith ascents,\nwith balances", fontsize=11)
 right.set_xlim(right=EPOCHS + 3.6)
 right.set_xticks(range(0, EPOCHS + 1, 2))

@@ -75,11 +75,16 @@ def badly_scaled(model: nn.Sequential) -> nn.Sequential:
     return twin
 
 
-starts = {"as drawn": network(0), "badly scaled": badly_scaled(network(0)), "repaired": badly_scaled(network(0))}
+starts = {
+    "as drawn": network(0),
+    "badly scaled": badly_scaled(network(0)),
+    "repaired": badly_scaled(network(0)),
+}
 report = metatele.balance_(starts["repaired"], x_train[:8])
 for name, model in starts.items():
-    sizes = [f"{model[layer].weight.norm().item():7.2f}" for layer in (0, 3, 6)]
-    print(f"{name:12}  norms of the weights {' '.join(sizes)}   loss {loss_of(model(x_test), y_test).item():.4f}")
+    norms = " ".join(f"{model[layer].weight.norm().item():6.2f}" for layer in (0, 3, 6))
+    loss = loss_of(model(x_test), y_test).item()
+    print(f"{name:12}  norms of the weights {norms}   loss {loss:.4f}")
 print(f"largest change of an output by the repair: {report.drift:.0e}")
 
 # %%
@@ -101,7 +106,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, seed:
 
 
 figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-styles = {"as drawn": ("#767676", "-"), "badly scaled": ("#c1121f", "-."), "repaired": ("#3a84c4", "--")}
+styles = {
+    "as drawn": ("#767676", "-"),
+    "badly scaled": ("#c1121f", "-."),
+    "repaired": ("#3a84c4", "--"),
+}
 for name, start in starts.items():
     model = copy.deepcopy(start)
     losses = train(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), epochs=6, seed=0)

@@ -24,13 +24,13 @@ from torch import nn
 import metatele
 from metatele.config import preset
 from metatele.training.evaluation import evaluate
-from metatele.training.report import document, markdown, rows
+from metatele.training.report import document, rows
 from metatele.training.run import train
 
 torch.set_num_threads(1)
 config = preset("quick", method="lr-tele", widths=(8, 8, 8), samples=8, trajectories=128)
-print(f"{config.training.updates} updates, each from {config.training.batch} trajectories of", end=" ")
-print(f"{config.training.unroll} steps")
+c = config.training
+print(f"{c.updates} updates, each from {c.batch} trajectories of {c.unroll} steps")
 
 # %%
 # Meta-train
@@ -80,9 +80,10 @@ for step in range(31):
 # checkpoint it runs gradient descent at the paper's rate, and four standard optimizers. Those are tuned for the
 # last step, on problems of their own. On the command line this is ``metatele evaluate runs/mine``.
 
-STEPS = 60
+STEPS = 40
 found, task = evaluate([folder], num_trajectories=8, num_steps=STEPS, seed=1, device="cpu")
-print(markdown(rows(document(found, task, seed=1, device="cpu"))))
+for row in rows(document(found, task, seed=1, device="cpu")):
+    print("  ".join(cell.rjust(13) for cell in row[:1] + row[2:8]))  # the method, and six steps
 temporary.cleanup()
 
 # %%
