@@ -18,7 +18,7 @@ _SETTINGS = {
     "pypandoc": False,  # what is installed must not change what is written
     "promote_jupyter_magic": False,
 }
-_PAGE = re.compile(r":doc:`([^<`]+) </([\w/-]+)>`")
+_PAGE = re.compile(r":doc:`([^<`]+?)\s+</([\w/-]+)>`")
 _CODE = re.compile(r"``(.+?)``")
 
 

@@ -1,9 +1,10 @@
 """Train your network with the learned optimizer
 ================================================
 
-``metatele.LearnedOptimizer(model)`` is a PyTorch optimizer without a learning rate to choose. Here it trains a
-small convolutional network on handwritten digits. Adam trains the same network beside it, at two rates that people
-try first. We watch the loss on images that were held out.
+``metatele.LearnedOptimizer(model)`` is a PyTorch optimizer without a learning rate to
+choose. Here it trains a small convolutional network on handwritten digits. Adam trains the
+same network beside it, at two rates that people try first. We watch the loss on images that
+were held out.
 """
 
 # %%
@@ -47,7 +48,8 @@ def network() -> nn.Sequential:
 # An ordinary loop
 # ----------------
 #
-# Nothing in it is special. The learned optimizer takes what it needs from the passes by hooks.
+# Nothing in it is special. The learned optimizer takes what it needs from the passes by
+# hooks.
 
 EPOCHS, BATCH = 10, 100
 STEPS = EPOCHS * len(range(0, len(x_train), BATCH))
@@ -78,9 +80,10 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
 # Three optimizers
 # ----------------
 #
-# Only the line that makes the optimizer differs. We know how long the run is, so we say it: with ``total_steps``
-# the learned optimizer cools down by itself over the last 40 % of the run. It may be left out. Then steps go on as
-# before, and a scheduler of yours can set ``lr``, which is a factor on the learned step.
+# Only the line that makes the optimizer differs. We know how long the run is, so we say it:
+# with ``total_steps`` the learned optimizer cools down by itself over the last 40 % of the
+# run. It may be left out. Then steps go on as before, and a scheduler of yours can set
+# ``lr``, which is a factor on the learned step.
 
 makers = {
     "learned": lambda model: metatele.LearnedOptimizer(model, total_steps=STEPS),
@@ -104,9 +107,10 @@ for name, maker in makers.items():
 # The picture
 # -----------
 #
-# Adam at 1e-3 has not arrived, and at 1e-2 it has. That is what choosing a rate is about. The learned optimizer
-# takes an epoch to find its step length, and then passes both. This is one seed on one small problem. We measured
-# :doc:`64 ordinary situations </field>` and :doc:`ten larger tasks </breadth>`.
+# Adam at 1e-3 has not arrived, and at 1e-2 it has. That is what choosing a rate is about.
+# The learned optimizer takes an epoch to find its step length, and then passes both. This
+# is one seed on one small problem. We measured :doc:`64 ordinary situations </field>` and
+# :doc:`ten larger tasks </breadth>`.
 
 figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
 styles = {
@@ -132,9 +136,9 @@ plt.show()
 # What it does with each parameter
 # --------------------------------
 #
-# ``describe()`` prints a row for each parameter: its shape as it is stepped, and how. A kernel is a matrix over
-# patches, and a bias is one more column of its weights. Each matrix is whitened by the inputs that its layer saw,
-# as K-FAC and Shampoo do.
+# ``describe()`` prints a row for each parameter: its shape as it is stepped, and how. A
+# kernel is a matrix over patches, and a bias is one more column of its weights. Each matrix
+# is whitened by the inputs that its layer saw, as K-FAC and Shampoo do.
 
 print(learned.describe())
 
@@ -142,9 +146,12 @@ print(learned.describe())
 # When not to use it
 # ------------------
 #
-# - You have a rate and a schedule that were tuned for just this network. Measure before you change.
+# - You have a rate and a schedule that were tuned for just this network. Measure before you
+#   change.
 # - A step must cost no more than Adam's. It costs more, as the seconds above show.
 # - Your parameters are sharded, as by FSDP, or have sparse gradients. Both are refused.
-# - Your data set is small and noisy. There the held-out loss can end above Adam's, so watch it.
+# - Your data set is small and noisy. There the held-out loss can end above Adam's, so watch
+#   it.
 #
-# Next: :doc:`the learned optimizer </learned-optimizer>`, with every argument and what it works with.
+# Next: :doc:`the learned optimizer </learned-optimizer>`, with every argument and what it
+# works with.

@@ -1,16 +1,18 @@
 """Which symmetries does my network have?
 =========================================
 
-A network has the same outputs at many different weights. ``find_symmetries`` lists the ways in which yours can move
-between them. Two uses follow. ``balance_`` repairs a start whose layers are badly scaled. ``match_`` puts the units
-of two trained networks in the same order, so that their weights can be averaged.
+A network has the same outputs at many different weights. ``find_symmetries`` lists the ways
+in which yours can move between them. Two uses follow. ``balance_`` repairs a start whose
+layers are badly scaled. ``match_`` puts the units of two trained networks in the same
+order, so that their weights can be averaged.
 """
 
 # %%
 # Find them
 # ---------
 #
-# We take a small convolutional network. ``find_symmetries`` needs the model and an example of its inputs.
+# We take a small convolutional network. ``find_symmetries`` needs the model and an example
+# of its inputs.
 
 import copy
 
@@ -47,12 +49,13 @@ def network(seed: int) -> nn.Sequential:
 print(metatele.find_symmetries(network(0), x_train[:8]))
 
 # %%
-# Each row is a set of k hidden units, with the parameters that write them and read them. Behind a ReLU a channel
-# may be multiplied by a positive number, if what reads it is divided by the same. And channels may be put in
-# another order. Each row was verified before it was printed: a random move of this kind changed no output.
+# Each row is a set of k hidden units, with the parameters that write them and read them.
+# Behind a ReLU a channel may be multiplied by a positive number, if what reads it is
+# divided by the same. And channels may be put in another order. Each row was verified
+# before it was printed: a random move of this kind changed no output.
 #
-# Other layers allow more. In attention, queries and keys may change basis together, and so may values and what
-# reads them: the rows ``GL``.
+# Other layers allow more. In attention, queries and keys may change basis together, and so
+# may values and what reads them: the rows ``GL``.
 
 block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
 print(metatele.find_symmetries(block, torch.randn(4, 6, 16)))
@@ -61,8 +64,9 @@ print(metatele.find_symmetries(block, torch.randn(4, 6, 16)))
 # Repair a badly scaled start
 # ---------------------------
 #
-# We multiply the first layer by 30 and divide the second by 30. The network computes what it did before.
-# ``balance_`` goes from there to one canonical point, where the two sides of each unit have the same length.
+# We multiply the first layer by 30 and divide the second by 30. The network computes what
+# it did before. ``balance_`` goes from there to one canonical point, where the two sides of
+# each unit have the same length.
 
 
 def badly_scaled(model: nn.Sequential) -> nn.Sequential:
@@ -91,7 +95,9 @@ print(f"largest change of an output by the repair: {report.drift:.0e}")
 # The three starts have the same loss. They do not train alike.
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, seed: int) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, seed: int
+) -> list[float]:
     """Held-out losses, before the first epoch and after each."""
     shuffle, losses = torch.Generator().manual_seed(seed), []
     for epoch in range(epochs + 1):
@@ -113,7 +119,9 @@ styles = {
 }
 for name, start in starts.items():
     model = copy.deepcopy(start)
-    losses = train(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), epochs=6, seed=0)
+    losses = train(
+        model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), epochs=6, seed=0
+    )
     axes.plot(losses, color=styles[name][0], linestyle=styles[name][1], linewidth=2.2)
 axes.text(4.3, 1.95, "badly scaled", color="#c1121f", fontsize=12)
 axes.text(0.5, 0.9, "as drawn", color="#767676", fontsize=12)
@@ -128,22 +136,26 @@ axes.grid(alpha=0.3)
 plt.show()
 
 # %%
-# A repair is no gain over a good start. It takes the scale of the layers out of the choice of a rate: at a rate of
-# 0.01 it is the badly scaled start that trains faster. With the best rate for each start, a repair is worth
-# something on some networks and nothing on others (:doc:`measured on three </symmetries>`).
+# A repair is no gain over a good start. It takes the scale of the layers out of the choice
+# of a rate: at a rate of 0.01 it is the badly scaled start that trains faster. With the
+# best rate for each start, a repair is worth something on some networks and nothing on
+# others (:doc:`measured on three </symmetries>`).
 
 for name, start in starts.items():
     model = copy.deepcopy(start)
-    losses = train(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), epochs=6, seed=0)
+    losses = train(
+        model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), epochs=6, seed=0
+    )
     print(f"rate 0.01, {name:12}  held-out loss {losses[-1]:.3f}")
 
 # %%
 # Match two trained networks
 # --------------------------
 #
-# Two networks from different seeds are both good. Halfway between their weights lies a bad one, because unit 3 of
-# one network has nothing to do with unit 3 of the other. ``match_`` reorders and rescales the units of one of them
-# to be like those of the other. What it computes stays the same.
+# Two networks from different seeds are both good. Halfway between their weights lies a bad
+# one, because unit 3 of one network has nothing to do with unit 3 of the other. ``match_``
+# reorders and rescales the units of one of them to be like those of the other. What it
+# computes stays the same.
 
 ours, other = network(0), network(1)
 for seed, model in enumerate((ours, other)):
@@ -177,8 +189,8 @@ axes.grid(alpha=0.3)
 plt.show()
 
 # %%
-# Matching does not always work this well. On five pairs of each, the barrier between two wide perceptrons or CNNs
-# fell to a tenth or less, between two ResNets to about half, and between two small GPTs to two thirds
-# (``results/benchmarks/rebasin.md``).
+# Matching does not always work this well. On five pairs of each, the barrier between two
+# wide perceptrons or CNNs fell to a tenth or less, between two ResNets to about half, and
+# between two small GPTs to two thirds (``results/benchmarks/rebasin.md``).
 #
 # Next: :doc:`how symmetries are found </symmetries>`, and what is certain about them.

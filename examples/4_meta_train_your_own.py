@@ -1,18 +1,20 @@
 """Meta-train an optimizer of your own
 =====================================
 
-An optimizer can be trained as a network is: run it on many small problems, and follow the gradient of the losses
-that it reaches. This tutorial meta-trains one in a few seconds, loads it as a PyTorch optimizer, and compares it
-with standard ones on problems it has not seen. It is the paper's third method: a recurrent network sets a learning
-rate and a teleport at every step.
+An optimizer can be trained as a network is: run it on many small problems, and follow the
+gradient of the losses that it reaches. This tutorial meta-trains one in a few seconds,
+loads it as a PyTorch optimizer, and compares it with standard ones on problems it has not
+seen. It is the paper's third method: a recurrent network sets a learning rate and a
+teleport at every step.
 """
 
 # %%
 # Choose what to train
 # --------------------
 #
-# A configuration is a preset with changes. ``quick`` takes about a minute. We make its problems smaller: fit 8
-# random targets by a network of widths 8, 8, 8. And we stop after 128 of them.
+# A configuration is a preset with changes. ``quick`` takes about a minute. We make its
+# problems smaller: fit 8 random targets by a network of widths 8, 8, 8. And we stop after
+# 128 of them.
 
 import tempfile
 from pathlib import Path
@@ -40,9 +42,11 @@ print(f"{c.updates} updates, each from {c.batch} trajectories of {c.unroll} step
 #
 # .. code-block:: sh
 #
-#     metatele train quick --method lr-tele --widths 8,8,8 --samples 8 --trajectories 128 --out runs/mine
+#     metatele train quick --method lr-tele --widths 8,8,8 --samples 8 \
+#         --trajectories 128 --out runs/mine
 #
-# A run folder holds the checkpoint, the state from which the run can be resumed, and every logged number.
+# A run folder holds the checkpoint, the state from which the run can be resumed, and every
+# logged number.
 
 temporary = tempfile.TemporaryDirectory()
 folder = Path(temporary.name) / "mine"
@@ -54,11 +58,14 @@ print(f"mean log loss on validation problems: {trainer.best:.2f}")
 # Use it
 # ------
 #
-# ``LearnedOptimizer`` takes the folder. These recurrent networks fit one shape, so the model has the widths of the
-# meta-training. The loss, too, is the one they know: half the sum of squares.
+# ``LearnedOptimizer`` takes the folder. These recurrent networks fit one shape, so the
+# model has the widths of the meta-training. The loss, too, is the one they know: half the
+# sum of squares.
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.LeakyReLU(0.1), nn.Linear(8, 8, bias=False))
+model = nn.Sequential(
+    nn.Linear(8, 8, bias=False), nn.LeakyReLU(0.1), nn.Linear(8, 8, bias=False)
+)
 x, y = torch.rand(8, 8), torch.rand(8, 8)
 with torch.no_grad():
     for p in model.parameters():
@@ -76,14 +83,15 @@ for step in range(31):
 # Evaluate it
 # -----------
 #
-# One problem says little. ``evaluate`` takes problems from a stream that training never touches. Beside the
-# checkpoint it runs gradient descent at the paper's rate, and four standard optimizers. Those are tuned for the
-# last step, on problems of their own. On the command line this is ``metatele evaluate runs/mine``.
+# One problem says little. ``evaluate`` takes problems from a stream that training never
+# touches. Beside the checkpoint it runs gradient descent at the paper's rate, and four
+# standard optimizers. Those are tuned for the last step, on problems of their own. On the
+# command line this is ``metatele evaluate runs/mine``.
 
 STEPS = 40
 found, task = evaluate([folder], num_trajectories=8, num_steps=STEPS, seed=1, device="cpu")
 for row in rows(document(found, task, seed=1, device="cpu")):
-    print("  ".join(cell.rjust(13) for cell in row[:1] + row[2:8]))  # the method, and six steps
+    print(f"{row[0]:14}", *(f"{cell:>9}" for cell in row[2:8]))  # six of the steps
 temporary.cleanup()
 
 # %%
@@ -102,9 +110,8 @@ for curve in found:
         colour, dashes, label = styles[curve.name]
         losses = curve.losses.log().mean(1).exp()  # the geometric mean over problems
         axes.plot(losses, color=colour, linestyle=dashes, linewidth=2.2)
-        axes.annotate(
-            label, (STEPS, losses[-1]), (4, 0), textcoords="offset points", color=colour, fontsize=11, va="center"
-        )
+        end = (STEPS + 0.5, losses[-1])
+        axes.text(*end, label, color=colour, fontsize=11, va="center")
 axes.set_xlim(0, STEPS * 1.35)
 axes.set_xticks(range(0, STEPS + 1, 20))
 axes.set_yscale("log")
@@ -118,9 +125,11 @@ plt.show()
 # What to make of it
 # ------------------
 #
-# After a few steps the trained optimizer is ahead of gradient descent and of tuned Adam. L-BFGS, which builds a
-# model of the curvature, ends far ahead of it. And it knows problems of this shape alone.
+# After a few steps the trained optimizer is ahead of gradient descent and of tuned Adam.
+# L-BFGS, which builds a model of the curvature, ends far ahead of it. And it knows problems
+# of this shape alone.
 #
-# Next: :doc:`meta-training </meta-training>`, with resuming, several processes and settings. The three methods and
-# their presets are on :doc:`the page of the paper's methods </paper-methods>`. An optimizer for any network is
-# trained by another preset, ``general``, :doc:`in about 20 minutes </learned-optimizer>`.
+# Next: :doc:`meta-training </meta-training>`, with resuming, several processes and
+# settings. The three methods and their presets are on :doc:`the page of the paper's methods
+# </paper-methods>`. An optimizer for any network is trained by another preset, ``general``,
+# :doc:`in about 20 minutes </learned-optimizer>`.

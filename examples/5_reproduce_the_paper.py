@@ -1,18 +1,19 @@
 """Reproduce a table of the paper
 ================================
 
-Every figure and table of the paper is one command: ``metatele experiments NAME``. It writes the raw numbers, a
-table and a figure. This tutorial runs a small one. It asks the question of the paper's Table 1: do the sharpness
-and the curvature of a minimum say how well it generalises?
+Every figure and table of the paper is one command: ``metatele experiments NAME``. It writes
+the raw numbers, a table and a figure. This tutorial runs a small one. It asks the question
+of the paper's Table 1: do the sharpness and the curvature of a minimum say how well it
+generalises?
 """
 
 # %%
 # Run it
 # ------
 #
-# The experiment trains networks from different seeds and measures each. The paper has 100 networks on each of three
-# image sets. We take 30 on scikit-learn's digits, which need no file. We call the command from Python, into a
-# folder that goes away.
+# The experiment trains networks from different seeds and measures each. The paper has 100
+# networks on each of three image sets. We take 30 on scikit-learn's digits, which need no
+# file. We call the command from Python, into a folder that goes away.
 
 import csv
 import json
@@ -26,7 +27,11 @@ from matplotlib import pyplot as plt
 temporary = tempfile.TemporaryDirectory()
 folder = Path(temporary.name) / "table1"
 command = "metatele experiments table1 --networks 30 --epochs 40"
-subprocess.run([sys.executable, "-m", *command.split(), "--out", folder], check=True, capture_output=True)
+subprocess.run(
+    [sys.executable, "-m", *command.split(), "--out", folder],
+    check=True,
+    capture_output=True,
+)
 print(sorted(path.name for path in folder.iterdir()))
 
 # %%
@@ -35,29 +40,33 @@ print(sorted(path.name for path in folder.iterdir()))
 #
 # Each row is a quantity, and its correlation with the validation loss over the networks.
 #
-# - Sharpness φ is the mean loss a little way off the minimum. It goes with the validation loss almost perfectly,
-#   and the paper reports high correlations too.
-# - So does the training loss L, in the last row. The displacements are small, so φ *is* the training loss but for a
-#   rise of less than a thousandth.
-# - The column *given L* takes out what both share with L. Then nothing is left of φ's high correlation.
-# - Curvature ψ has a wide interval. The paper's correlations of ψ lie between -0.05 and -0.24.
+# - Sharpness φ is the mean loss a little way off the minimum. It goes with the validation
+#   loss almost perfectly, and the paper reports high correlations too.
+# - So does the training loss L, in the last row. The displacements are small, so φ *is* the
+#   training loss but for a rise of less than a thousandth.
+# - The column *given L* takes out what both share with L. Then nothing is left of φ's high
+#   correlation.
+# - Curvature ψ has a wide interval. The paper's correlations of ψ lie between -0.05 and
+#   -0.24.
 
 with (folder / "table.csv").open(encoding="utf-8") as file:
     for row in csv.DictReader(file):
         shown = [row["quantity"], row["Pearson with validation loss"], row["95 % interval"]]
-        print("{:22} {}   ({})".format(*shown), "  given L:", row["given the training loss"])
+        print(
+            "{:22} {}   ({})".format(*shown), "  given L:", row["given the training loss"]
+        )
 
 # %%
 # Read the raw numbers
 # --------------------
 #
-# Tables and figures are made from ``results.json``, which has every number of every network, the versions and the
-# times. ``--redraw`` makes them again. Here we draw our own.
+# Tables and figures are made from ``results.json``, which has every number of every
+# network, the versions and the times. ``--redraw`` makes them again. Here we draw our own.
 
 results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
 temporary.cleanup()
 networks = results["arms"]
-print(f"{len(networks)} networks {results['widths']} on {results['dataset']}; the first of them:")
+print(f"{len(networks)} networks {results['widths']} on {results['dataset']}; the first:")
 for name, value in networks[0].items():
     print(f"  {name:15} {value:.4g}")
 
@@ -81,8 +90,9 @@ plt.show()
 # The real ones
 # -------------
 #
-# This was 30 networks and one data set. The stored results are of 100 networks on each of four sets, with
-# intervals, beside the paper's numbers: :doc:`Table 1 and the geometry of minima </geometry-and-theory>`.
+# This was 30 networks and one data set. The stored results are of 100 networks on each of
+# four sets, with intervals, beside the paper's numbers: :doc:`Table 1 and the geometry of
+# minima </geometry-and-theory>`.
 #
-# Next: :doc:`every stored result </results>`, with the command that rebuilds it, and :doc:`where teleports help,
-# and where not </does-it-help>`.
+# Next: :doc:`every stored result </results>`, with the command that rebuilds it, and
+# :doc:`where teleports help, and where not </does-it-help>`.
