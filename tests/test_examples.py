@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_stored_notebook_is_that_of_its_script(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_notebook_has_a_title_no_outputs_and_no_markup_of_the_pages(script):
+def test_notebook_has_a_title_no_outputs_and_links_that_exist(script):
     stored = cells(script)
     assert stored[0]["cell_type"] == "markdown"
     assert stored[0]["source"][0].startswith("# ")
@@ -56,6 +57,8 @@ def test_notebook_has_a_title_no_outputs_and_no_markup_of_the_pages(script):
         else:
             assert ":doc:" not in text
             assert ".. " not in text
+            for target in re.findall(r"\]\(([^)]+)\)", text):
+                assert (EXAMPLES / target).exists(), f"{script.stem} links to {target}, which does not exist"
 
 
 def test_notebooks_run_from_top_to_bottom_and_leave_nothing(tmp_path):
