@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv train test lint types docs gpu clean
+.PHONY: venv train test lint types docs notebooks gpu clean
 
 venv: $(VENV)/.ready
 
@@ -30,6 +30,10 @@ types: venv
 # The pages, in docs/_build/html; a warning is an error
 docs: venv
 	PYTHONPATH=. $(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+# The tutorials as notebooks, beside their scripts
+notebooks: venv
+	$(BIN)/python docs/notebooks.py
 
 # As it is installed, without an environment of its own; with data: make gpu DATA=folder
 gpu:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PYTHONPATH"] = str(HERE.parent)  # of commands that a tutorial runs
+warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
 
 import from_code
 import links
+import notebooks
 
 from metatele._version import __version__
 
@@ -48,13 +52,13 @@ sphinx_gallery_conf = {
     "examples_dirs": [str(HERE.parent / "examples")],
     "gallery_dirs": ["tutorials"],
     "filename_pattern": r"/[0-9]_",  # the tutorials, in their order
-    "ignore_pattern": r"notebooks\.py",
     "within_subsection_order": "FileNameSortKey",
     "abort_on_example_error": True,
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_memory": False,
     "write_computation_times": False,
+    "min_reported_time": 600,  # they say which machine was busy
     "image_scrapers": ("matplotlib",),
     "reset_modules": (),
 }
@@ -70,5 +74,7 @@ html_theme_options = {
 
 def setup(app: object) -> None:
     """Write what is made from the code, and let links that leave the pages lead to files."""
+    # After the gallery, whose own notebooks keep the markup of pages
+    app.connect("builder-inited", lambda app: notebooks.write(HERE / "tutorials"), priority=900)  # type: ignore[attr-defined]
     app.connect("builder-inited", lambda app: from_code.write(HERE / "reference"))  # type: ignore[attr-defined]
     app.connect("source-read", links.rewritten)  # type: ignore[attr-defined]

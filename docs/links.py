@@ -30,6 +30,9 @@ def rewritten(app: object, docname: str, source: list[str]) -> None:
     def link(found: re.Match[str]) -> str:
         said, path, anchor = found[1], found[2], found[3] or ""
         file = (written / path).resolve()
+        if file.parent == ROOT / "examples" and file.suffix == ".py":
+            page = DOCS / "tutorials" / f"{file.stem}.rst"
+            return f"[{said}]({os.path.relpath(page, here)}{anchor})"
         page = DOCS / f"{PAGES[path.rsplit('/', 1)[-1]]}.md" if file.parent == ROOT and file.name in PAGES else file
         if page.is_relative_to(DOCS):
             return f"[{said}]({os.path.relpath(page, here)}{anchor})"
