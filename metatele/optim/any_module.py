@@ -204,6 +204,16 @@ class Passes:
         """Forget."""
         self.seen, self._size = [], None
 
+    def zeroed(self) -> None:
+        """Forget what has had its gradients: loops may zero them between a pass and its backward pass."""
+        waiting = [one for one in self.seen if all(error is None for error in one[2])]
+        self.clear()
+        self.seen = waiting
+
+    def settle(self) -> None:
+        """Forget passes that no gradient came back through."""
+        self.seen = [one for one in self.seen if any(error is not None for error in one[2])]
+
     def surrogate(self) -> Tensor:
         """``Σ ⟨outputs, ∂L/∂outputs⟩`` of all passes, at the weights as they are now, and a constant.
 
