@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 import metatele
-from metatele.config import KINDS, ModulesConfig, general_training
+from metatele.cli.train import main as train
+from metatele.config import KINDS, ModulesConfig, preset
 from metatele.errors import ConfigError
 from metatele.network.trace import MIXES, RULES, SHIFTS, rule
 from metatele.symmetry import ACTIONS, Rescaling, register_action
@@ -180,7 +181,7 @@ def _worker(settings):
 
 def test_a_kind_of_problem_is_one_call():
     with pytest.raises(ConfigError, match="kinds must be among regression"):
-        ModulesConfig(kinds=("lines",))
+        Modules(ModulesConfig(kinds=("lines",)))
     with pytest.raises(ConfigError, match=r"networks must be one of regression, .*, got 'trees'"):
         register_kind("lines", lambda draws: Line(1.0), networks="trees")
     register_kind("lines", lambda draws: Line(draws.uniform(1, 2)), most=300)
@@ -197,5 +198,14 @@ def test_a_kind_of_problem_is_one_call():
             assert workers.answers([1]) == [problem.source.slope]
     finally:
         del kinds.KIND_OF["lines"]
-        general_training._ADDED.remove("lines")
     assert tuple(kinds.KIND_OF) == KINDS
+
+
+def test_a_checkpoint_is_loaded_where_its_kinds_are_not_known_and_no_run_begins_with_them(tmp_path):
+    config = preset("general", kinds=("lines",))
+    optimizer = metatele.load("general").optimizer
+    metatele.save(tmp_path / "one", optimizer, run=config)
+    assert metatele.load(tmp_path / "one").training["task"]["kinds"] == ["lines"]
+    with pytest.raises(ConfigError, match="kinds must be among regression"):
+        train(["general", "--kinds", "lines", "--out", str(tmp_path / "run"), "--quiet"])
+    assert not (tmp_path / "run").exists()

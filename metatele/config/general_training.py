@@ -7,25 +7,12 @@ from dataclasses import dataclass
 
 from metatele.config.base import check_types, require, require_positive, setting
 from metatele.config.training import CommonTrainingConfig
-from metatele.errors import ConfigError
 
 # Kinds of inner problems.
 KINDS = (
     *("regression", "classification", "images", "tokens", "signals", "autoencoder"),
     *("prototypes", "language", "patches"),  # small image sets, small GPTs, small ViTs
 )
-_ADDED: list[str] = []  # further ones, of whoever registers them
-
-
-def add_kind(name: str) -> None:
-    """Let settings name a further kind; :func:`metatele.tasks.modules.register_kind` calls it.
-
-    Raises:
-        ConfigError: There is one of this name.
-    """
-    if name in KINDS or name in _ADDED:
-        raise ConfigError(f"there is a kind {name!r} already")
-    _ADDED.append(name)
 
 
 @dataclass(frozen=True)
@@ -61,8 +48,7 @@ class ModulesConfig:
     def __post_init__(self) -> None:
         """Check sizes and shares."""
         check_types(self)
-        known = (*KINDS, *_ADDED)
-        require(len(self.kinds) > 0 and set(self.kinds) <= set(known), "kinds", f"among {', '.join(known)}", self.kinds)
+        require(len(self.kinds) > 0, "kinds", "at least one", self.kinds)  # their names: where problems are drawn
         require_positive(self, "shortest", "budget_ms", "deepest", "held_out_samples")
         require(self.shortest <= self.longest, "longest", f"at least shortest ({self.shortest})", self.longest)
         require(self.fewest_samples >= 4, "fewest_samples", "at least 4", self.fewest_samples)

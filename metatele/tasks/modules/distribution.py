@@ -7,6 +7,7 @@ import math
 from torch import nn
 
 from metatele.config import ModulesConfig
+from metatele.errors import ConfigError
 from metatele.random import generator
 from metatele.tasks.modules.data import Source
 from metatele.tasks.modules.draws import Draws
@@ -27,6 +28,9 @@ class Modules:
     Args:
         config: How they are distributed.
 
+    Raises:
+        ConfigError: There is no kind of a name among its kinds.
+
     Example:
         >>> modules = Modules(ModulesConfig())
         >>> modules.sample(0, "train", 3) == modules.sample(0, "train", 3)
@@ -34,6 +38,8 @@ class Modules:
     """
 
     def __init__(self, config: ModulesConfig) -> None:
+        if not set(config.kinds) <= set(KIND_OF):
+            raise ConfigError(f"kinds must be among {', '.join(KIND_OF)}, got {config.kinds}")
         self.config = config
 
     def sample(self, seed: int, stream: str, index: int) -> Problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from metatele.config.general_training import KINDS, add_kind
+from metatele.config import KINDS
 from metatele.errors import ConfigError
 from metatele.tasks.modules.data import Source
 from metatele.tasks.modules.draws import Draws
@@ -80,6 +80,6 @@ def register_kind(name: str, draw: Callable[[Draws], Source], networks: str = "r
     """
     if networks not in KINDS:
         raise ConfigError(f"networks must be one of {', '.join(KINDS)}, got {networks!r}")
-    kind = Kind(draw, networks, **samples)
-    add_kind(name)
-    KIND_OF[name] = kind
+    if name in KIND_OF:
+        raise ConfigError(f"there is a kind {name!r} already")
+    KIND_OF[name] = Kind(draw, networks, **samples)
