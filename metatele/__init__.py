@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from metatele.teleport import (
         Balance,
         GradientNormAscent,
+        ModuleMove,
         Random,
         Rescaling,
         Whitening,
@@ -50,6 +51,7 @@ _HOME = {
     "GradientNormAscent": "metatele.teleport",
     "LearnedOptimizer": "metatele.optim.learned",
     "MetaOptimizer": "metatele.learned",
+    "ModuleMove": "metatele.teleport",
     "Random": "metatele.teleport",
     "Rescaling": "metatele.teleport",
     "Symmetries": "metatele.symmetry.find",
@@ -75,6 +77,7 @@ __all__ = [
     "GradientNormAscent",
     "LearnedOptimizer",
     "MetaOptimizer",
+    "ModuleMove",
     "Random",
     "Rescaling",
     "Symmetries",

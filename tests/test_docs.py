@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LONG = "<!-- takes minutes -->"
 # A block after this one runs where these modules are installed.
 NEEDS = r"<!-- needs ([\w, ]+) -->"
+# A block that begins with this comment is that file; a command on its page runs it.
+_FILE = re.compile(r"# (\S+\.py)\n")
 _MADE = ("_build", "reference", "tutorials")  # folders of docs/ that are written when it is built
 _WRITTEN = [p for p in (ROOT / "docs").rglob("*.md") if p.relative_to(ROOT / "docs").parts[0] not in _MADE]
 PAGES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "README.md", *_WRITTEN))
@@ -95,7 +97,9 @@ def test_page_runs_and_leaves_the_tree_clean(page, checkout, tmp_path):
     # One process for all blocks, since torch takes long to import; each has names and a file of its own.
     files = []
     for long, line, code in blocks(page, "python"):
-        if not long:
+        if named := _FILE.match(code):
+            assert code == text(named[1])
+        elif not long:
             files.append(tmp_path / f"{Path(page).stem}_line_{line}.py")
             files[-1].write_text("\n" * line + code, encoding="utf-8")
     if files:

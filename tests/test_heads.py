@@ -266,8 +266,20 @@ class Grouped(Fused):
         return self.q(x).unflatten(-1, (4, K)).transpose(1, 2), k, v
 
 
-def test_grouped_queries_change_together():
-    model, x = made(Grouped), inputs()
+class GroupedByFlag(Grouped):
+    """The same without copies of keys and values, as transformers has it."""
+
+    def split(self, x):
+        k, v = (t.unflatten(-1, (2, K)).transpose(1, 2) for t in self.kv(x).chunk(2, -1))
+        return self.q(x).unflatten(-1, (4, K)).transpose(1, 2), k, v
+
+    def attend(self, q, k, v):
+        return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+@pytest.mark.parametrize("make", [Grouped, GroupedByFlag])
+def test_grouped_queries_change_together(make):
+    model, x = made(make), inputs()
     heads = found(model, x)
     sides = sorted((head.kind, len(head.left), len(head.right)) for head in heads)
     assert sides == 2 * [("qk", 2, 1)] + 2 * [("vo", 1, 2)]

@@ -154,6 +154,31 @@ def test_passes_of_the_loop_tell_what_the_loss_tells():
     assert optimizer.report.objective_after == pytest.approx(report.objective_after, rel=0.02)
 
 
+def test_gradients_may_be_zeroed_between_a_pass_and_its_backward_pass():
+    """As in a closure of Lightning; a pass that no gradient came back through has no part."""
+    moved = []
+    for late in (False, True):
+        model, x, y, loss_fn = images()
+        optimizer = metatele.TeleportOptimizer(torch.optim.SGD(model.parameters(), 0.01), model, at=[0])
+
+        def closure(late=late, optimizer=optimizer, model=model, x=x, y=y, loss_fn=loss_fn):
+            if not late:
+                optimizer.zero_grad()
+            else:
+                model(x[:3])
+            loss = loss_fn(model(x), y)
+            if late:
+                optimizer.zero_grad()
+            loss.backward()
+            return loss
+
+        model.eval()  # of BatchNorm, that the pass which has no part leaves no trace
+        optimizer.step(closure)
+        assert optimizer.report.moved
+        moved.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *moved))
+
+
 def test_frozen_parameters_and_those_in_no_group_stay():
     model, x, y, loss = images()
     model.head.requires_grad_(False)  # it reads the residual stream, which can't be scaled then

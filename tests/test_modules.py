@@ -172,7 +172,7 @@ def test_prototypes_of_a_class_are_alike_and_sets_of_them_are_small():
 
 def test_settings_out_of_range_are_refused():
     with pytest.raises(ConfigError, match="kinds must be among regression"):
-        ModulesConfig(kinds=("digits",))
+        Modules(ModulesConfig(kinds=("digits",)))
     with pytest.raises(ConfigError, match="longest must be at least shortest"):
         ModulesConfig(shortest=50, longest=40)
     with pytest.raises(ConfigError, match="event_share must be from 0 to 1"):

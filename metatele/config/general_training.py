@@ -48,7 +48,7 @@ class ModulesConfig:
     def __post_init__(self) -> None:
         """Check sizes and shares."""
         check_types(self)
-        require(len(self.kinds) > 0 and set(self.kinds) <= set(KINDS), "kinds", f"among {', '.join(KINDS)}", self.kinds)
+        require(len(self.kinds) > 0, "kinds", "at least one", self.kinds)  # their names: where problems are drawn
         require_positive(self, "shortest", "budget_ms", "deepest", "held_out_samples")
         require(self.shortest <= self.longest, "longest", f"at least shortest ({self.shortest})", self.longest)
         require(self.fewest_samples >= 4, "fewest_samples", "at least 4", self.fewest_samples)

@@ -328,7 +328,8 @@ def _role(end: End) -> tuple[str, Tensor | None]:
     if node.name().startswith(_FUSED):
         if slot > 2 or labels.dim() != 4:
             return "", None
-        return "qkv"[slot], _per_matrix(labels, -1)
+        times, left = divmod(shape_out(node, 0)[1], labels.shape[1])  # heads of queries that share keys and values
+        return ("", None) if left else ("qkv"[slot], _per_matrix(labels.repeat_interleave(times, 1), -1))
     product = _SCORES.get(node.name())
     if product is None or slot not in product or labels.dim() != 3:
         return "", None

@@ -20,7 +20,7 @@ from metatele.network.spaces import Space
 from metatele.network.unwrap import unwrapped
 from metatele.symmetry.exact import Element
 from metatele.symmetry.find import find_symmetries, warn_of_unused
-from metatele.teleport import Ascent, Balance, Random, Reason, Rescaling, TeleportMove, TeleportReport
+from metatele.teleport import Ascent, Balance, ModuleMove, Random, Reason, Rescaling, TeleportMove, TeleportReport
 from metatele.teleport.ascent import USUAL_CHANGE
 from metatele.teleport.exact_moves import exact_, refuse_settings
 from metatele.teleport.modules import ascend_
@@ -38,8 +38,8 @@ def ascent_of(move: TeleportMove | None, wanted: str | Objective, settings: Mapp
     if move is not None:
         if not isinstance(move, Ascent):
             raise ConfigError(
-                "on a module that is no perceptron a teleport is an ascent, Balance, Rescaling or Random, got "
-                f"{type(move).__name__}"
+                "on a module that is no perceptron a teleport is an ascent, Balance, Rescaling, Random or a "
+                f"ModuleMove, got {type(move).__name__}"
             )
         wanted, change = move.objective, move.max_change
         usual = {f.name: f.default for f in dataclasses.fields(move) if f.default is not dataclasses.MISSING}
@@ -62,8 +62,9 @@ def ascent_of(move: TeleportMove | None, wanted: str | Objective, settings: Mapp
     return {"objective": goal, "max_change": min(change, 1.0), **settings}
 
 
-Plan = Mapping[str, Any] | Balance | Rescaling | Random
-_EXACT = (Balance, Rescaling, Random)
+Plan = Mapping[str, Any] | Balance | Rescaling | Random | ModuleMove
+_EXACT = (Balance, Rescaling, Random, ModuleMove)
+OF_MODELS = (Balance, ModuleMove)  # those that perceptrons are moved by as any other module is
 
 
 def plan_of(move: TeleportMove | None, wanted: str | Objective, settings: Mapping[str, Any]) -> Plan:
@@ -203,6 +204,16 @@ class Passes:
     def clear(self) -> None:
         """Forget."""
         self.seen, self._size = [], None
+
+    def zeroed(self) -> None:
+        """Forget what has had its gradients: loops may zero them between a pass and its backward pass."""
+        waiting = [one for one in self.seen if all(error is None for error in one[2])]
+        self.clear()
+        self.seen = waiting
+
+    def settle(self) -> None:
+        """Forget passes that no gradient came back through."""
+        self.seen = [one for one in self.seen if any(error is not None for error in one[2])]
 
     def surrogate(self) -> Tensor:
         """``Σ ⟨outputs, ∂L/∂outputs⟩`` of all passes, at the weights as they are now, and a constant.

@@ -13,7 +13,7 @@ from metatele.errors import ConfigError, ShapeMismatchError, UnsupportedModelErr
 from metatele.geometry import GradientNorm, Landscape, Objective
 from metatele.geometry import objective as objective_by_name
 from metatele.network.sequential import flat_modules, read_sequential, unwrapped
-from metatele.optim.any_module import plan_of, teleport_module_
+from metatele.optim.any_module import OF_MODELS, plan_of, teleport_module_
 from metatele.perceptron.losses import Differentiable
 from metatele.symmetry import action as action_by_name
 from metatele.teleport import Ascent, Balance, TeleportMove, TeleportReport, default_move
@@ -189,7 +189,7 @@ def teleport_(
     }
     settings = {name: value for name, value in given.items() if value is not None}
     chosen = _chosen(move, objective, settings)
-    if isinstance(move, Balance) or not is_perceptron(model):
+    if isinstance(move, OF_MODELS) or not is_perceptron(model):
         refuse_balance(model, move)
         return teleport_module_(model, inputs, targets, loss_fn, plan_of(move, objective, settings))
     if move is None and action is None and isinstance(chosen, Ascent) and isinstance(chosen.objective, GradientNorm):

@@ -97,6 +97,7 @@ class ModuleTeleports:
                     teleport_module_(self.model, inputs, targets, self.loss_fn, self.plan, self.spaces, path)
                 )
             return Outcome(reports[-1], sum(r.moved for r in reports), sum(r.rolled_back for r in reports), tuple(path))
+        self.passes.settle()
         if not self.passes.seen:
             return Outcome(nothing(Reason.EMPTY, self.plan), 0, 0, ())
         inputs, named, _ = self.passes.seen[0]

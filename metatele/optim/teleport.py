@@ -18,6 +18,7 @@ from metatele.network.capture import Capture
 from metatele.network.sequential import parameters_of, read_sequential
 from metatele.network.use import is_same_batch
 from metatele.network.wanted import NOTHING, Wanted
+from metatele.optim.any_module import OF_MODELS
 from metatele.optim.by_hand import LossFunction, batch_landscape, is_perceptron, teleport_
 from metatele.optim.conjugate import Conjugation
 from metatele.optim.state import ADAPTIVE, STRATEGIES, carried_tensors, carry_state, metric_of, reset_state_
@@ -26,7 +27,6 @@ from metatele.perceptron.losses import FixedGradient
 from metatele.symmetry import action
 from metatele.teleport import (
     Ascent,
-    Balance,
     Reason,
     Report,
     TeleportMove,
@@ -115,7 +115,7 @@ class TeleportOptimizer(Wrapper):
         cls, base: Any = None, model: Any = None, teleport: Any = None, *_: Any, **__: Any
     ) -> TeleportOptimizer:
         """One for any module where the model is no perceptron, or the move none of theirs."""
-        general = isinstance(model, nn.Module) and (isinstance(teleport, Balance) or not is_perceptron(model))
+        general = isinstance(model, nn.Module) and (isinstance(teleport, OF_MODELS) or not is_perceptron(model))
         if cls is TeleportOptimizer and general:
             from metatele.optim.teleport_module import ModuleTeleportOptimizer
 

@@ -64,7 +64,7 @@ class ModuleTeleportOptimizer(TeleportOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and forget the passes they came from."""
-        self._moves.passes.clear()
+        self._moves.passes.zeroed()
         self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:

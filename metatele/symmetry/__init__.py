@@ -1,6 +1,6 @@
 """Symmetries of multi-layer perceptrons: group elements and how they act on the weights."""
 
-from metatele.symmetry.actions import ACTIONS, Action, Approximate, Exact, Rescaling, action
+from metatele.symmetry.actions import ACTIONS, Action, Approximate, Exact, Rescaling, action, register_action
 from metatele.symmetry.group import (
     PARAMETRISATIONS,
     GroupElement,
@@ -48,6 +48,7 @@ __all__ = [
     "inverse_factor",
     "pseudo_inverse",
     "random_algebra",
+    "register_action",
     "sweep",
     "truncated_inverse",
     "walk",

@@ -373,8 +373,27 @@ class Rescaling(Action):
 ACTIONS: dict[str, Action] = {a.name: a for a in (Exact(), Approximate(), Rescaling())}
 
 
+def register_action(new: Action) -> None:
+    """Make a further action known by its name, to every move that takes ``action=``.
+
+    Args:
+        new: A frozen dataclass with a field ``strict``; see :class:`Action`.
+
+    Raises:
+        ConfigError: The name is taken.
+
+    Example:
+        >>> register_action(Rescaling())
+        Traceback (most recent call last):
+        metatele.errors.ConfigError: there is an action 'rescaling' already
+    """
+    if new.name in ACTIONS or new.name == "auto":
+        raise ConfigError(f"there is an action {new.name!r} already")
+    ACTIONS[new.name] = new
+
+
 def action(name: str) -> Action:
-    """Action by name: ``exact``, ``approximate`` or ``rescaling``, with its default settings.
+    """Action by name: ``exact``, ``approximate``, ``rescaling`` or a registered one, with its default settings.
 
     Raises:
         ConfigError: There is none of this name.

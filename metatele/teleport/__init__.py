@@ -8,6 +8,7 @@ from metatele.teleport.control import MatchedRandom
 from metatele.teleport.exact_moves import Balance
 from metatele.teleport.heads import HeadsReport, balance_heads_
 from metatele.teleport.match import MatchReport, match_
+from metatele.teleport.module_move import ModuleMove
 from metatele.teleport.move import Course, Leg, Teleport, TeleportMove, in_sequence
 from metatele.teleport.null_space import NullSpaceReport, null_space_
 from metatele.teleport.report import Reason, Report, TeleportReport
@@ -23,6 +24,7 @@ __all__ = [
     "Leg",
     "MatchReport",
     "MatchedRandom",
+    "ModuleMove",
     "MoveReport",
     "NullSpaceReport",
     "Random",

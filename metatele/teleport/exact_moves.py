@@ -23,6 +23,7 @@ from metatele.symmetry.exact import Element, act_, element_of
 from metatele.symmetry.find import Symmetries
 from metatele.teleport.balance import _SWEEPS, _TOLERANCE, MoveReport, _move, move_statistics_
 from metatele.teleport.closed_form import Random, Rescaling
+from metatele.teleport.module_move import ModuleMove
 from metatele.teleport.move import Course as Legs
 from metatele.teleport.move import TeleportMove
 from metatele.teleport.report import Reason, TeleportReport
@@ -85,7 +86,8 @@ def refuse_settings(move: TeleportMove) -> None:
         Traceback (most recent call last):
         metatele.errors.ConfigError: parametrisation is a setting of moves of perceptrons: Random of a module ...
     """
-    for f in dataclasses.fields(move):
+    of_perceptrons = TeleportMove if isinstance(move, ModuleMove) else type(move)  # the others are the move's own
+    for f in dataclasses.fields(of_perceptrons):
         if f.name not in _MEAN_THE_SAME and getattr(move, f.name) != f.default:
             raise ConfigError(
                 f"{f.name} is a setting of moves of perceptrons: {type(move).__name__} of a module has none"
@@ -109,7 +111,7 @@ def exact_(
     group: ranks.Group | None = None,
     path: list[tuple[Space, Element]] | None = None,
 ) -> TeleportReport:
-    r"""Make a :class:`Balance`, :class:`~metatele.Rescaling` or :class:`~metatele.Random` of any module, in place.
+    r"""Make a move of any module in place: :class:`Balance`, ``Rescaling``, ``Random`` or a :class:`ModuleMove`.
 
     Everything is computed in double precision on a copy, verified there and written once. ``Rescaling`` gives every
     hidden unit that may be scaled, a norm's gain among them, the s with ``s‖x‖ = ‖y‖/s``, x what writes it and y what
@@ -184,6 +186,10 @@ def _plan(
     if isinstance(move, Balance):
         chosen = [space for space in spaces if space.group in move.groups]
         return chosen, lambda some, tensors, rounding: canonical_(some, tensors, _SWEEPS, _TOLERANCE, rounding)
+    if isinstance(move, ModuleMove):
+        own_move = move
+        chosen = [space for space in spaces if space.group in move.groups]
+        return chosen, lambda some, tensors, _: _acted(own_move, some, tensors)
     if isinstance(move, Rescaling):
         radius = move.radius
         return scales_of(spaces), lambda some, tensors, _: _rescaled(some, tensors, radius)
@@ -193,6 +199,14 @@ def _plan(
     seed = int(ranks.told(int(drawn), group, device)[0])
     own, radius = torch.Generator().manual_seed(seed), move.radius
     return [s for s in spaces if s.dimension], lambda some, tensors, _: _wandered(some, tensors, radius, own)
+
+
+def _acted(move: ModuleMove, spaces: Sequence[Space], tensors: dict[str, Tensor]) -> Course:
+    course = Course()
+    for space, element in move.elements(spaces, tensors):
+        act_(space, element, tensors)
+        course.path.append((space, element))
+    return course
 
 
 def scales_of(spaces: Sequence[Space]) -> list[Space]:

@@ -7,14 +7,13 @@ import math
 from torch import nn
 
 from metatele.config import ModulesConfig
+from metatele.errors import ConfigError
 from metatele.random import generator
 from metatele.tasks.modules.data import Source
 from metatele.tasks.modules.draws import Draws
-from metatele.tasks.modules.images import drawn_images, drawn_prototypes
+from metatele.tasks.modules.kinds import KIND_OF
 from metatele.tasks.modules.networks import Network, built, drawn_network, patch_side
 from metatele.tasks.modules.problem import Problem
-from metatele.tasks.modules.sequences import drawn_language, drawn_signals, drawn_tokens
-from metatele.tasks.modules.tables import drawn_table
 
 # Time of a training step with Adam on one core, fitted to a few hundred problems: a fixed part, a part for each module
 # and each parameter, a step of a recurrent layer, and floating-point operations per ms.
@@ -29,6 +28,9 @@ class Modules:
     Args:
         config: How they are distributed.
 
+    Raises:
+        ConfigError: There is no kind of a name among its kinds.
+
     Example:
         >>> modules = Modules(ModulesConfig())
         >>> modules.sample(0, "train", 3) == modules.sample(0, "train", 3)
@@ -36,37 +38,23 @@ class Modules:
     """
 
     def __init__(self, config: ModulesConfig) -> None:
+        if not set(config.kinds) <= set(KIND_OF):
+            raise ConfigError(f"kinds must be among {', '.join(KIND_OF)}, got {config.kinds}")
         self.config = config
 
     def sample(self, seed: int, stream: str, index: int) -> Problem:
         """Problem number ``index`` of a stream; its data are made when asked for."""
         c, draws = self.config, Draws(generator(seed, stream, index))
-        kind = draws.choice(c.kinds)
-        source: Source
-        if kind in ("regression", "classification"):
-            source = drawn_table(draws, kind)
-        elif kind == "tokens":
-            source = drawn_tokens(draws)
-        elif kind == "signals":
-            source = drawn_signals(draws)
-        elif kind == "language":
-            source = drawn_language(draws)
-        elif kind == "prototypes" or (kind == "patches" and draws.chance(0.7)):  # what a short run can learn
-            source = drawn_prototypes(draws)
-        else:
-            source = drawn_images(draws, kind)
-        network = drawn_network(draws, kind, c.broadest, c.deepest)
-        fewest, most = {
-            "images": (0, 4000),
-            "patches": (0, 4000),
-            "prototypes": (1000, 2000),
-        }.get(kind, (0, c.most_samples))
-        most = min(most, c.most_samples)
-        samples = draws.whole(min(max(fewest, c.fewest_samples), most), most)
+        name = draws.choice(c.kinds)
+        kind = KIND_OF[name]
+        source = kind.draw(draws)
+        network = drawn_network(draws, kind.networks, c.broadest, c.deepest)
+        most = min(kind.most, c.most_samples)
+        samples = draws.whole(min(max(kind.fewest, c.fewest_samples), most), most)
         batch = min(samples, draws.whole(4, 256))
         if whole := draws.chance(c.whole_share):
             samples = batch = min(samples, 512)
-        elif draws.chance(min(1.0, 3.5 * c.fresh_share) if kind == "language" else c.fresh_share):
+        elif draws.chance(min(1.0, 3.5 * c.fresh_share) if kind.networks == "language" else c.fresh_share):
             samples = 0
         passes = draws.choice((1,) * 24 + (2,))
         wanted, smaller = draws.whole(c.shortest, c.longest), draws.chance(0.5)
@@ -84,14 +72,14 @@ class Modules:
         if samples and batch < samples:  # what is never seen need not be made
             samples = max(batch + 1, min(samples, (horizon + trained) * batch * passes))
         return Problem(
-            *(kind, source, network, horizon, samples, batch, passes),
+            *(name, source, network, horizon, samples, batch, passes),
             known=draws.chance(0.5),
             change=change,
             change_at=change_at,
             trained=trained,
             clip=draws.choice((0.0,) * 9 + (1.0,)),
             # Passes of attention are dear, and of a language every position is judged.
-            held_out_samples=c.held_out_samples // (2 if kind in ("language", "patches") else 1),
+            held_out_samples=c.held_out_samples // (2 if kind.networks in ("language", "patches") else 1),
             cost_ms=(horizon + trained) * step_ms,
             seed=draws.seed() // 2,
         )
