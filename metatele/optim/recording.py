@@ -291,13 +291,16 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
     exponent.set_xlabel("step")
     spectral.set_xlabel("step")
-    figure.legend(*drawn[0], loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.legend(*drawn[0], loc="outside lower center", ncols=LINES // 2, fontsize=9, frameon=False)
     return figure
 
 
 def _draw(axes: Any, looks: Sequence[Mapping[str, Any]], name: str) -> tuple[list[Any], list[str]]:
     """A line for each layer, or the median and range of many; handles and labels."""
     layers = list(dict.fromkeys(layer for row in looks for layer in row["layers"]))
+    every = [numbers[name] for row in looks for numbers in row["layers"].values()]
+    if max(every) - min(every) <= 1e-6 * abs(max(every)):
+        axes.text(0.5, 0.6, f"{max(every):.3g}, at every look", transform=axes.transAxes, ha="center", fontsize=9)
     if len(layers) <= LINES:
         for layer, (colour, style) in zip(layers, _STYLES, strict=False):
             points = [(row["step"], row["layers"][layer][name]) for row in looks if layer in row["layers"]]
