@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +23,7 @@ Row = dict[str, Any]
 SET = {"damping": "damping", "exponent": "anneal", "stretch": "stretch", "decay": "decay", "spectral": "spectral"}
 SEEN = {"agreement": "agreement", "momentum": "momentum", "grown": "grown"}
 LINES = 6  # layers of a panel that have a line each; more are a median and a range
+_ALIKE = 1e-6  # relative difference of what is drawn as one
 # Apart from each other in grey too.
 _STYLES = (
     ("#0b3c5d", "-"),
@@ -280,8 +281,9 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
         length.plot(at, moved, color=_STYLES[1][0], linestyle="--", label="‖ΔW‖/‖W‖, median layer")
     length.set_yscale("log")
     length.legend(fontsize=9, frameon=False)
-    drawn = [_draw(axes, looks, name) for axes, name in ((damping, "damping"), (exponent, "exponent"))]
-    drawn.append(_draw(spectral, looks, "spectral"))
+    drawn: dict[str, Any] = {}
+    for axes, name in ((damping, "damping"), (exponent, "exponent"), (spectral, "spectral")):
+        drawn |= _draw(axes, looks, name)
     damping.set_yscale("log")
     spectral.set_ylim(-0.03, 1.03)
     titles = ("Step length", "Damping λ", "Exponent p", "Spectral share r")
@@ -291,32 +293,30 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
     exponent.set_xlabel("step")
     spectral.set_xlabel("step")
-    figure.legend(*drawn[0], loc="outside lower center", ncols=LINES // 2, fontsize=9, frameon=False)
+    if drawn:
+        handles, labels = list(drawn.values()), list(drawn)
+        figure.legend(handles, labels, loc="outside lower center", ncols=LINES // 2, fontsize=9, frameon=False)
     return figure
 
 
-def _draw(axes: Any, looks: Sequence[Mapping[str, Any]], name: str) -> tuple[list[Any], list[str]]:
-    """A line for each layer, or the median and range of many; handles and labels."""
+def _draw(axes: Any, looks: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """A line for each layer, one for layers that are alike, or median and range of many; what is drawn, by label."""
     layers = list(dict.fromkeys(layer for row in looks for layer in row["layers"]))
-    every = [numbers[name] for row in looks for numbers in row["layers"].values()]
-    if max(every) - min(every) <= 1e-6 * abs(max(every)):
-        axes.text(0.5, 0.6, f"{max(every):.3g}, at every look", transform=axes.transAxes, ha="center", fontsize=9)
-    if len(layers) <= LINES:
-        for layer, (colour, style) in zip(layers, _STYLES, strict=False):
-            points = [(row["step"], row["layers"][layer][name]) for row in looks if layer in row["layers"]]
-            axes.plot(*zip(*points, strict=True), color=colour, linestyle=style, label=layer)
-        return _legend(axes)
     at = [row["step"] for row in looks]
     values = [[numbers[name] for numbers in row["layers"].values()] for row in looks]
-    ends: tuple[Callable[[list[float]], float], ...] = (min, max)
-    low, high = ([end(one) for one in values] for end in ends)
-    axes.fill_between(
-        at, low, high, color=_STYLES[0][0], alpha=0.2, linewidth=0, label=f"range of {len(layers)} layers"
-    )
-    axes.plot(at, [median(one) for one in values], color=_STYLES[0][0], label="median layer")
-    return _legend(axes)
-
-
-def _legend(axes: Any) -> tuple[list[Any], list[str]]:
-    handles, labels = axes.get_legend_handles_labels()
-    return handles, labels
+    low, high, middle = [min(one) for one in values], [max(one) for one in values], [median(one) for one in values]
+    colour = _STYLES[0][0]
+    if all(b - a <= _ALIKE * abs(b) for a, b in zip(low, high, strict=True)):
+        axes.plot(at, middle, color=colour)
+        still = max(middle) - min(middle) <= _ALIKE * abs(max(middle))
+        text = f"{middle[0]:.3g} in every layer, at every look" if still else "the same in every layer"
+        axes.text(0.5, 0.6 if still else 0.05, text, transform=axes.transAxes, ha="center", fontsize=9)
+        return {}
+    if len(layers) > LINES:
+        band = axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+        return {f"range of {len(layers)} layers": band, "median layer": axes.plot(at, middle, color=colour)[0]}
+    drawn = {}
+    for layer, (colour, style) in zip(layers, _STYLES, strict=False):
+        points = [(row["step"], row["layers"][layer][name]) for row in looks if layer in row["layers"]]
+        drawn[layer] = axes.plot(*zip(*points, strict=True), color=colour, linestyle=style)[0]
+    return drawn
