@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from metatele.learned import MetaOptimizer
     from metatele.optim.along import carry_along_
     from metatele.optim.learned import LearnedOptimizer
+    from metatele.optim.recording import Recording
     from metatele.optim.teleport import TeleportOptimizer, teleport_
     from metatele.symmetry.find import Symmetries, find_symmetries
     from metatele.teleport import (
@@ -53,6 +54,7 @@ _HOME = {
     "MetaOptimizer": "metatele.learned",
     "ModuleMove": "metatele.teleport",
     "Random": "metatele.teleport",
+    "Recording": "metatele.optim.recording",
     "Rescaling": "metatele.teleport",
     "Symmetries": "metatele.symmetry.find",
     "TeleportOptimizer": "metatele.optim.teleport",
@@ -79,6 +81,7 @@ __all__ = [
     "MetaOptimizer",
     "ModuleMove",
     "Random",
+    "Recording",
     "Rescaling",
     "Symmetries",
     "TeleportOptimizer",

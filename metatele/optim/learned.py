@@ -22,6 +22,7 @@ from metatele.optim.described import Description, described
 from metatele.optim.equivariant import EquivariantStepper
 from metatele.optim.flat import FlatStepper
 from metatele.optim.general import GeneralStepper
+from metatele.optim.recording import Recording
 from metatele.optim.steppers import Situation, Stepper
 
 _STEPPERS: dict[str, type[Stepper]] = {}
@@ -111,6 +112,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         >>> loss.backward()
         >>> optimizer.step()
     """
+
+    _recording: Recording | None = None  # of this optimizer alone: copies and pickles are not recorded
 
     def __init__(
         self,
@@ -270,7 +273,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._count()
             self.stepper.idle(at)
             return
-        if self.stepper.advance(at):
+        if self.stepper.advance(at) if self._recording is None else self._recording.around(at):
             self._uncounted += 1
             if not self._memory:
                 self._settle()
@@ -307,6 +310,35 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._settle()
         begun = any(float(entry.get("step", 0)) for entry in self._memory.values())
         return described(self.stepper.rows(), rates, begun, self.stepper.note)
+
+    def record(self, writer: Any = None, every: int = 1) -> Recording:
+        """Keep what the optimizer does from now on: step lengths, and at looks what its controller saw and set.
+
+        Steps stay the same, to the bit. What is kept, and how it is drawn, tells
+        :class:`~metatele.optim.recording.Recording`.
+
+        Args:
+            writer: TensorBoard's ``SummaryWriter``, to write scalars to as they come; or nothing.
+            every: Steps between two looks are kept every so many.
+
+        Raises:
+            ConfigError: The checkpoint is not of the general family, the optimizer is recorded already, or an argument
+                cannot be used.
+
+        Example:
+            >>> optimizer = LearnedOptimizer(nn.Linear(3, 1))
+            >>> with optimizer.record() as recording:
+            ...     pass  # train
+            >>> recording.rows()
+            []
+        """
+        if not isinstance(self.stepper, GeneralStepper):
+            family = family_of(self.meta).name
+            raise ConfigError(f"record() is of the general family, and the checkpoint is of the {family} one")
+        if self._recording is not None:
+            raise ConfigError("the optimizer is recorded already: stop() that recording first")
+        self._recording = Recording(self, writer, every)
+        return self._recording
 
     # --- saving and loading
 
