@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 
 from benchmarks.pages.model import (
+    BELOW_1,
+    PM,
     Check,
     Claim,
     Doc,
@@ -51,7 +53,7 @@ def _cell(method: Doc, step: int) -> str:
     seeds = method.get("seed_means", ())
     if len(seeds) > 1:
         found = Interval.of([means[step] for means in seeds])
-        return f"{found.mean:.3g} ± {found.half:.2g}" if math.isfinite(found.mean) else "diverged"
+        return f"{found.mean:.3g}{PM}{found.half:.2g}" if math.isfinite(found.mean) else "diverged"
     return f"{method['loss']['mean'][step]:.3g}"
 
 
@@ -104,7 +106,7 @@ def _figure6() -> Outcome:
                 Check(
                     f"Preset `{_PRESETS[folder]}`, step {_LAST}: below {other}",
                     f"{factor(found)} times its loss",
-                    "interval below 1",
+                    BELOW_1,
                     found.below(0),
                 )
             )

@@ -16,6 +16,9 @@ from metatele.intervals import half_width
 ROOT = Path(__file__).resolve().parent.parent.parent
 Doc = Mapping[str, Any]
 
+PM = "\u00a0±\u00a0"  # never broken over lines
+# When a check is met.
+ABOVE_0, BELOW_0, BELOW_1 = "interval above\u00a00", "interval below\u00a00", "interval below\u00a01"
 HOLDS, PARTLY, FAILS = "holds", "holds partly", "does not hold here"
 
 
@@ -56,11 +59,11 @@ class Interval:
         return self.mean - self.half > value
 
     def shown(self, digits: int = 4, sign: str = "+") -> str:
-        """``+0.1234 ± 0.0012``; ``sign`` is empty for what is no difference."""
+        """``+0.1234 ± 0.0012`` in one line; ``sign`` is empty for what is no difference."""
         if not math.isfinite(self.mean):
             return "diverged"
         mean = round(self.mean, digits) or 0.0  # no minus before zero
-        return f"{mean:{sign}.{digits}f} ± {self.half:.{digits}f}"
+        return f"{mean:{sign}.{digits}f}{PM}{self.half:.{digits}f}"
 
 
 def differences(these: Sequence[float | None], those: Sequence[float | None]) -> list[float | None]:

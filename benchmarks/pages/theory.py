@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from benchmarks.pages.model import Check, Claim, Doc, Outcome, Table, said, span, stored
+from benchmarks.pages.model import PM, Check, Claim, Doc, Outcome, Table, said, span, stored
 from metatele.experiments.theory.report import order_of_contraction
 
 _SOURCE = "theory/results.json"
@@ -36,7 +36,7 @@ def _low(measured: Doc) -> float:
 
 
 def _shown(measured: Doc) -> str:
-    return f"{measured['mean']:.3g} ± {measured['half_width']:.1g}"
+    return f"{measured['mean']:.3g}{PM}{measured['half_width']:.1g}"
 
 
 def _bound() -> Outcome:

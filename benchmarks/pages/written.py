@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import re
 
-from benchmarks.pages import geometry, learned, shifts, theory, training
+from benchmarks.pages import geometry, learned, moves, shifts, theory, training
 from benchmarks.pages.blocks import BLOCKS
 from benchmarks.pages.model import ROOT, Claim
 from benchmarks.pages.overview import index
 from benchmarks.pages.render import page
+from benchmarks.pages.tables import TABLES
 
 FOLDER = "docs/results"
-CLAIMS: list[Claim] = [*theory.CLAIMS, *shifts.CLAIMS, *geometry.CLAIMS, *training.CLAIMS, *learned.CLAIMS]
+CLAIMS: list[Claim] = [
+    *theory.CLAIMS,
+    *shifts.CLAIMS,
+    *geometry.CLAIMS,
+    *moves.CLAIMS,
+    *training.CLAIMS,
+    *learned.CLAIMS,
+]
+_MADE = {**BLOCKS, **TABLES}
 _BLOCK = re.compile(r"(<!-- made: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -28,4 +37,4 @@ def written() -> dict[str, str]:
 
 def filled(text: str) -> str:
     """A page with its blocks made anew; a block that nobody makes is an error."""
-    return _BLOCK.sub(lambda m: f"{m[1]}\n{BLOCKS[m[2]]().strip()}\n\n{m[3]}", text)
+    return _BLOCK.sub(lambda m: f"{m[1]}\n{_MADE[m[2]]().strip()}\n\n{m[3]}", text)
