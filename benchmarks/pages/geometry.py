@@ -104,8 +104,8 @@ def _sharpness() -> Outcome:
             )
         ],
         [
-            f"On MNIST φ differs from the training loss by {100 * rise:.2f} % of it. Given the training loss, what is left "
-            f"of φ's correlation is within chance on {len(chance)} of {len(PAPER)} sets.",
+            f"On MNIST φ differs from the training loss by {100 * rise:.2f} % of it. Given the training loss, what is "
+            f"left of φ's correlation is within chance on {len(chance)} of {len(PAPER)} sets.",
             said(f"On digits the change in loss correlates by {r_shown(digits)}: the other way.", digits[2] < 0),
             "The change is measured with d and −d for each direction. Otherwise the linear term t∇L·d drowns it. "
             "On CIFAR-10 it was not measured so.",

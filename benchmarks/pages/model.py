@@ -18,7 +18,7 @@ Doc = Mapping[str, Any]
 
 PM = "\u00a0±\u00a0"  # never broken over lines
 # When a check is met.
-ABOVE_0, BELOW_0, BELOW_1 = "interval above\u00a00", "interval below\u00a00", "interval below\u00a01"
+ABOVE_0, BELOW_0, BELOW_1 = (f"interval\u00a0{side}" for side in ("above\u00a00", "below\u00a00", "below\u00a01"))
 HOLDS, PARTLY, FAILS = "holds", "holds partly", "does not hold here"
 
 

@@ -11,6 +11,9 @@ from metatele.experiments.theory.report import order_of_contraction
 _SOURCE = "theory/results.json"
 _REBUILD = "metatele experiments theory --out results/theory   # half a minute"
 _MORE = "More: [section 3 by computation](../geometry-and-theory.md#section-3-of-the-paper-by-computation)."
+_PANELS = (
+    "Section 3: above Theorem 3.1 and the angles of Proposition 3.2, below its contraction and Propositions 3.4 to 3.6"
+)
 _NAMES = {
     "shifted, condition 10": "quadratic, minima shifted at random, condition 10",
     "shifted, condition 100": "the same, condition 100",
@@ -310,7 +313,7 @@ _FLOWS = {
 def _claim(slug: str, title: str, place: str, says: str, setting: str, read: object, **more: object) -> Claim:
     given = {
         "sources": [_SOURCE],
-        "figure": ("theory/theory.png", "The statements of section 3, one panel each"),
+        "figure": ("theory/theory.png", _PANELS),
         "rebuild": _REBUILD,
         "more": _MORE,
         **more,
