@@ -176,10 +176,10 @@ _TASK = _Titles()
 # --- speed
 
 _STEP = (
-    ("LearnedOptimizer, mini-batches", "`LearnedOptimizer`, mini-batches"),
-    ("LearnedOptimizer, one batch", "`LearnedOptimizer`, one batch"),
-    ("Teleport(Adam), never due", "`TeleportOptimizer`, never due"),
-    ("Teleport(Adam), every 100", "`TeleportOptimizer`, every 100"),
+    ("LearnedOptimizer, mini-batches", "ours, mini-batches"),
+    ("LearnedOptimizer, one batch", "ours, one batch"),
+    ("Teleport(Adam), never due", "teleport, never due"),
+    ("Teleport(Adam), every 100", "teleport, every 100"),
 )
 
 
