@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pages.model import FAILS, HOLDS, PARTLY, Check, Interval, Table, factor, said, short, span, verdict
+from benchmarks.pages.model import FAILS, HOLDS, PARTLY, PM, Check, Interval, Table, factor, said, short, span, verdict
 from benchmarks.pages.overview import BENCHMARKS, FOLDERS
 from benchmarks.pages.render import duration, wrapped
 from benchmarks.pages.written import CLAIMS, FOLDER, filled, written
@@ -78,7 +78,7 @@ def test_nothing_follows_from_an_interval_that_holds_the_value_or_from_a_run_tha
     assert not lost.below(0)
     assert not lost.above(0)
     assert lost.shown() == factor(lost) == "diverged"
-    assert Interval(-1e-9, 0.1).shown(2) == "+0.00 ± 0.10"
+    assert Interval(-1e-9, 0.1).shown(2) == f"+0.00{PM}0.10"
     assert not Interval.of([1.0]).below(2)
 
 

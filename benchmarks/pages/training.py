@@ -189,6 +189,7 @@ def _cost() -> Outcome:
             )
         rows.append([words, *(f"{shares[name]:.2f}" for name in _NAMES)])
     mnist = [v for folder in ("fig5-mnist", "fig5-mnist-text") for v in _shares(folder).values()]
+    samples = stored("fig5-digits/results.json")["train_samples"]
     small = Interval.of(list(_shares("fig5-digits").values()))
     wide = {
         r["width"]: r["over_adam_least"]
@@ -208,7 +209,7 @@ def _cost() -> Outcome:
             )
         ],
         [
-            f"On digits, where an epoch is 72 steps, a teleport takes {short(small.mean)} epochs.",
+            f"On digits, where an epoch has {samples} samples, a teleport takes {short(small.mean)} epochs.",
             f"A teleport every 100 steps makes a step of Adam {wide[256]:.1f} times as long at width 256, and "
             f"{wide[1024]:.1f} times at 1024 ([speed](../speed.md#one-step-of-an-optimizer)).",
             "A cheap teleport is not yet a useful one: see [Figure 5](figure-5.md).",
