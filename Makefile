@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv train test lint types docs notebooks gpu clean
+.PHONY: venv train test lint types pages docs notebooks gpu clean
 
 venv: $(VENV)/.ready
 
@@ -26,6 +26,10 @@ lint: venv
 
 types: venv
 	$(BIN)/mypy
+
+# Pages of the results, and tables of other pages, from results/
+pages: venv
+	$(BIN)/python -m benchmarks.pages
 
 # The pages, in docs/_build/html; a warning is an error
 docs: venv

@@ -1,7 +1,6 @@
-"""The table of docs/speed.md, "On a GPU", from what runs of gpu.py left.
+"""The table of docs/speed.md, "On a GPU", from what runs of gpu.py left; `make pages` puts it there.
 
-python benchmarks/gpu_table.py                            # prints it, from results/gpu/*.json
-python benchmarks/gpu_table.py --write docs/speed.md      # puts it between its marks
+python benchmarks/gpu_table.py FILE ...      # prints it; default: results/gpu/*.json
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- from results/gpu, by benchmarks/gpu_table.py -->", "<!-- end of it -->"
 NOT_RUN = "not run"
 
 Found = dict[str, dict[str, Any]]  # rows of a run by what they tell of
@@ -149,26 +147,11 @@ def table(files: Sequence[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def put(page: str, text: str) -> str:
-    """A page with the table between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"the page lacks the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table, or put it in a page."""
+    """Print the table."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("files", type=Path, nargs="*", metavar="FILE", help="default: results/gpu/*.json")
-    p.add_argument("--write", type=Path, metavar="PAGE", help="put it between the marks of a page")
-    args = p.parse_args(arguments)
-    text = table(args.files or sorted((ROOT / "results" / "gpu").glob("*.json")))
-    if args.write is None:
-        print(text, end="")
-    else:
-        args.write.write_text(put(args.write.read_text(encoding="utf-8"), text), encoding="utf-8")
+    print(table(p.parse_args(arguments).files or sorted((ROOT / "results" / "gpu").glob("*.json"))), end="")
 
 
 if __name__ == "__main__":
