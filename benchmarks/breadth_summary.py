@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from breadth_tasks import TASKS
-from peers import METHODS, OURS
+from peers import METHODS
 
 Rows = Sequence[dict[str, Any]]
 

@@ -7,7 +7,9 @@ A figure is as wide as a page shows it, 8 inches, so that its letters are read a
 from __future__ import annotations
 
 import io
+import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +22,10 @@ COLOURS = ("#c1121f", "#3a84c4", "#f5ab4a", "#512a83", "#69ab4d", "#16161d")
 LINE_STYLES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), ":")
 GREY = "#767676"  # of reference lines and remarks
 
+_LETTERS = 13  # of a title, in an inch
+_LONGEST = 26  # letters of a label at a line end: a longer one would leave the panel no room
 _ROOM = 100.0  # above the highest beginning: a loss that rises a hundredfold has diverged, how far says the table
-_TONES = 256  # of a stored picture: some 30 to 60 kB in place of 100 to 500
-_STYLE = {
+_STYLE: Any = {
     "font.size": SIZE,
     "axes.titlesize": SIZE + 1,
     "axes.labelsize": SIZE,
@@ -79,7 +82,7 @@ def title(where: Any, words: str) -> None:
 
     Args:
         where: Axes or a figure.
-        words: As many as fit; a line of a full-width figure holds about 110 letters.
+        words: Above a figure they are broken into lines of its width.
 
     Example:
         >>> figure, axes = subplots(1, 1, figsize=(2, 2))
@@ -88,7 +91,7 @@ def title(where: Any, words: str) -> None:
         'Adam'
     """
     if hasattr(where, "suptitle"):
-        where.suptitle(words, fontsize=SIZE + 1)
+        where.suptitle(textwrap.fill(words, round(_LETTERS * where.get_figwidth())), fontsize=SIZE + 1)
     else:
         where.set_title(words, fontsize=SIZE + 0.5, loc="left")
 
@@ -146,7 +149,8 @@ def _readable_ticks(axes: Any) -> None:
 def label_lines(axes: Any, size: float = SIZE) -> None:
     """Write each line's label at its end, in its colour, to the right of the panel; labels do not overlap.
 
-    It stands in place of a legend. A label that had to move is joined to its line. Call it last, when limits,
+    It stands in place of a legend. A label that had to move is joined to its line. Where one is longer than 26 letters,
+    such as a folder's name, there is a legend below the panel after all. Call it last, when limits,
     titles and the labels of axes are set; of several panels, for each.
 
     Args:
@@ -163,17 +167,31 @@ def label_lines(axes: Any, size: float = SIZE) -> None:
     figure = axes.figure
     figure.draw_without_rendering()
     frame = axes.get_window_extent()
-    found = []
-    for line in axes.get_lines():
-        if not str(line.get_label()).startswith("_") and (end := _end(line, axes, frame)) is not None:
-            found.append((end[1], end[0], line))
-    found.sort(key=lambda item: item[0])
+    labelled = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    if any(len(row) > _LONGEST for line in labelled for row in str(line.get_label()).split("\n")):
+        below = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.16), "frameon": False}
+        axes.legend(handles=labelled, fontsize=size, **below)
+        return
+    ends = [(end[1], end[0], line) for line in labelled if (end := _end(line, frame)) is not None]
+    found = sorted(ends, key=lambda item: item[0])
     points = figure.dpi / 72
-    gaps = [1.25 * size * points * (1 + str(line.get_label()).count("\n")) for *_, line in found]
-    heights = spread([y for y, *_ in found], gaps, frame.y0, frame.y1)
-    far = [x < frame.x1 - 2 * points or abs(height - y) > 0.4 * size * points for (y, x, _), height in zip(found, heights, strict=True)]
+    row = 1.25 * size * points
+    gaps = [row * (1 + str(line.get_label()).count("\n")) for *_, line in found]
+    room = [(gap - row) / 2 for gap in gaps[:1] + gaps[-1:]] or [0.0]
+    heights = spread([y for y, *_ in found], gaps, frame.y0 + room[0], frame.y1 - room[-1])
+    far = [
+        x < frame.x1 - 2 * points or abs(height - y) > 0.4 * size * points
+        for (y, x, _), height in zip(found, heights, strict=True)
+    ]
     for (y, x, line), height, joined in zip(found, heights, far, strict=True):
-        arrow = {"arrowstyle": "-", "color": line.get_color(), "lw": 0.7, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+        arrow = {
+            "arrowstyle": "-",
+            "color": line.get_color(),
+            "lw": 0.7,
+            "shrinkA": 0,
+            "shrinkB": 0,
+            "relpos": (0, 0.5),
+        }
         axes.annotate(
             line.get_label(),
             xy=axes.transData.inverted().transform((x, y)),
@@ -188,9 +206,9 @@ def label_lines(axes: Any, size: float = SIZE) -> None:
         )
 
 
-def _end(line: Any, axes: Any, frame: Any) -> tuple[float, float] | None:
+def _end(line: Any, frame: Any) -> tuple[float, float] | None:
     """Where a line is last seen, in pixels."""
-    points = axes.transData.transform(line.get_xydata())
+    points = line.get_transform().transform(line.get_xydata())
     seen = [(float(x), float(y)) for x, y in points if math.isfinite(x + y) and frame.x0 - 1 <= x <= frame.x1 + 1]
     inside = [(x, y) for x, y in seen if frame.y0 - 1 <= y <= frame.y1 + 1]
     if inside:
@@ -214,7 +232,7 @@ def spread(wanted: Sequence[float], gaps: Sequence[float], low: float, high: flo
         [-0.4, 0.6, 5.0]
     """
     before = [0.0]
-    for a, b in zip(gaps, gaps[1:], strict=False):
+    for a, b in itertools.pairwise(gaps):
         before.append(before[-1] + (a + b) / 2)
     pools: list[tuple[float, int]] = []  # mean and number of those that touch
     for place, offset in zip(wanted, before, strict=False):
@@ -232,10 +250,10 @@ def ink(colour: str) -> str:
     """The colour itself, or a darker one of its hue in which small letters can be read on white."""
     from matplotlib import colors
 
-    tone = colors.to_rgb(colour)
+    tone: tuple[float, ...] = colors.to_rgb(colour)
     while lightness(tone) > 52:
         tone = tuple(0.95 * part for part in tone)
-    return str(colors.to_hex(tone))
+    return str(colors.to_hex(tone))  # type: ignore[arg-type]
 
 
 def lightness(colour: Any) -> float:
@@ -262,12 +280,19 @@ def crowded(figure: Any) -> list[str]:
         ['panel 0: 7 lines']
     """
     counts = [sum(len(line.get_xdata()) > 2 for line in axes.get_lines()) for axes in figure.axes]
-    titles = [axes.get_title(loc="left") or axes.get_title() or f"panel {place}" for place, axes in enumerate(figure.axes)]
+    titles = [
+        axes.get_title(loc="left") or axes.get_title() or f"panel {place}" for place, axes in enumerate(figure.axes)
+    ]
     return [f"{title}: {count} lines" for title, count in zip(titles, counts, strict=True) if count > MOST_LINES]
 
 
-def png(figure: Any) -> bytes:
-    """A figure as bytes of a PNG file, small by a palette of its own; it is closed."""
+def png(figure: Any, tones: int = 256) -> bytes:
+    """A figure as bytes of a PNG file, small by a palette of its own; it is closed.
+
+    Args:
+        figure: Of matplotlib.
+        tones: Of the palette. Fewer make a large picture smaller.
+    """
     from matplotlib import pyplot as plt
     from PIL import Image
 
@@ -276,5 +301,7 @@ def png(figure: Any) -> bytes:
     plt.close(figure)
     full.seek(0)
     picture = Image.open(full).convert("RGB")
-    picture.quantize(_TONES, Image.Quantize.MEDIANCUT, 2, dither=Image.Dither.NONE).save(small, format="PNG", optimize=True)
+    picture.quantize(tones, Image.Quantize.MEDIANCUT, 2, dither=Image.Dither.NONE).save(
+        small, format="PNG", optimize=True
+    )
     return small.getvalue()

@@ -126,7 +126,8 @@ def _panels(doc: dict[str, Any], x_label: str, abscissa: Any) -> bytes:
                 continue
             arm, short = by_name[label], label.removeprefix(name).strip() or "without"
             for key, split, dash in (("train_loss", "train", "-"), ("test_loss", "test", "--")):
-                style = {"color": colour, "linewidth": width, "linestyle": dash, "alpha": 0.45 if width > 2 else 1.0}
+                style: dict[str, Any] = {"color": colour, "linewidth": width, "linestyle": dash}
+                style["alpha"] = 0.45 if width > 2 else 1.0
                 common.draw_band(axes, abscissa(arm), arm[key], label=f"{short}, {split}", **style)
         figures.title(axes, name)
         axes.set_xlabel(x_label)
@@ -137,7 +138,7 @@ def _panels(doc: dict[str, Any], x_label: str, abscissa: Any) -> bytes:
     figures.title(fig, f"{what}; dashed: test")
     for axes in grid.flat:
         figures.label_lines(axes)
-    return figures.png(fig)
+    return figures.png(fig, tones=128)
 
 
 def figure(doc: dict[str, Any]) -> bytes:

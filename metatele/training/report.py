@@ -167,7 +167,9 @@ def figure(doc: dict[str, Any]) -> bytes:
     methods = _drawn(doc)
     taken = {_PLACES[m["name"]] for m in methods if m["name"] in _PLACES and _label(m, doc) == m["name"]}
     free = iter([place for place in range(figures.MOST_LINES) if place not in taken])
-    places = [_PLACES[m["name"]] if m["name"] in _PLACES and _label(m, doc) == m["name"] else next(free) for m in methods]
+    places = [
+        _PLACES[m["name"]] if m["name"] in _PLACES and _label(m, doc) == m["name"] else next(free) for m in methods
+    ]
     for axes, end in zip(panels[0], ends, strict=True):
         for method, place in zip(methods, places, strict=True):
             _draw(axes, method, _label(method, doc), end, place)

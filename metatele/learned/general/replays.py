@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metatele.errors import with_page
+
 LARGEST = 1 << 24  # numbers of a network up to which calls take longer than the work, and its memory costs little
 _MOST = 6  # graphs that are kept
 _CAPTURES = 48  # of one network, after which more would take longer than they save
@@ -86,7 +88,8 @@ class Replays:
             self.off = True
             self.forget()
             reason = str(error).split("\n")[0]
-            warnings.warn(f"steps are made one call after another: no CUDA graph of them ({reason})", stacklevel=2)
+            said = f"steps are made one call after another, as no CUDA graph could be captured: {reason}"
+            warnings.warn(with_page(said, "docs/learned-optimizer.md#what-its-warnings-mean"), stacklevel=2)
             return None
 
     def forget(self) -> None:
