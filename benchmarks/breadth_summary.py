@@ -200,7 +200,7 @@ def drawn(found: dict[str, Any]) -> bytes:
             share = max(cells["ours"]["steps_share"], left)
             axes.plot([share, 1], [place, place], color=COLOURS[0], linewidth=1.2, alpha=0.4, zorder=1)
             axes.scatter([share], [place], color=COLOURS[0], s=95, edgecolors="white", linewidths=0.8, zorder=3)
-            axes.text(share, place - 0.34, f"{share:.2f}", color=COLOURS[0], ha="center", va="center", fontsize=8)
+            axes.text(share, place - 0.36, f"{share:.2f}", color=COLOURS[0], ha="center", va="center", fontsize=9)
     axes.axvline(1, color="black", linewidth=1.4)
     axes.text(1.02, -0.8, "tuned AdamW", ha="right", va="bottom", fontsize=9)
     axes.axvspan(1.17, 1.9, color="#eeeeee", zorder=0, linewidth=0)

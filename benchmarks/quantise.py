@@ -207,7 +207,7 @@ def drawn(doc: Row) -> bytes:
         axes.set_yscale("symlog", linthresh=1e-3 if bits == 8 else 1e-2)
         axes.axhline(0, color="0.7", linewidth=0.8)
         title(axes, f"{bits} bits, a step for each {each}")
-        axes.set_xticks(range(len(known)), [kind.replace(", ", "\n") for kind in known], fontsize=SIZE - 1)
+        axes.set_xticks(range(len(known)), [kind.replace(", ", "\n") for kind in known], fontsize=SIZE)
     for axes in grid[:, 0]:
         axes.set_ylabel("rise of the held-out loss")
     handles, labels = grid[0, 0].get_legend_handles_labels()

@@ -81,7 +81,7 @@ def test_long_labels_become_a_legend_below_the_panel():
 def test_a_title_is_as_wide_as_its_figure():
     figure, _ = figures.subplots(1, 1, figsize=(4, 3), layout="constrained")
     figures.title(figure, "median of 64 held-out trajectories, 5 seeds; in the table alone: SGD, Momentum, L-BFGS")
-    assert figure._suptitle.get_window_extent().width <= figure.bbox.width
+    assert figure.texts[0].get_window_extent().width <= figure.bbox.width
 
 
 @pytest.mark.parametrize("wanted", [[0.0, 0.0, 0.0], [-5.0, 0.4, 0.5, 5.0], [0.9, 1.0], [4.0]])
