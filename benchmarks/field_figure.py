@@ -2,48 +2,77 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 LEAST, MOST = 0.1, 4.0  # ratios beyond are drawn at the edge
-GOOD, BAD = "#2b6cb0", "#d62728"
+_NAMED = 5  # situations at the good end whose names there is room for
 
 
 def drawn(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """A dot for each situation, in the order of its ratio; a line from its lowest seed to its highest.
 
+    Those that are not fine are named, and those at the lower edge; ``field.py --redraw`` prints every name.
+
     Args:
         rows: Of ``field.json``.
     """
-    from metatele.figures import png, subplots
+    from metatele.figures import COLOURS, GREY, ink, png, spread, subplots
 
+    good, bad = COLOURS[1], COLOURS[0]
     found = [row for row in rows if row.get("held_out_best_ratio") is not None]
     found.sort(key=lambda row: row["held_out_best_ratio"])
-    figure, axes = subplots(1, 1, figsize=(8.0, 1.2 + 0.15 * max(len(found), 3)))
+    figure, axes = subplots(1, 1, figsize=(8.0, 4.6), layout="constrained")
     for place, row in enumerate(found):
-        colour = GOOD if row["fine"] else BAD
+        colour, marker = (good, "o") if row["fine"] else (bad, "D")
         low, *_, high = sorted(_ratios(row)) * 2
-        axes.plot([_shown(low), _shown(high)], [place, place], color=colour, linewidth=1.2, alpha=0.45)
-        axes.scatter([_shown(row["held_out_best_ratio"])], [place], color=colour, s=22, linewidths=0, zorder=3)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xlim(LEAST * 0.9, MOST * 1.1)
-    ticks = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
-    axes.set_xticks(ticks, ["≤ 0.1", *(f"{tick:g}" for tick in ticks[1:])])
+        axes.plot([place, place], [_shown(low), _shown(high)], color=colour, linewidth=1.4, alpha=0.45)
+        ratio = _shown(row["held_out_best_ratio"])
+        axes.scatter([place], [ratio], color=colour, marker=marker, s=24, linewidths=0, zorder=3)
+    axes.axhline(1, color="black", linewidth=1.4)
+    last = max(len(found) - 1, 1)
+    axes.annotate(
+        "Adam, the better of the rates 1e-3 and 1e-2",
+        (0.42 * last, 1.0),
+        (0.42 * last, 2.4),
+        ha="center",
+        fontsize=9,
+        arrowprops={"arrowstyle": "-", "lw": 0.7, "shrinkB": 0},
+    )
+    axes.text(0.62 * last, 0.35, "below the line, its held-out loss\nis lower than Adam's", color=GREY, fontsize=9)
+    axes.set_yscale("log")
+    axes.set_ylim(LEAST * 0.9, MOST * 1.1)
+    ticks = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
+    axes.set_yticks(ticks, ["≤ 1/10", "1/5", "1/2", "1", "2", "≥ 4"])
     axes.minorticks_off()
-    axes.set_yticks(range(len(found)), [row["name"] for row in found], fontsize=6.5)
-    axes.set_ylim(len(found) - 0.3, -0.7)
-    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_xlabel("least held-out loss over Adam's (better of 1e-3 and 1e-2)")
-    for colour, text in ((GOOD, "fine"), (BAD, "not fine")):
-        count = sum(row["fine"] == (colour == GOOD) for row in found)
-        axes.scatter([], [], color=colour, label=f"{text}: {count}", linewidths=0)
-    axes.legend(loc="lower left", fontsize=8, frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.tight_layout()
+    axes.set_xticks([])
+    axes.set_xlim(-1, len(found))
+    axes.grid(visible=False, axis="x")
+    axes.set_ylabel("least held-out loss over Adam's")
+    fine = sum(bool(row["fine"]) for row in found)
+    axes.set_xlabel(f"{len(found)} situations, best first; a line spans the seeds", color=GREY)
+    worst = [place for place, row in enumerate(found) if not row["fine"]]
+    heights = [math.log(_shown(found[place]["held_out_best_ratio"])) for place in worst]
+    for place, height in zip(worst, spread(heights, [0.2] * len(worst), math.log(LEAST), math.log(MOST)), strict=True):
+        at = (place, _shown(found[place]["held_out_best_ratio"]))
+        _name(axes, found[place]["name"], at, (len(found) + 1.0, math.exp(height)), ink(bad))
+    if best := [row["name"] for row in found[:_NAMED] if row["fine"] and row["held_out_best_ratio"] <= LEAST]:
+        axes.text(len(best) + 4.6, LEAST * 0.97, "\n".join(best), color=ink(good), fontsize=9, va="bottom")
+    figure.suptitle(
+        f"LearnedOptimizer in {len(found)} ordinary situations: no worse than Adam in {fine}, worse in {len(worst)}",
+        fontsize=12,
+        x=0.02,
+        ha="left",
+        weight="bold",
+    )
     return png(figure)
+
+
+def _name(axes: Any, name: str, at: tuple[float, float], where: tuple[float, float], colour: str) -> None:
+    """Write a name beside the panel or in it, joined to its dot."""
+    arrow = {"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 1, "shrinkB": 3}
+    axes.annotate(name, at, where, color=colour, fontsize=9, va="center", annotation_clip=False, arrowprops=arrow)
 
 
 def _shown(ratio: float) -> float:

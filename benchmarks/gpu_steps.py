@@ -440,18 +440,14 @@ class _Quality:
 
 
 def _drawn(kit: Kit, curves: dict[str, dict[str, Any]]) -> None:
-    import matplotlib
+    from metatele.figures import label_lines, line_style, png, subplots
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    figure, axes = subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
     for part, what in zip(axes, ("seconds", "steps"), strict=True):
-        for who, curve in curves.items():
-            part.plot(curve[what], curve["loss"], label="LearnedOptimizer" if who == "ours" else who)
+        for place, (who, curve) in enumerate(curves.items()):
+            label = "LearnedOptimizer" if who == "ours" else who
+            part.plot(curve[what], curve["loss"], label=label, **line_style(place))
         part.set_xlabel(f"{what} of training")
-        part.grid(True, alpha=0.3)
     axes[0].set_ylabel("held-out loss")
-    axes[0].legend()
-    figure.savefig(kit.out / "quality.png", dpi=110)
-    pyplot.close(figure)
+    label_lines(axes[-1])
+    (kit.out / "quality.png").write_bytes(png(figure))

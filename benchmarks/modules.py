@@ -36,7 +36,7 @@ from peers import FlatMuon  # noqa: E402
 from short_runs import OPTIMIZERS, finite, interval, number, run_steps, shown  # noqa: E402
 
 import metatele  # noqa: E402
-from metatele.figures import png, subplots  # noqa: E402
+from metatele.figures import COLOURS, SIZE, WIDTH, png, subplots, title  # noqa: E402
 from metatele.network.spaces import Space  # noqa: E402
 from metatele.optim.along import carry_along_  # noqa: E402
 from metatele.symmetry.exact import act_, element_of  # noqa: E402
@@ -294,8 +294,8 @@ def table(doc: Row) -> str:
 def drawn(doc: Row) -> bytes:
     """Held-out differences to no move."""
     rows = [r for r in doc["rows"] if r["arm"] != NONE]
-    figure, axes = subplots(1, len(NETWORKS), figsize=(5.5 * len(NETWORKS), 3.4), squeeze=False, layout="constrained")
-    colours = {"ascent": "tab:red", "balance": "tab:blue", "random": "0.5"}
+    figure, axes = subplots(1, len(NETWORKS), figsize=(WIDTH, 3.6), squeeze=False, layout="constrained")
+    colours = {"ascent": COLOURS[0], "balance": COLOURS[1], "random": COLOURS[5]}
     for axis, network in zip(axes[0], NETWORKS, strict=True):
         for n, arm in enumerate(ARMS):
             mine = [r for r in rows if r["network"] == network and r["arm"] == arm and r["held_out_above"] is not None]
@@ -308,9 +308,10 @@ def drawn(doc: Row) -> bytes:
             axis.errorbar(at, middle, spread, fmt=marker, color=colours[move], capsize=2, markersize=4, label=arm)
         axis.axhline(0, color="0.5", linewidth=0.8)
         axis.set_xticks(range(len(CHOSEN)), CHOSEN)
-        axis.set_title(TASKS[network].title, fontsize=10)
+        title(axis, TASKS[network].title)
     axes[0][0].set_ylabel("held-out loss above that without moves")
-    axes[0][-1].legend(frameon=False, fontsize=7)
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=SIZE, columnspacing=1)
     return png(figure)
 
 

@@ -31,7 +31,7 @@ from jobs import Row, Runs, Study, main  # noqa: E402
 from short_runs import finite, interval, number, run_steps, shown  # noqa: E402
 
 import metatele  # noqa: E402
-from metatele.figures import png, subplots  # noqa: E402
+from metatele.figures import COLOURS, SIZE, WIDTH, png, subplots, title  # noqa: E402
 
 CONDITION = 100.0
 BITS, STEPS_FOR = (8, 4), ("channel", "tensor")
@@ -187,14 +187,14 @@ def table(doc: Row) -> str:
 
 def drawn(doc: Row) -> bytes:
     """Rises at four points, a panel for each number of bits and step."""
-    figure, grid = subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
+    figure, grid = subplots(2, 2, figsize=(WIDTH, 6.4), layout="constrained", sharex=True)
     panels = [(bits, each) for bits in BITS for each in STEPS_FOR]
     known = [kind for kind in KINDS if any(r["kind"] == kind for r in doc["rows"])]
     styles = (
-        ("trained", "as it is", "0.4", "o"),
-        ("trained", "balanced", "tab:blue", "o"),
-        ("random", "as it is", "tab:red", "s"),
-        ("random", "balanced", "tab:cyan", "s"),
+        ("trained", "as it is", COLOURS[5], "o"),
+        ("trained", "balanced", COLOURS[1], "o"),
+        ("random", "as it is", COLOURS[0], "s"),
+        ("random", "balanced", COLOURS[2], "s"),
     )
     for axes, (bits, each) in zip(grid.flat, panels, strict=True):
         for n, (start, key, colour, marker) in enumerate(styles):
@@ -206,11 +206,12 @@ def drawn(doc: Row) -> bytes:
                 axes.plot([at + 0.15 * (n - 1.5)] * len(values), values, marker, color=colour, ms=4, label=label)
         axes.set_yscale("symlog", linthresh=1e-3 if bits == 8 else 1e-2)
         axes.axhline(0, color="0.7", linewidth=0.8)
-        axes.set_title(f"{bits} bits, a step for each {each}", fontsize=10)
-        axes.set_xticks(range(len(known)), [kind.replace(", ", "\n") for kind in known], fontsize=8)
+        title(axes, f"{bits} bits, a step for each {each}")
+        axes.set_xticks(range(len(known)), [kind.replace(", ", "\n") for kind in known], fontsize=SIZE)
     for axes in grid[:, 0]:
         axes.set_ylabel("rise of the held-out loss")
-    grid[0, 0].legend(fontsize=7, frameon=False)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=SIZE)
     return png(figure)
 
 

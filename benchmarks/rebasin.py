@@ -39,7 +39,7 @@ from breadth_tasks import CONTEXT, GPT  # noqa: E402
 from common import environment, save  # noqa: E402
 
 from metatele.data import load_images  # noqa: E402
-from metatele.figures import png, subplots  # noqa: E402
+from metatele.figures import COLOURS, SIZE, WIDTH, png, subplots, title  # noqa: E402
 from metatele.symmetry.exact import act_, random_element  # noqa: E402
 from metatele.symmetry.find import find_symmetries  # noqa: E402
 from metatele.teleport import loss_barrier, match_  # noqa: E402
@@ -205,26 +205,27 @@ def table(result: dict[str, Any]) -> str:
 
 
 def drawn(result: dict[str, Any]) -> bytes:
-    """A panel for each network: losses on the line of every pair."""
+    """A panel for each network: mean loss on the line between two of a pair, from the lowest pair to the highest."""
     runs = [run for run in RUNS if any((row["kind"], row["set"]) == run for row in result["rows"])]
     columns = (len(runs) + 1) // 2
-    figure, grid = subplots(2, columns, figsize=(3.4 * columns, 5.6), squeeze=False)
+    figure, grid = subplots(2, columns, figsize=(WIDTH, 5.2), squeeze=False, layout="constrained")
     for axes in grid.flat[len(runs) :]:
         axes.axis("off")
     for axes, (kind, name) in zip(grid.flat, runs, strict=False):
-        for row in (row for row in result["rows"] if (row["kind"], row["set"]) == (kind, name)):
-            for arm, colour in (("before", "tab:gray"), ("matched", "tab:blue")):
-                losses = row[arm]["losses"]
-                axes.plot(np.linspace(0, 1, len(losses)), losses, color=colour, alpha=0.7, linewidth=1.2)
-        axes.set_title(f"{KINDS[kind].title}\n{SETS[name]}", fontsize=9)
+        rows = [row for row in result["rows"] if (row["kind"], row["set"]) == (kind, name)]
+        for arm, colour, dash in (("before", COLOURS[5], "--"), ("matched", COLOURS[0], "-")):
+            losses = np.array([row[arm]["losses"] for row in rows])
+            at = np.linspace(0, 1, losses.shape[1])
+            axes.fill_between(at, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
+            axes.plot(at, losses.mean(0), color=colour, linestyle=dash)
+        title(axes, f"{KINDS[kind].title.partition(',')[0]}\n{SETS[name]}")
         axes.set_xlabel("t")
         axes.set_ylim(bottom=0)
-    for colour, label in (("tab:gray", "as trained"), ("tab:blue", "matched")):
-        grid[0, 0].plot([], [], color=colour, label=label)
-    grid[0, 0].legend(fontsize=8)
+    looks = {"as trained": (COLOURS[5], "--"), "matched": (COLOURS[0], "-")}
+    lines = [grid[0, 0].plot([], [], color=colour, linestyle=dash)[0] for colour, dash in looks.values()]
+    figure.legend(lines, looks, loc="outside lower center", ncols=2, frameon=False, fontsize=SIZE)
     for axes in grid[:, 0]:
         axes.set_ylabel("held-out loss")
-    figure.tight_layout()
     return png(figure)
 
 

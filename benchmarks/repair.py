@@ -28,7 +28,7 @@ from jobs import TUNED_ON, Row, Runs, Study, climbed, main  # noqa: E402
 from short_runs import OPTIMIZERS, finite, interval, number, run_steps, shown  # noqa: E402
 
 import metatele  # noqa: E402
-from metatele.figures import png, subplots  # noqa: E402
+from metatele.figures import COLOURS, SIZE, WIDTH, png, subplots, title  # noqa: E402
 
 NETWORKS = ("gpt", "resnet", "cnn")
 STARTS = ("good", "bad", "balanced")
@@ -161,9 +161,9 @@ def drawn(doc: Row) -> bytes:
     """How far bad and balanced starts end above good ones."""
     rows = doc["rows"]
     networks = list(dict.fromkeys(r["network"] for r in rows)) or list(NETWORKS)
-    figure, axes = subplots(1, len(networks), figsize=(4 * len(networks), 3), squeeze=False, layout="constrained")
+    figure, axes = subplots(1, len(networks), figsize=(WIDTH, 3.2), squeeze=False, layout="constrained")
     for axis, network in zip(axes[0], networks, strict=True):
-        for shift, start, colour in ((-0.15, "bad", "tab:red"), (0.15, "balanced", "tab:blue")):
+        for shift, start, colour in ((-0.15, "bad", COLOURS[0]), (0.15, "balanced", COLOURS[1])):
             mine = [r for r in rows if r["network"] == network and r["start"] == start]
             known = [(n, r["above"]) for n, r in enumerate(mine) if r["above"] is not None]
             middle = [above["mean"] for _, above in known]
@@ -173,9 +173,9 @@ def drawn(doc: Row) -> bytes:
             axis.errorbar(at, middle, spread, fmt=marker, color=colour, capsize=3, label=start)
             axis.set_xticks(range(len(mine)), [r["optimizer"] for r in mine], rotation=45, ha="right")
         axis.axhline(0, color="0.5", linewidth=0.8)
-        axis.set_title(TASKS[network].title, fontsize=10)
-    axes[0][0].set_ylabel("training loss above a good start's")
-    axes[0][0].legend(frameon=False)
+        title(axis, TASKS[network].title)
+    axes[0][0].set_ylabel("training loss above\na good start's")
+    axes[0][0].legend(frameon=False, fontsize=SIZE)
     return png(figure)
 
 

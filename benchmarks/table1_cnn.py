@@ -34,7 +34,7 @@ from short_runs import finite  # noqa: E402
 
 import metatele  # noqa: E402
 from metatele.experiments.table1 import partial, pearson  # noqa: E402
-from metatele.figures import png, subplots  # noqa: E402
+from metatele.figures import COLOURS, WIDTH, png, subplots, title  # noqa: E402
 from metatele.network.spaces import Space  # noqa: E402
 from metatele.symmetry.exact import act, element_of  # noqa: E402
 
@@ -219,14 +219,15 @@ def table(doc: Row) -> str:
 
 def drawn(doc: Row) -> bytes:
     """Scatter plots: each point is a network."""
-    figure, axes = subplots(1, len(QUANTITIES), figsize=(12, 3), layout="constrained", sharey=True)
+    figure, axes = subplots(1, len(QUANTITIES), figsize=(WIDTH, 2.6), layout="constrained", sharey=True)
     for axis, (name, words) in zip(axes, QUANTITIES.items(), strict=True):
         rows = [r for r in doc["networks"] if r[name] is not None and r["test_loss"] is not None]
-        axis.scatter([r[name] for r in rows], [r["test_loss"] for r in rows], s=12, alpha=0.7, linewidth=0)
-        axis.set_title(f"{words}: r = {_signed(doc['correlations'][name]['r'])}", fontsize=9)
-        axis.locator_params(axis="x", nbins=4)
-        axis.tick_params(labelsize=7)
-        axis.grid(True, alpha=0.3)
+        axis.scatter(
+            [r[name] for r in rows], [r["test_loss"] for r in rows], s=12, color=COLOURS[1], alpha=0.7, linewidth=0
+        )
+        title(axis, f"r = {_signed(doc['correlations'][name]['r'])}")
+        axis.set_xlabel(words.replace(", ", ",\n"))
+        axis.locator_params(axis="x", nbins=3)
     axes[0].set_ylabel("held-out loss")
     return png(figure)
 

@@ -66,6 +66,7 @@ sphinx_gallery_conf = {
 html_theme = "furo"
 html_title = "metatele"
 html_static_path = ["_static"]
+html_css_files = ["metatele.css"]
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#1f4e79", "color-brand-content": "#1f4e79"},
     "dark_css_variables": {"color-brand-primary": "#8ab4e8", "color-brand-content": "#8ab4e8"},

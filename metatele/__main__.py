@@ -11,6 +11,7 @@ from metatele.command_line import USAGE_ERROR, run_program
 
 # Name to the module whose `main` takes the rest of the command line, and what it does.
 COMMANDS = {
+    "demo": ("metatele.cli.demo", "a small network trained three times, side by side, in seconds: begin here"),
     "train": ("metatele.cli.train", "meta-train an optimizer into a run folder"),
     "evaluate": ("metatele.cli.evaluate", "held-out curves of checkpoints beside tuned standard optimizers"),
     "experiments": ("metatele.experiments.__main__", "the figures and tables, by name"),

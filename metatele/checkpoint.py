@@ -26,6 +26,7 @@ from metatele.learned.families import family_of, learned_family
 from metatele.named import NAMED, named_checkpoint
 
 FORMAT = 1
+_LOADING = "docs/meta-training.md#load-what-you-trained"
 CONFIG_NAME, MODEL_NAME = "config.json", "model.safetensors"
 
 
@@ -139,9 +140,13 @@ def find(path: str | Path) -> Path:
         if str(path) in NAMED:
             return named_checkpoint(str(path))
         names = ", ".join(NAMED)
-        raise CheckpointError(f"there is no checkpoint at {folder}: the path does not exist, nor is it one of {names}")
+        raise CheckpointError(
+            f"there is no checkpoint at {folder}: the path does not exist, nor is it one of {names}", page=_LOADING
+        )
     raise CheckpointError(
-        f"there is no checkpoint at {folder}: expected {CONFIG_NAME} and {MODEL_NAME} there or in a folder 'checkpoint'"
+        f"there is no checkpoint at {folder}: expected {CONFIG_NAME} and {MODEL_NAME} there or in a folder "
+        "'checkpoint'",
+        page=_LOADING,
     )
 
 
@@ -164,10 +169,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: it is not valid JSON ({error})") from error
     if not isinstance(config, dict) or config.get("package") != "metatele" or "format" not in config:
-        raise CheckpointError(f"{file} was not written by metatele")
+        raise CheckpointError(f"{file} was not written by metatele", page=_LOADING)
     if config["format"] != FORMAT:
         raise CheckpointError(
-            f"{file} has format {config['format']!r}; this version reads format {FORMAT}: upgrade metatele"
+            f"{file} has format {config['format']!r}; this version reads format {FORMAT}: upgrade metatele",
+            page=_LOADING,
         )
     if config.get("sha256") != _digest(config):
         raise CheckpointError(f"{file} is damaged or was edited: its checksum does not match")

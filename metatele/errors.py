@@ -1,10 +1,32 @@
-"""The named errors of the package; each message is one sentence a user can act on."""
+"""The named errors of the package; each message is one sentence a user can act on, and may name a page that helps."""
 
 from __future__ import annotations
 
 
+def with_page(message: str, page: str) -> str:
+    """A message that ends with the page to read, for warnings and for errors of Python's own.
+
+    Args:
+        message: One sentence, without its full stop.
+        page: From the root of the repository, with the anchor of a heading: a link that works in a clone.
+
+    Example:
+        >>> with_page("sparse gradients are refused", "docs/learned-optimizer.md#when-not-to-use-it")
+        'sparse gradients are refused (see docs/learned-optimizer.md#when-not-to-use-it)'
+    """
+    return f"{message} (see {page})"
+
+
 class MetateleError(Exception):
-    """Base class of every error this package raises on purpose."""
+    """Base class of every error this package raises on purpose.
+
+    Args:
+        message: One sentence.
+        page: Where to read more, as in :func:`with_page`; the message then ends with it.
+    """
+
+    def __init__(self, message: str = "", *, page: str | None = None) -> None:
+        super().__init__(message if page is None else with_page(message, page))
 
 
 class ConfigError(MetateleError, ValueError):

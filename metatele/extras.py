@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from metatele.errors import MissingExtraError
+from metatele.errors import MissingExtraError, with_page
 
 # Module to the extra of this package that brings it; the names that pip knows where they differ from the module's.
 EXTRAS = {
@@ -21,7 +21,8 @@ EXTRAS = {
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 
 
-def _is_there(module: str) -> bool:
+def is_there(module: str) -> bool:
+    """Whether a module can be imported; it is not."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
@@ -32,7 +33,7 @@ def missing_message(what: str, *modules: str) -> str:
     """One sentence: what needs these modules, and how to install them."""
     names = " and ".join(_DISTRIBUTIONS.get(module, module) for module in modules)
     extras = ",".join(dict.fromkeys(EXTRAS[module] for module in modules))
-    return f"{what} needs {names}: pip install 'metatele[{extras}]'"
+    return with_page(f"{what} needs {names}: pip install 'metatele[{extras}]'", "README.md#install")
 
 
 def require_modules(what: str, *modules: str) -> None:
@@ -48,5 +49,5 @@ def require_modules(what: str, *modules: str) -> None:
     Example:
         >>> require_modules("the figure", "matplotlib")
     """
-    if missing := [module for module in modules if not _is_there(module)]:
+    if missing := [module for module in modules if not is_there(module)]:
         raise MissingExtraError(missing_message(what, *missing))

@@ -40,7 +40,10 @@ def named_checkpoint(name: str) -> Path:
         'transfer'
     """
     if name not in NAMED:
-        raise CheckpointError(f"a published checkpoint is one of {', '.join(NAMED)}, got {name!r}")
+        raise CheckpointError(
+            f"a published checkpoint is one of {', '.join(NAMED)}, got {name!r}",
+            page="docs/learned-optimizer.md#use-it",
+        )
     homes = [_PACKAGE / "checkpoints"]
     if (_PACKAGE.parent / "pyproject.toml").is_file():  # else the folder beside the package is somebody else's
         homes.append(_PACKAGE.parent / "checkpoints")
@@ -49,5 +52,6 @@ def named_checkpoint(name: str) -> Path:
             return home / name
     raise CheckpointError(
         f"the checkpoint {name!r} ({NAMED[name]}) does not come with the installed package: "
-        f"get the folder checkpoints/{name} from metatele's repository and give its path"
+        f"get the folder checkpoints/{name} from metatele's repository and give its path",
+        page="docs/learned-optimizer.md#use-it",
     )

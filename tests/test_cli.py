@@ -67,7 +67,11 @@ def test_help_does_not_wait_for_torch(name):
         (["evaluate", "--help"], 0, "usage: python -m metatele evaluate"),
         (["experiments"], 0, "usage: python -m metatele experiments NAME"),
         (["experiments", "fig5", "--help"], 0, "usage: python -m metatele experiments fig5"),
-        (["tran"], 2, "python -m metatele: error: command must be one of train, evaluate, experiments, got 'tran'"),
+        (
+            ["tran"],
+            2,
+            "python -m metatele: error: command must be one of demo, train, evaluate, experiments, got 'tran'",
+        ),
         (["train", "quick"], 2, "python -m metatele train: error: the following arguments are required: --out"),
         (
             ["train", "quick", "--out", "x", "--batch", "0"],

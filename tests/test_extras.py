@@ -73,7 +73,7 @@ def test_programs_name_what_is_missing_before_they_begin(names, command, words, 
     module = not command.partition(" ")[0].endswith(".py")
     done = without(names, *command.split(), "--out", str(out), module=module)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.endswith(words + "pip install 'metatele[train]'\n")
+    assert done.stderr.endswith(words + "pip install 'metatele[train]' (see README.md#install)\n")
     assert done.stderr.count("\n") == 1
     assert done.stdout == "False\n"  # torch was not loaded
     assert not out.exists()
@@ -82,7 +82,7 @@ def test_programs_name_what_is_missing_before_they_begin(names, command, words, 
 def test_digits_name_what_they_are_read_with(tmp_path):
     done = without(["sklearn"], "metatele.experiments", "fig5", "--out", str(tmp_path / "out"))
     assert done.returncode == 2, done.stderr
-    assert done.stderr.endswith("needs scikit-learn: pip install 'metatele[train]'\n")
+    assert done.stderr.endswith("needs scikit-learn: pip install 'metatele[train]' (see README.md#install)\n")
     assert not (tmp_path / "out").exists()
 
 
@@ -102,5 +102,5 @@ def test_optimizers_need_no_extra(tmp_path):
 
 def test_several_extras_are_one_command():
     require_modules("this", *EXTRAS)  # all are here
-    expected = "this needs higher and scikit-learn: pip install 'metatele[higher,train]'"
+    expected = "this needs higher and scikit-learn: pip install 'metatele[higher,train]' (see README.md#install)"
     assert missing_message("this", "higher", "sklearn") == expected

@@ -90,7 +90,8 @@ def load_images(name: str = "digits", root: str | Path | None = None, download: 
         except _MissingError as error:
             if not download:
                 raise DataError(
-                    f"{error}; give the folder with --data-root or {ROOT_VARIABLE}, or fetch them with --download"
+                    f"{error}; give the folder with --data-root or {ROOT_VARIABLE}, or fetch them with --download",
+                    page="docs/does-it-help.md#teleports-by-hand",
                 ) from None
             arrays = _download(name)
     return _checked(name, arrays)

@@ -20,7 +20,7 @@ from metatele.experiments import images as common
 _USUAL_STEPS = 300
 _TELEPORT_STEP = 5
 _GRID = [10 ** (e / 4) for e in range(-24, 1)]
-COLOURS = ["#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7"]
+_PLACES = (5, 0, 1, 4, 3)  # in the palette; the bare optimizer is first
 # Arm -> (optimizer, teleport: objective, rate, state). A rate of None is found by line search.
 ARMS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "Momentum": ("Momentum", None),
@@ -158,20 +158,21 @@ def table(doc: dict[str, Any]) -> list[list[str]]:
 
 def figure(doc: dict[str, Any]) -> bytes:
     """Both panels."""
-    fig, panels = figures.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
+    fig, panels = figures.subplots(1, 2, figsize=(figures.WIDTH, 3.8), layout="constrained", sharey=True)
     for axes, name in zip(panels, ("Momentum", "AdaGrad"), strict=True):
         chosen = [arm for arm in doc["arms"] if arm["name"].startswith(name)]
-        for arm, colour in zip(chosen, COLOURS, strict=False):
-            style = "--" if arm["name"] == name else "-"
-            common.draw_band(
-                axes, range(doc["steps"] + 1), arm["loss"], color=colour, label=arm["name"], linestyle=style
-            )
+        for arm, place in zip(chosen, _PLACES, strict=False):
+            short = arm["name"].removeprefix(f"{name}, ").replace(", line", ",\nline")
+            label = "no teleport" if short == name else short
+            common.draw_band(axes, range(doc["steps"] + 1), arm["loss"], label=label, **figures.line_style(place))
         axes.set_xlabel("step")
-        axes.grid(True, alpha=0.3)
-        axes.legend(fontsize=8)
-    figures.loss_axes(*panels)
+        axes.margins(x=0)
+        figures.title(axes, name)
+    figures.loss_axes(*panels, since=3)
     panels[0].set_ylabel("loss")
-    fig.suptitle(f"mean and one standard deviation over {len(doc['seeds'])} runs; teleport after step 5", fontsize=10)
+    figures.title(fig, f"mean and one standard deviation over {len(doc['seeds'])} runs; teleport after step 5")
+    for axes in panels:
+        figures.label_lines(axes)
     return figures.png(fig)
 
 

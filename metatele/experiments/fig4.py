@@ -244,71 +244,65 @@ def note(doc: dict[str, Any]) -> str:
     )
 
 
-COLOURS = {"down": "#0072B2", "up": "#D55E00"}
+COLOURS = {"down": figures.COLOURS[1], "up": figures.COLOURS[0]}
+
+
+def _differences(arm: dict[str, Any], none: dict[str, Any], key: str) -> list[tuple[float, float]]:
+    """Of losses from those without teleport, paired by seed, epoch by epoch: mean and half-width."""
+    found = [
+        [None if a is None or b is None else a - b for a, b in zip(x, y, strict=True)]
+        for x, y in zip(arm[key], none[key], strict=True)
+    ]
+    return [common.interval(column) for column in zip(*found, strict=True)]
 
 
 def figure(doc: dict[str, Any]) -> bytes:
-    """Above as in the paper, losses against epochs; below, validation loss less that without teleport."""
-    fig, grid = figures.subplots(2, 2, figsize=(11, 8.4), layout="constrained", sharey="row")
+    """Validation loss against epochs, as in the paper; below, both losses less those without teleport."""
+    fig, grid = figures.subplots(3, 2, figsize=(figures.WIDTH, 7.6), layout="constrained", sharey="row")
     by_name = {arm["name"]: arm for arm in doc["arms"]}
     epochs, at = doc["epochs"], doc["at"]
-    shown: list[float] = []
+    first = max(0, at - max(2, (epochs - at) // 4))  # what came long before the teleport is the same for all
+    size = [0.0, 0.0]
     for column, kind in enumerate(("sharpness", "curvature")):
-        above, below = grid[:, column]
-        styles = {NONE: ("#555555", 1.6, doc["arms"][0]["optimizer"])}
+        looks = {NONE: (figures.COLOURS[-1], "-")}
         for sense, colour in COLOURS.items():
-            styles[f"{CONTROL}{kind} {sense}"] = (colour, 0.8, f"random, drift of {sense}")
-            styles[f"{kind} {sense}"] = (colour, 1.6, f"teleport, {kind} {sense}")
-        for name, (colour, width, label) in styles.items():
-            arm, control = by_name[name], name.startswith(CONTROL)
-            for key, style in (("train_loss", "--"), ("test_loss", "-")):
-                mean = _means(arm[key])
-                shown += [v for v in mean[max(1, at // 2) :] if v is not None]
-                style = (":" if key == "test_loss" else "-.") if control else style
-                above.plot(
-                    range(epochs + 1),
-                    [math.nan if v is None else v for v in mean],
-                    style,
-                    color=colour,
-                    linewidth=width,
-                    label=label if key == "test_loss" else None,
-                )
-            if name != NONE:
-                differences = [
-                    [None if a is None or b is None else a - b for a, b in zip(x, y, strict=True)]
-                    for x, y in zip(arm["test_loss"], by_name[NONE]["test_loss"], strict=True)
-                ]
-                spread = [common.interval(column_) for column_ in zip(*differences, strict=True)]
+            looks |= {f"{CONTROL}{kind} {sense}": (colour, ":"), f"{kind} {sense}": (colour, "-")}
+        for name, (colour, dash) in looks.items():
+            style = {"color": colour, "linestyle": dash, "linewidth": 1.4}
+            mean = [math.nan if v is None else v for v in _means(by_name[name]["test_loss"])]
+            grid[0, column].plot(range(first, epochs + 1), mean[first:], **style)
+            for row, key in () if name == NONE else ((1, "train_loss"), (2, "test_loss")):
+                spread = _differences(by_name[name], by_name[NONE], key)
                 xs = [e for e in range(at, epochs + 1) if math.isfinite(spread[e][0])]
-                below.plot(xs, [spread[e][0] for e in xs], ":" if control else "-", color=colour, linewidth=width)
-                if not control:
+                size[row - 1] = max([size[row - 1], *(abs(spread[e][0]) for e in xs)])
+                grid[row, column].plot(xs, [spread[e][0] for e in xs], **style)
+                if not name.startswith(CONTROL):
                     halves = [spread[e][1] if math.isfinite(spread[e][1]) else 0.0 for e in xs]
-                    below.fill_between(
-                        xs,
-                        [spread[e][0] - h for e, h in zip(xs, halves, strict=True)],
-                        [spread[e][0] + h for e, h in zip(xs, halves, strict=True)],
-                        color=colour,
-                        alpha=0.15,
-                        linewidth=0,
-                    )
-        above.set_title(kind, fontsize=10)
-        above.legend(fontsize=8)
-        below.set_xlim(at, epochs)
-        below.axhline(0, color="#555555", linewidth=1)
-        for axes in (above, below):
-            axes.grid(True, alpha=0.25)
-            axes.set_xlabel("epoch")
+                    low, high = ([spread[e][0] + sign * h for e, h in zip(xs, halves, strict=True)] for sign in (-1, 1))
+                    grid[row, column].fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+        figures.title(grid[0, column], f"teleports that change {kind}")
+        for axes in grid[:, column]:
+            axes.margins(x=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.axvline(at, color="#999999", linewidth=0.8)
-    if shown:
-        room = 0.05 * (max(shown) - min(shown)) + 1e-6
-        grid[0, 0].set_ylim(min(shown) - room, max(shown) + room)
-    grid[0, 0].set_ylabel("loss (dashed: training, solid: validation)")
-    grid[1, 0].set_ylabel("validation loss less that without teleport")
-    fig.suptitle(
-        f"{doc['dataset']}, {len(doc['seeds'])} seeds, teleport at epoch {at} (settings: {doc['rates']}); "
-        "means, below with 95 % intervals paired by seed",
-        fontsize=10,
+        grid[0, column].axvline(at, color=figures.GREY, linewidth=0.8)
+        for axes in grid[1:, column]:
+            axes.axhline(0, color=figures.COLOURS[-1], linewidth=1.4)
+        grid[2, column].set_xlabel("epoch")
+    for row, most in enumerate(size, 1):
+        grid[row, 0].set_ylim(-1.5 * most - 1e-6, 1.5 * most + 1e-6)  # a wide interval leaves the frame
+    said = ("validation loss", "training loss less\nthat without", "validation loss less\nthat without")
+    for axes, label in zip(grid[:, 0], said, strict=True):
+        axes.set_ylabel(label)
+    names = {"without teleport": (figures.COLOURS[-1], "-")}
+    for sense, colour in COLOURS.items():
+        words = {"down": "it is lowered", "up": "it is raised"}[sense]
+        names |= {words: (colour, "-"), f"random, of the drift where {words}": (colour, ":")}
+    lines = [grid[0, 0].plot([], [], color=colour, linestyle=dash)[0] for colour, dash in names.values()]
+    fig.legend(lines, names, loc="outside lower center", ncols=3, frameon=False, fontsize=figures.SIZE, columnspacing=1)
+    figures.title(
+        fig,
+        f"{doc['dataset']}, {doc['arms'][0]['optimizer']}, {len(doc['seeds'])} seeds, teleport at epoch {at} "
+        f"(settings: {doc['rates']}); means, below with 95 % intervals",
     )
     return figures.png(fig)
 

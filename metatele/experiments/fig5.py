@@ -21,8 +21,6 @@ from metatele.experiments import images as common
 if TYPE_CHECKING:
     from metatele.training.replicas import Arm
 
-# Okabe and Ito's palette.
-COLOURS = {"AdaGrad": "#0072B2", "Momentum": "#D55E00", "RMSprop": "#009E73", "Adam": "#CC79A7"}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "ref": {
         "AdaGrad": {"lr": 1e-2, "teleport_epoch": 2, "teleport_lr": 1e-4},
@@ -117,36 +115,30 @@ def main(arguments: Sequence[str], experiment: str = "fig5", description: str | 
 
 
 def _panels(doc: dict[str, Any], x_label: str, abscissa: Any) -> bytes:
-
-    fig, grid = figures.subplots(2, 2, figsize=(10, 7.6), layout="constrained")
+    fig, grid = figures.subplots(2, 2, figsize=(figures.WIDTH, 6.4), layout="constrained")
     by_name = {arm["name"]: arm for arm in doc["arms"]}
-    for axes, (name, colour) in zip(grid.flat, COLOURS.items(), strict=True):
-        # The reset goes under the teleport, which it all but equals, and is wider.
-        tones = {f"{name} reset only": "#F0E442", name: "#555555", f"{name} teleport": colour}
-        for arm, tone in ((by_name[label], tone) for label, tone in tones.items() if label in by_name):
-            xs, extra = abscissa(arm), 3.0 if arm["name"].endswith("reset only") else 0.0
-            common.draw_band(
-                axes, xs, arm["train_loss"], color=tone, linewidth=1.8 + extra, label=f"{arm['name']}, train"
-            )
-            common.draw_band(
-                axes,
-                xs,
-                arm["test_loss"],
-                color=tone,
-                linewidth=1.4 + extra,
-                linestyle="--",
-                label=f"{arm['name']}, test",
-            )
-        figures.loss_axes(axes)
+    red, blue, *_, black = figures.COLOURS
+    for axes, name in zip(grid.flat, SETTINGS["ref"], strict=True):
+        # What nearly coincides lies in this order: the reset alone, which is wider, none, the teleport.
+        looks = {f"{name} reset only": (blue, 4.0), name: (black, 1.6), f"{name} teleport": (red, 1.6)}
+        for label, (colour, width) in looks.items():
+            if label not in by_name:
+                continue
+            arm, short = by_name[label], label.removeprefix(name).strip() or "without"
+            for key, split, dash in (("train_loss", "train", "-"), ("test_loss", "test", "--")):
+                style: dict[str, Any] = {"color": colour, "linewidth": width, "linestyle": dash}
+                style["alpha"] = 0.45 if width > 2 else 1.0
+                common.draw_band(axes, abscissa(arm), arm[key], label=f"{short}, {split}", **style)
+        figures.title(axes, name)
         axes.set_xlabel(x_label)
         axes.set_ylabel("loss")
-        axes.grid(True, which="both", alpha=0.25)
-        axes.legend(fontsize=8)
-    fig.suptitle(
-        f"{doc['dataset']}, mean and one standard deviation over {len(doc['seeds'])} seeds, rates: {doc['rates']}",
-        fontsize=10,
-    )
-    return figures.png(fig)
+        axes.margins(x=0)
+        figures.loss_axes(axes, since=1)
+    what = f"{doc['dataset']}, mean and one standard deviation over {len(doc['seeds'])} seeds, rates: {doc['rates']}"
+    figures.title(fig, f"{what}; dashed: test")
+    for axes in grid.flat:
+        figures.label_lines(axes)
+    return figures.png(fig, tones=128)
 
 
 def figure(doc: dict[str, Any]) -> bytes:

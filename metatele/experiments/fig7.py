@@ -20,7 +20,6 @@ _PANELS: dict[str, tuple[float, tuple[float, ...]]] = {
     "parabola": (80.0, (2.0, 1.0, 0.5, 0.2, 0.1)),
     "circle": (10.0, (0.1, 0.05, 0.02, 0.01, 0.005)),
 }
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
 
 
 def run(steps: int) -> dict[str, Any]:
@@ -86,17 +85,18 @@ def figure(doc: dict[str, Any]) -> bytes:
     """Both panels, one line for each shift."""
     from metatele.geometry.displacement import STRAIGHT
 
-    fig, panels = figures.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    fig, panels = figures.subplots(1, 2, figsize=(figures.WIDTH, 3.6), layout="constrained")
     for axes, curve in zip(panels, _PANELS, strict=True):
         chosen = [arm for arm in doc["arms"] if arm["curve"] == curve]
-        for arm, colour in zip(chosen, _COLOURS, strict=True):
-            axes.plot(arm["curvature"], arm["displacement"], color=colour, label=f"r = {arm['shift']:g}")
-        axes.axhline(STRAIGHT, color="#999999", linestyle=":", label="2/π")
+        for place, arm in enumerate(chosen):
+            axes.plot(arm["curvature"], arm["displacement"], label=f"r = {arm['shift']:g}", **figures.line_style(place))
+        axes.axhline(STRAIGHT, color=figures.GREY, linestyle=":", label="2/π")
         axes.set_xlabel("curvature κ = 2k₁" if curve == "parabola" else "curvature κ = 1/k₂")
-        axes.set_title(curve, fontsize=10)
-        axes.grid(True, alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.margins(x=0)
+        figures.title(axes, curve)
     panels[0].set_ylabel("E[distance] / r")
+    for axes in panels:
+        figures.label_lines(axes)
     return figures.png(fig)
 
 

@@ -18,7 +18,7 @@ from metatele.experiments import images as common
 
 _GRID = [10 ** (e / 8) for e in range(-48, 5)]
 _ARMS = ("GD", "GD teleport", "GD teleport, rate of GD")
-_COLOURS = ("#555555", "#D55E00", "#0072B2")
+_PLACES = (5, 0, 1)  # in the palette
 
 
 def descend(name: str, lr: float, steps: int, teleport: bool) -> tuple[list[list[float]], list[float]]:
@@ -103,7 +103,7 @@ def figure(doc: dict[str, Any]) -> bytes:
 
     from metatele.tasks.functions import FUNCTIONS, function
 
-    fig, grid = figures.subplots(2, 3, figsize=(13, 8), layout="constrained")
+    fig, grid = figures.subplots(2, 3, figsize=(figures.WIDTH, 6.4), layout="constrained")
     for column, name in enumerate(FUNCTIONS):
         f, chosen = function(name), [arm for arm in doc["arms"] if arm["function"] == name]
         everything = np.array([p for arm in chosen for p in arm["points"]] + [list(f.optimum)])
@@ -115,22 +115,24 @@ def figure(doc: dict[str, Any]) -> bytes:
         values = f.value(mesh).numpy()
         axes = grid[0, column]
         axes.contour(xs, ys, np.log10(values + 1e-6), levels=14, cmap="Greys", linewidths=0.6)
-        for arm, colour in zip(chosen, _COLOURS, strict=True):
+        for arm, place in zip(chosen, _PLACES, strict=True):
+            colour = figures.COLOURS[place]
             p = np.array(arm["points"])
             axes.plot(p[:, 0], p[:, 1], color=colour, marker=".", markersize=5, linewidth=1.2, label=arm["name"])
             if arm["name"] == "GD teleport":
                 axes.plot(p[:2, 0], p[:2, 1], color=colour, linestyle=":", linewidth=2.5, label="teleport")
             losses = [np.nan if v is None else v for v in arm["loss"][0]]
-            grid[1, column].plot(np.maximum(losses, 1e-30), color=colour, label=arm["name"])
+            grid[1, column].plot(np.maximum(losses, 1e-30), **figures.line_style(place))
         axes.set_xlim(xs[0], xs[-1])
         axes.set_ylim(ys[0], ys[-1])
         axes.plot(*f.optimum, marker="*", color="black", markersize=9, linestyle="", label="minimum")
-        axes.set_title(f"{name}, rates {chosen[0]['lr']:.2g} and {chosen[1]['lr']:.2g}", fontsize=10)
-        axes.legend(fontsize=8)
+        axes.grid(visible=False)
+        figures.title(axes, f"{name},\nrates {chosen[0]['lr']:.2g} and {chosen[1]['lr']:.2g}")
         figures.loss_axes(grid[1, column])
         grid[1, column].set_xlabel("step")
-        grid[1, column].grid(True, alpha=0.3)
     grid[1, 0].set_ylabel("loss")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=figures.SIZE)
     return figures.png(fig)
 
 

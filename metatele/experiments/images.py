@@ -278,11 +278,15 @@ def small_main(
     finish(doc, out, table, figure, picture, note(doc))
 
 
-def draw_band(axes: Any, xs: Sequence[float], runs: list[list[float | None]], **style: Any) -> None:
-    """Mean over replicas with a band of one standard deviation."""
+def draw_band(
+    axes: Any, xs: Sequence[float], runs: list[list[float | None]], *, band: bool = True, **style: Any
+) -> None:
+    """Mean over replicas with a band of one standard deviation, which goes no lower than the lowest replica."""
     import numpy as np
 
     values = np.array([[np.nan if v is None else v for v in run] for run in runs], float)
     mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values.mean(0)
-    axes.fill_between(xs, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
+    if band:
+        low = np.maximum(mean - std, values.min(0))
+        axes.fill_between(xs, low, mean + std, color=style["color"], alpha=0.15, linewidth=0)
     axes.plot(xs, mean, **style)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _TUNING_SEEDS = range(1000, 1002)
 _RATES = [10 ** (e / 2) for e in range(-8, 2)]
 NONE = "none"
+_NOT_DRAWN = "rescaling up at the start"  # a panel holds six lines
 
 
 def optimizers() -> dict[str, tuple[Any, dict[str, Any], bool]]:
@@ -152,24 +153,30 @@ def table(doc: dict[str, Any]) -> list[list[str]]:
 
 def figure(doc: dict[str, Any]) -> bytes:
     """For each optimizer, training loss against epochs, one line for each teleport."""
-    palette = ["#000000", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#56B4E9", "#CC79A7"]
     names = list(dict.fromkeys(arm["name"].split(", ")[0] for arm in doc["arms"]))
-    fig, grid = figures.subplots(2, math.ceil(len(names) / 2), figsize=(15, 7.5), layout="constrained", squeeze=False)
+    rows = math.ceil(len(names) / 2)
+    fig, grid = figures.subplots(rows, 2, figsize=(figures.WIDTH, 1 + 2.3 * rows), layout="constrained", squeeze=False)
+    for axes in grid.flat[len(names) :]:
+        axes.axis("off")
     for axes, name in zip(grid.flat, names, strict=False):
-        chosen = [arm for arm in doc["arms"] if arm["name"].startswith(f"{name}, ")]
-        for arm, colour in zip(chosen, palette, strict=True):
-            label = arm["name"].split(", ")[1]
-            style = "--" if label == NONE else "-"
+        moves = {arm["name"].split(", ")[1]: arm for arm in doc["arms"] if arm["name"].startswith(f"{name}, ")}
+        for place, (move, arm) in enumerate((m, a) for m, a in moves.items() if m not in (NONE, _NOT_DRAWN)):
             common.draw_band(
-                axes, range(doc["epochs"] + 1), arm["train_loss"], color=colour, label=label, linestyle=style
+                axes, range(doc["epochs"] + 1), arm["train_loss"], band=False, label=move, **figures.line_style(place)
             )
-        axes.set_title(name, fontsize=10)
-        figures.loss_axes(axes)
-        axes.grid(True, alpha=0.3)
+        bare = {"label": "no teleport", **figures.line_style(figures.MOST_LINES - 1)}
+        common.draw_band(axes, range(doc["epochs"] + 1), moves[NONE]["train_loss"], band=False, **bare)
+        figures.title(axes, name)
+        figures.loss_axes(axes, since=1)
+        axes.margins(x=0)
+    for axes in grid[-1]:
         axes.set_xlabel("epoch")
-    grid[0, 0].set_ylabel("training loss")
-    grid[0, 0].legend(fontsize=7)
-    fig.suptitle(f"{doc['dataset']}, every rate tuned; mean and one standard deviation, {len(doc['seeds'])} seeds")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("training loss")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=figures.SIZE)
+    words = f"{doc['dataset']}, every rate tuned; mean over {len(doc['seeds'])} seeds"
+    figures.title(fig, f"{words}; {_NOT_DRAWN}: in the table")
     return figures.png(fig)
 
 

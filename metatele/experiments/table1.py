@@ -246,23 +246,25 @@ def _mean(doc: dict[str, Any], name: str) -> float:
 
 def figure(doc: dict[str, Any]) -> bytes:
     """Scatter plots: each point is a network."""
-    fig, panels = figures.subplots(2, 3, figsize=(11, 6.4), layout="constrained", sharey=True)
+    fig, panels = figures.subplots(2, 3, figsize=(figures.WIDTH, 5.4), layout="constrained", sharey=True)
     names = _names(doc)
     if "even_rise" in names:
         del names["rise"]
     for axes, (name, words) in zip(panels.flat, names.items(), strict=True):
         x, y = known(doc, name)
-        axes.scatter(x, y, s=12, color="#0072B2", alpha=0.7, linewidth=0)
+        axes.scatter(x, y, s=12, color=figures.COLOURS[1], alpha=0.7, linewidth=0)
         r, low, high = pearson(x, y)
-        axes.set_title(f"{words}: r = {_shown(r)} ({_shown(low)} to {_shown(high)})", fontsize=8)
+        figures.title(axes, f"r = {_shown(r)} ({_shown(low)} to {_shown(high)})")
         axes.set_xlabel(words)
-        axes.grid(True, alpha=0.3)
         axes.ticklabel_format(useOffset=False)
         axes.locator_params(axis="x", nbins=4)
-        axes.tick_params(labelsize=7)
     for axes in panels[:, 0]:
         axes.set_ylabel("validation loss")
-    fig.suptitle(f"{doc['dataset']}, {len(doc['arms'])} networks after {doc['epochs']} epochs", fontsize=10)
+    figures.title(
+        fig,
+        f"{doc['dataset']}, {len(doc['arms'])} networks after {doc['epochs']} epochs: correlation r with the "
+        "validation loss, 95 % interval",
+    )
     return figures.png(fig)
 
 

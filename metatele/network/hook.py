@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metatele.errors import with_page
+
 See = Callable[[int, Any, Any], None]
 
 
@@ -95,6 +97,10 @@ def _see(*what: Any) -> None:
 # A compiled model calls it between two of its graphs. The mark is the one that torch.compiler.disable sets, which takes
 # more than a second to import where nothing is compiled.
 _see._torchdynamo_disable = True  # type: ignore[attr-defined]
+_see._torchdynamo_disable_msg = with_page(  # type: ignore[attr-defined]
+    "metatele's optimizers look at the passes, so compile without fullgraph=True",
+    "docs/learned-optimizer.md#what-works-with-it",
+)
 
 
 class _Hook:

@@ -31,7 +31,8 @@ def active_group() -> Group | None:
     if wrapper._join_config.enable:
         raise UnsupportedModelError(
             "the optimizer's steps are those of all ranks together, which a rank that has joined makes none of: train "
-            "without DistributedDataParallel.join, with as many batches on each rank"
+            "without DistributedDataParallel.join, with as many batches on each rank",
+            page="docs/learned-optimizer.md#what-works-with-it",
         )
     group = wrapper.process_group
     return group if group is not None and dist.get_world_size(group) > 1 else None
@@ -138,5 +139,6 @@ def refuse_sharded(parameters: Iterable[Tensor], what: str) -> None:
             raise UnsupportedModelError(
                 f"{what} does not work with parameters that are split over processes (FSDP, fully_shard, tensor "
                 f"parallelism), and found a {kind}: use DistributedDataParallel; or, for the learned optimizer's "
-                "checkpoint 'general', fully_shard of the whole model over one dimension of processes"
+                "checkpoint 'general', fully_shard of the whole model over one dimension of processes",
+                page="docs/learned-optimizer.md#what-works-with-it",
             )

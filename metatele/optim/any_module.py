@@ -98,7 +98,10 @@ def movable(
     names = {name for name, p in unwrapped(model).named_parameters() if id(p) in free}
     if not any(space.dimension for space in found.spaces):
         name = type(unwrapped(model)).__name__
-        raise NoSymmetryError(f"no continuous symmetry was found in {name}; find_symmetries(model, inputs) prints why")
+        raise NoSymmetryError(
+            f"no continuous symmetry was found in {name}; find_symmetries(model, inputs) prints why",
+            page="docs/symmetries.md#where-there-is-little",
+        )
     return [space for space in found.spaces if set(space.parameters) <= names]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metatele.errors import ShapeMismatchError, UnsupportedModelError
+from metatele.errors import ShapeMismatchError, UnsupportedModelError, with_page
 from metatele.learned import EquivariantOptimizer, EquivariantStates, Observation
 from metatele.learned.equivariant.observation import Wants, inner
 from metatele.learned.equivariant.old_states import read_old
@@ -88,11 +88,11 @@ class EquivariantStepper(SequentialStepper):
         self._batches, self._small = self._batches + 1, self._small + small
         if small and self._batches >= _JUDGED and 2 * self._small > self._batches and not self._warned:
             self._warned = True
-            warnings.warn(
+            said = (
                 f"batches of {samples} samples are too noisy for a learned optimizer of this family, which may "
-                f"come to stand still: take at least {fewest} samples, or step after several backward passes",
-                stacklevel=9,
+                f"come to stand still: take at least {fewest} samples, or step after several backward passes"
             )
+            warnings.warn(with_page(said, "docs/transfer.md#where-it-is-weak"), stacklevel=9)
 
     def _open(self, at: Situation) -> None:
         """The teleport before the first step."""

@@ -27,6 +27,7 @@ from metatele.optim.checked import own
 from metatele.optim.described import Row, rows_of
 from metatele.optim.equivariant import NETWORK, perceptrons
 from metatele.optim.heads import NOTE, balanced_
+from metatele.optim.messages import MANY_LOST, NOT_FINITE, STANDS
 from metatele.optim.moving import Moves, Paths, real
 from metatele.optim.one_batch import PREFIX, OneBatch, is_random, under
 from metatele.optim.scenes import ends_of, scene_of
@@ -39,9 +40,6 @@ _NOTHING, _BATCH = Look(), Look(fingerprint=True)  # what passes are asked for b
 _STILL = 1e-8  # relative change below which a network does not move
 _PATIENCE = 50  # looks of that before it is said
 _LOST = 3  # steps in a row whose gradients are not finite, to go back
-_MANY_LOST = 10  # of those, before it is said
-_NOT_FINITE = f"the last {_MANY_LOST} gradients were not finite, and no step was made by them"
-_STANDS = "the weights hardly move any more: gradients are zero or not finite, or their loss is at its minimum"
 
 
 class GeneralStepper(Stepper):
@@ -184,8 +182,8 @@ class GeneralStepper(Stepper):
         self._lost += 1
         if self._lost >= _LOST and self._safe is not None:
             self._go_back(course, at)
-        if self._lost == _MANY_LOST:
-            warnings.warn(_NOT_FINITE, stacklevel=9)
+        if self._lost == MANY_LOST:
+            warnings.warn(NOT_FINITE, stacklevel=9)
         self._watch()
         return False
 
@@ -363,7 +361,7 @@ class GeneralStepper(Stepper):
         self._still = self._still + 1 if moved < _STILL * start * max(at.rates) else 0
         if self._still >= _PATIENCE and math.isfinite(moved):
             self._warned = True
-            warnings.warn(_STANDS, stacklevel=9)
+            warnings.warn(STANDS, stacklevel=9)
 
     # --- memories
 

@@ -22,6 +22,7 @@ from metatele.optim.described import Description, described
 from metatele.optim.equivariant import EquivariantStepper
 from metatele.optim.flat import FlatStepper
 from metatele.optim.general import GeneralStepper
+from metatele.optim.messages import REPLACED, SPARSE
 from metatele.optim.recording import Recording
 from metatele.optim.steppers import Situation, Stepper
 
@@ -198,7 +199,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for name in group:
                 if name not in self.defaults and name not in _OF_OTHERS:
                     settings = ", ".join(n for n in self.defaults if n not in ("drift", "rolled_back", "skipped"))
-                    raise ConfigError(f"a parameter group has no setting {name!r}; it has {settings}")
+                    raise ConfigError(
+                        f"a parameter group has no setting {name!r}; it has {settings}",
+                        page="docs/learned-optimizer.md#use-it",
+                    )
             if not 0 <= float(group["weight_decay"]) < math.inf:
                 raise ConfigError(f"weight_decay must be zero or positive, got {group['weight_decay']}")
             if float(group["lr"]) * float(group["weight_decay"]) >= 1:
@@ -249,10 +253,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         parameters = self.stepper.parameters
         gradients = [p.grad for p in parameters]
         if any(g is not None and g.is_sparse for g in gradients):
-            raise RuntimeError("LearnedOptimizer does not support sparse gradients")
+            raise RuntimeError(SPARSE)
         settings = [found.pop(id(p), None) for p in parameters]
         if found and any(g is not None for g in gradients):
-            raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
+            raise MetateleError(REPLACED)
         pairs = list(zip(gradients, settings, strict=True))
         if all(g is None or one is None for g, one in pairs):
             self.stepper.refuse_replaced()

@@ -17,6 +17,7 @@ from metatele.network.capture import Capture
 from metatele.network.held import Plain
 from metatele.network.sequential import parameters_of, read_sequential
 from metatele.optim.described import Row
+from metatele.optim.messages import REPLACED
 
 _T = TypeVar("_T")
 Memory = MutableMapping[Any, dict[str, Any]]  # a torch optimizer's state
@@ -145,7 +146,7 @@ class Stepper(ABC):
         known = {id(p) for p in self.parameters}
         others = (p for p in self.held.named(self.model).values() if id(p) not in known)
         if any(p.grad is not None and p.numel() for p in others):
-            raise MetateleError("a parameter of the model was replaced after the optimizer was made; make it anew")
+            raise MetateleError(REPLACED)
 
     @property
     def like(self) -> Tensor:

@@ -122,7 +122,8 @@ def _require_full_rank(R: Tensor, H: Tensor, limit: float) -> None:
     if not bool((ratio > limit).all()):
         raise SingularInputError(
             f"layer inputs of shape {tuple(H.shape)} must have full rank; a diagonal ratio of their QR "
-            f"factorisation is {float(ratio.nan_to_num(nan=0.0).min()):.1e}, at or below {limit:.1e}"
+            f"factorisation is {float(ratio.nan_to_num(nan=0.0).min()):.1e}, at or below {limit:.1e}",
+            page="docs/teleporting.md#moves",
         )
 
 

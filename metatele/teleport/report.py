@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metatele.errors import with_page
+
 
 class Reason(IntEnum):
     """Why a network stayed where it was; :attr:`sentence` says it in words.
@@ -46,7 +48,10 @@ _SENTENCES = {
     Reason.CAP: "the objective had reached the cap before the first step",
     Reason.NO_DIRECTION: "there is no direction: the gradient of the objective along the orbit is zero or not finite",
     Reason.NO_GAIN: "no step of the line search, down to the shortest, improved the objective",
-    Reason.DRIFT: "every step, also the shortest that was tried, drifted past max_drift",
+    Reason.DRIFT: with_page(
+        "every step, also the shortest that was tried, drifted past max_drift",
+        "docs/teleporting.md#moves",
+    ),
     Reason.NOT_FINITE: "the move does not exist here: it led to weights or outputs that are not finite",
     Reason.ARRIVED: "the weights already are where the move leads",
     Reason.INPUTS: "the inputs or the weights are not finite",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from metatele import figures
 from metatele.checkpoint import versions
 from metatele.config import TaskConfig, to_dict
 from metatele.files import write_atomically
@@ -21,18 +22,10 @@ from metatele.training.curves import Curves
 FORMAT = 1
 _FIRST_STEPS = 30  # as far as the paper's Figure 6 goes
 _TABLE_STEPS = (0, 1, 5, 10, 20, 29, 99, 299, 999)
-# Okabe and Ito's palette, told apart with every common colour vision; brown in place of its yellow.
-_COLOURS = {
-    "LSTM(update,tele)": "#D55E00",
-    "LSTM(lr,tele)": "#CC79A7",
-    "LSTM(update)": "#0072B2",
-    "GD": "#000000",
-    "SGD": "#999999",
-    "Momentum": "#56B4E9",
-    "Adam": "#009E73",
-    "L-BFGS": "#A6761D",
-}
-_MARKERS = {"LSTM(update,tele)": "o", "LSTM(lr,tele)": "s", "LSTM(update)": "^"}
+# Place of each method's colour and line style in the package's palette.
+_PLACES = {"LSTM(update,tele)": 0, "LSTM(lr,tele)": 2, "LSTM(update)": 1, "GD": 5, "Adam": 4, "L-BFGS": 3}
+_LEARNED = ("LSTM(update,tele)", "LSTM(lr,tele)", "LSTM(update)")
+_SHOWN_FIRST = ("GD", "Adam", "L-BFGS", "Momentum", "SGD")
 
 
 def document(curves: list[Curves], task: TaskConfig, seed: int, device: str) -> dict[str, Any]:
@@ -155,56 +148,49 @@ def write(doc: dict[str, Any], out: Path) -> str:
     return text
 
 
+def _drawn(doc: dict[str, Any]) -> list[dict[str, Any]]:
+    """At most six methods, as many as can be followed: those that are learned, then the usual optimizers."""
+    order = {name: place for place, name in enumerate(_SHOWN_FIRST)}
+    ranked = sorted(doc["methods"], key=lambda method: order.get(method["name"], -1))
+    kept = ranked[: figures.MOST_LINES]
+    return [method for method in doc["methods"] if any(method is one for one in kept)]
+
+
 def figure(doc: dict[str, Any]) -> bytes:
-    """PNG of the median loss against the step with its 10 % to 90 % band, teleporting methods marked.
+    """PNG of the median loss against the step with its 10 % to 90 % band, at most six methods.
 
     A long run gets a second panel with the paper's 30 steps.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     ends = [_FIRST_STEPS, doc["steps"]] if doc["steps"] > 2 * _FIRST_STEPS else [doc["steps"]]
-    fig, panels = plt.subplots(1, len(ends), figsize=(1.2 + 4.9 * len(ends), 4.9), squeeze=False, sharey=True)
+    width = figures.WIDTH if len(ends) > 1 else 0.7 * figures.WIDTH
+    fig, panels = figures.subplots(1, len(ends), figsize=(width, 3.9), squeeze=False, sharey=True, layout="constrained")
+    methods = _drawn(doc)
+    taken = {_PLACES[m["name"]] for m in methods if m["name"] in _PLACES and _label(m, doc) == m["name"]}
+    free = iter([place for place in range(figures.MOST_LINES) if place not in taken])
+    places = [
+        _PLACES[m["name"]] if m["name"] in _PLACES and _label(m, doc) == m["name"] else next(free) for m in methods
+    ]
     for axes, end in zip(panels[0], ends, strict=True):
-        for order, method in enumerate(doc["methods"]):
-            _draw(axes, method, _label(method, doc), end, f"C{order}")
-        axes.set_yscale("log")
+        for method, place in zip(methods, places, strict=True):
+            _draw(axes, method, _label(method, doc), end, place)
         axes.set_xlabel("step")
         axes.set_xlim(0, end)
-        axes.grid(True, which="major", alpha=0.3)
+    figures.loss_axes(*panels[0])
     panels[0, 0].set_ylabel("loss")
     seeds = f", {doc['seeds']} meta-training seeds" if doc.get("seeds", 1) > 1 else ""
-    fig.suptitle(f"median and 10-90 % of {doc['trajectories']} held-out trajectories{seeds}", fontsize=10)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=4 if len(ends) > 1 else 2, fontsize=8)
-    fig.set_layout_engine("constrained")
-    buffer = io.BytesIO()
-    fig.savefig(buffer, dpi=120, format="png")
-    plt.close(fig)
-    return buffer.getvalue()
+    left = [_label(m, doc) for m in doc["methods"] if not any(m is one for one in methods)]
+    rest = f"; in the table alone: {', '.join(left)}" if left else ""
+    figures.title(fig, f"median and 10-90 % of {doc['trajectories']} held-out trajectories{seeds}{rest}")
+    figures.label_lines(panels[0, -1])
+    return figures.png(fig)
 
 
-def _draw(axes: Any, method: dict[str, Any], label: str, end: int, other_colour: str) -> None:
-    name = method["name"]
-    learned, teleports = name in _MARKERS, name.endswith("tele)")
-    colour = _COLOURS.get(name, other_colour)
+def _draw(axes: Any, method: dict[str, Any], label: str, end: int, place: int) -> None:
     steps = range(end + 1)
     low, middle, high = (
         [math.nan if v is None else v for v in method["loss"][key][: end + 1]] for key in ("p10", "median", "p90")
     )
-    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.plot(
-        steps,
-        middle,
-        color=colour,
-        linewidth=2.2 if teleports else 1.5,
-        linestyle="-" if learned else "--",
-        marker=_MARKERS.get(name),
-        markersize=5,
-        markevery=max(1, end // 15),
-        markerfacecolor=colour if teleports else "white",
-        label=label + (" (teleports)" if teleports else ""),
-        zorder=3 if learned else 2,
-    )
+    style, learned = figures.line_style(place), method["name"] in _LEARNED
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.13, linewidth=0)
+    width = 2.4 if method["name"].endswith("tele)") else 1.6
+    axes.plot(steps, middle, linewidth=width, label=label, zorder=3 if learned else 2, **style)

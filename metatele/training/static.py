@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from metatele.errors import with_page
 from metatele.learned.flat.trajectories import Trajectories
 
 _BEFORE_CAPTURE = 3  # runs before a capture, in which libraries set themselves up
@@ -89,7 +90,8 @@ def captured(
             run()
     except Exception as error:  # torch and its libraries raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"no CUDA graph could be captured; each kernel is launched by itself ({reason})", stacklevel=2)
+        said = f"no CUDA graph could be captured, and each kernel is launched by itself: {reason}"
+        warnings.warn(with_page(said, "docs/meta-training.md#threads-memory-precision-graphs"), stacklevel=2)
         return None
     finally:
         for tensor, was in zip(changed, kept, strict=True):

@@ -8,8 +8,6 @@ from typing import Any
 
 from metatele import figures
 
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#555555", "#56B4E9")
-
 
 def _arms(doc: dict[str, Any], part: str) -> dict[str, list[dict[str, Any]]]:
     """Arms of a part by name."""
@@ -108,74 +106,74 @@ def note(doc: dict[str, Any]) -> str:
 
 def figure(doc: dict[str, Any]) -> bytes:
     """Theorem 3.1, Prop. 3.2 (angle, rate) and Prop. 3.5, one panel each."""
-    fig, grid = figures.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    fig, grid = figures.subplots(2, 2, figsize=(figures.WIDTH, 6.6), layout="constrained")
     _draw_theorem(grid[0, 0], doc)
     _draw_angles(grid[0, 1], doc)
     _draw_rate(grid[1, 0], doc)
     _draw_flows(grid[1, 1], doc)
-    places = ("lower left", "center", "upper left", "center right")
-    for axes, place in zip(grid.flat, places, strict=True):
-        axes.grid(True, alpha=0.3)
-        axes.legend(fontsize=8, loc=place)
+    for axes in (grid[0, 0], grid[1, 0], grid[1, 1]):
+        figures.label_lines(axes)
     return figures.png(fig)
 
 
 def _draw_theorem(axes: Any, doc: dict[str, Any]) -> None:
-    for (name, arms), colour in zip(_arms(doc, "theorem").items(), _COLOURS, strict=False):
-        x = [arm["num_steps"] for arm in arms]
-        left = [arm["teleport"] for arm in arms]
-        means, errors = [a["mean"] for a in left], [a["half_width"] for a in left]
-        axes.errorbar(x, means, errors, color=colour, marker="o", markersize=4, capsize=3, label=name)
-        axes.plot(x, [arm["plain_orbit"]["mean"] for arm in arms], color=colour, linestyle=":")
-        axes.plot(x, [arm["bound"] for arm in arms], color=colour, linestyle="--")
-    axes.plot([], [], color="black", linestyle="--", label="bound")
-    axes.plot([], [], color="black", linestyle=":", label="SGD without teleport (no bound claimed)")
+    for place, (name, arms) in enumerate(_arms(doc, "theorem").items()):
+        x, left = [arm["num_steps"] for arm in arms], [arm["teleport"] for arm in arms]
+        bounds = [arm["bound"] for arm in arms]
+        share = [a["mean"] / b for a, b in zip(left, bounds, strict=True)]
+        halves = [a["half_width"] / b for a, b in zip(left, bounds, strict=True)]
+        style = figures.line_style(place)
+        axes.plot(x, share, marker="o", markersize=4, label=name.replace(", ", ",\n"), **style)
+        axes.errorbar(x, share, halves, color=style["color"], capsize=3, linestyle="")
+    axes.axhline(1, color=figures.COLOURS[-1], linewidth=1.2, label="the bound")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("T")
-    axes.set_ylabel("min over t of E max over g ‖∇L(g w)‖²")
-    axes.set_ylim(bottom=axes.get_ylim()[0] / 30)  # room for the legend
-    axes.set_title("Theorem 3.1", fontsize=10)
+    axes.set_ylabel("min E max ‖∇L(g w)‖² over its bound")
+    figures.title(axes, "Theorem 3.1")
 
 
 def _draw_angles(axes: Any, doc: dict[str, Any]) -> None:
     names = _arms(doc, "newton")
-    for key, colour, marker in (("angle_before", "#555555", "o"), ("angle_after", "#D55E00", "s")):
+    for key, colour, marker in (("angle_before", figures.COLOURS[-1], "o"), ("angle_after", figures.COLOURS[0], "s")):
         points = [(i, max(math.degrees(arm[key]), 1e-16)) for i, arms in enumerate(names.values()) for arm in arms]
         label = "before the teleport" if key == "angle_before" else "after (below 1e-16 drawn there)"
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, linestyle="", label=label)
     axes.set_yscale("log")
-    short = [name.replace(" weights, condition ", ", ").replace(" ", "\n") for name in names]
-    axes.set_xticks(range(len(names)), short, fontsize=7)
-    axes.set_ylabel("angle of ∇L to Newton's direction, degrees")
-    axes.set_title("Prop. 3.2; ellipsoid: weights, condition number", fontsize=10)
+    short = [name.removeprefix("ellipsoid, ").replace(" weights, condition ", "\n") for name in names]
+    axes.set_xticks(
+        range(len(names)), [s.replace("logistic regression", "log.\nreg.").replace("1000", "1e3") for s in short]
+    )
+    axes.text(0.02, 0.5, "before: above\nafter the teleport: below", transform=axes.transAxes, fontsize=figures.SIZE)
+    axes.set_xlabel("weights and condition of the ellipsoid")
+    axes.set_ylabel("angle to Newton's, degrees")
+    figures.title(axes, "Proposition 3.2: direction")
 
 
 def _draw_rate(axes: Any, doc: dict[str, Any]) -> None:
     arms = _arms(doc, "newton")["logistic regression"]
-    for i, (label, colour) in enumerate((("γ = 1/λ₀", "#D55E00"), ("γ = 1/(2λ₀)", "#0072B2"))):
+    for i, (label, colour) in enumerate((("γ = 1/λ₀", figures.COLOURS[0]), ("γ = 1/(2λ₀)", figures.COLOURS[1]))):
         triples = sorted((a["distance"], a["steps"][i]["distance"], a["steps"][i]["bound"]) for a in arms)
         x, y, bound = zip(*triples, strict=True)
-        axes.plot(x, y, color=colour, marker="o", markersize=4, label=f"teleport, {label}")
-        axes.plot(x, bound, color=colour, linestyle="--", label=f"bound, {label}")
+        axes.plot(x, y, color=colour, marker="o", markersize=4, label=f"teleport,\n{label}")
+        axes.plot(x, bound, color=colour, linestyle="--", label=f"bound,\n{label}")
     pairs = [(a["distance_before"], a["plain_after_step"]) for a in arms]
-    axes.plot(
-        *zip(*pairs, strict=True), color="#555555", marker="x", linestyle="", markersize=4, label="no teleport, γ = 1/L"
-    )
+    black = {"color": figures.COLOURS[-1], "marker": "x", "linestyle": "", "markersize": 4}
+    axes.plot(*zip(*sorted(pairs), strict=True), label="no teleport,\nγ = 1/L", **black)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("distance to the minimum before the step")
     axes.set_ylabel("after it")
-    axes.set_title("Prop. 3.2 on logistic regression: one gradient step", fontsize=10)
+    figures.title(axes, "Proposition 3.2: a step, log. regression")
 
 
 def _draw_flows(axes: Any, doc: dict[str, Any]) -> None:
-    for (name, (arm,)), colour in zip(_arms(doc, "flow").items(), _COLOURS, strict=False):
+    for (name, (arm,)), colour in zip(_arms(doc, "flow").items(), figures.COLOURS, strict=False):
         values = [max(v, 1e-18) for v in arm["along"]]
         progress = [i / (len(values) - 1) for i in range(len(values))]
         style = "-" if arm["enough"] else "--"
-        axes.plot(progress, values, color=colour, linestyle=style, label=name)
+        axes.plot(progress, values, color=colour, linestyle=style, label=name.replace(" (", "\n("))
     axes.set_yscale("log")
-    axes.set_xlabel("part of the steps along the gradient flow")
-    axes.set_ylabel("|[A, R]L|, scale-free (below 1e-18 drawn there)")
-    axes.set_title("Prop. 3.5: after one teleport; solid: the checker says enough", fontsize=10)
+    axes.set_xlabel("part of the gradient flow's steps")
+    axes.set_ylabel("|[A, R]L|, scale-free, at least 1e-18")
+    figures.title(axes, "Proposition 3.5; solid: one is enough")

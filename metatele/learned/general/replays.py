@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metatele.errors import with_page
+
 LARGEST = 1 << 24  # numbers of a network up to which the memory of its graphs is not asked for
 _ROOM = 3  # times the memory of its numbers that is to be free for those of a larger one
 _MOST = 6  # graphs that are kept
@@ -95,7 +97,8 @@ class Replays:
             self.off = True
             self.forget()
             reason = str(error).split("\n")[0]
-            warnings.warn(f"steps are made one call after another: no CUDA graph of them ({reason})", stacklevel=2)
+            said = f"steps are made one call after another, as no CUDA graph could be captured: {reason}"
+            warnings.warn(with_page(said, "docs/learned-optimizer.md#what-its-warnings-mean"), stacklevel=2)
             return None
 
     def forget(self) -> None:
