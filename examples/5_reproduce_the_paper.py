@@ -94,5 +94,5 @@ plt.show()
 # four sets, with intervals, beside the paper's numbers: :doc:`Table 1 and the geometry of
 # minima </geometry-and-theory>`.
 #
-# Next: :doc:`every stored result </results>`, with the command that rebuilds it, and
+# Next: :doc:`every stored result </results/index>`, with the command that rebuilds it, and
 # :doc:`where teleports help, and where not </does-it-help>`.
