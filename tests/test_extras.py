@@ -31,6 +31,7 @@ TRAINING = """
 import sys
 import torch
 import metatele
+torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
 x, y = torch.randn(32, 4), torch.randn(32, 2)
 losses = []
