@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pages.model import FAILS, HOLDS, PARTLY, PM, Check, Interval, Table, factor, said, short, span, verdict
+from benchmarks.pages.model import FAILS, HOLDS, OPEN, PARTLY, PM, Check, Interval, Table, factor, said, short, span, verdict
 from benchmarks.pages.overview import BENCHMARKS, FOLDERS
 from benchmarks.pages.render import duration, wrapped
 from benchmarks.pages.written import CLAIMS, FOLDER, filled, written
@@ -37,7 +37,7 @@ def test_every_claim_has_its_page_and_no_page_is_left_over(made):
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.slug)
 def test_a_page_says_what_a_reader_asks(claim, made):
     text = made[f"{FOLDER}/{claim.slug}.md"]
-    assert re.search(rf"\*\*Verdict: ({HOLDS}|{PARTLY}|{FAILS})\.\*\*", text)
+    assert re.search(rf"\*\*Verdict: ({HOLDS}|{PARTLY}|{FAILS}|{OPEN})\.\*\*", text)
     assert (ROOT / "results" / claim.figure[0]).is_file()
     for part in ("**The paper says**", "## What was checked", "## Numbers", "## Where it loses", "## Run it again"):
         assert part in text
@@ -66,6 +66,9 @@ def test_a_verdict_is_made_of_what_counts_alone():
     assert verdict([check(True), check(False)]) == PARTLY
     assert verdict([check(False), check(True, counted=False)]) == FAILS
     assert verdict([check(True), check(False, counted=False)]) == HOLDS
+    blind = Check("", "", "", False, blind=True)
+    assert verdict([blind, blind]) == OPEN
+    assert verdict([blind, check(False)]) == FAILS
     with pytest.raises(ValueError, match="counts"):
         verdict([check(True, counted=False)])
 

@@ -138,6 +138,7 @@ def _curvature() -> Outcome:
                 f"r = {r_shown(found)}",
                 BELOW_0,
                 found[2] < 0,
+                blind=inside and found[2] >= 0,
             )
         )
         rows.append(

@@ -19,7 +19,7 @@ Doc = Mapping[str, Any]
 PM = "\u00a0±\u00a0"  # never broken over lines
 # When a check is met.
 ABOVE_0, BELOW_0, BELOW_1 = (f"interval\u00a0{side}" for side in ("above\u00a00", "below\u00a00", "below\u00a01"))
-HOLDS, PARTLY, FAILS = "holds", "holds partly", "does not hold here"
+HOLDS, PARTLY, FAILS, OPEN = "holds", "holds partly", "does not hold here", "undecided"
 
 
 @cache
@@ -118,6 +118,7 @@ class Check:
         met: Whether it is.
         counted: Whether the verdict depends on it: it tests the claim itself, on the paper's data, with an interval
             where chance plays a part.
+        blind: Not met, but the interval has the paper's own value in it: these runs could not have told.
     """
 
     statement: str
@@ -125,14 +126,17 @@ class Check:
     needed: str
     met: bool
     counted: bool = True
+    blind: bool = False
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """All counted checks met: it holds. Some: partly. None: it does not hold here."""
-    met = [check.met for check in checks if check.counted]
+    """All counted checks met: it holds. Some: partly. None: it does not, or nobody can tell where all are blind."""
+    counted = [check for check in checks if check.counted]
+    met = [check.met for check in counted]
     if not met:
         raise ValueError("a claim needs a check that counts")
-    return HOLDS if all(met) else PARTLY if any(met) else FAILS
+    none = OPEN if all(check.blind for check in counted) else FAILS
+    return HOLDS if all(met) else PARTLY if any(met) else none
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from benchmarks.pages.model import FAILS, HOLDS, PARTLY, Claim, Table, verdict
+from benchmarks.pages.model import FAILS, HOLDS, OPEN, PARTLY, Claim, Table, verdict
 from benchmarks.pages.render import NOTICE, wrapped
 
 # Folder or file of results/ -> what it holds, page, command that makes it.
@@ -127,7 +127,8 @@ def index(claims: Sequence[Claim]) -> str:
 Does the paper hold? Each of its {len(claims)} claims has a page, with a verdict, an interval, a figure, and the
 command that runs it again. Every number is computed from a stored raw result.
 
-Of {len(claims)} claims, {count[HOLDS]} hold, {count[PARTLY]} hold partly, and {count[FAILS]} do not hold here.
+Of {len(claims)} claims, {count[HOLDS]} hold, {count[PARTLY]} hold partly, {count[FAILS]} do not hold here, and
+{count[OPEN]} is undecided.
 
 ## The claims of the paper
 
@@ -146,11 +147,12 @@ seed. Where the paper's method has a side effect, such as a reset, the compariso
 |:--|:--|
 | holds | every check that counts is met |
 | holds partly | some are |
-| does not hold here | none is |
+| undecided | none is, and the paper's own values lie in our intervals: these runs could not have told |
+| does not hold here | none is, otherwise |
 
 A check counts if it tests the claim itself, on the paper's data, with an interval where chance plays a part.
-Others are shown in brackets, and so are statements that nothing happens, which no interval can show. One check in
-twenty errs by chance. *Does not hold here* means that our runs do not show it, not that it is false.
+Others are shown in brackets, and so are statements that nothing happens, which no interval can show. Where
+nothing is true, one check in forty is met by chance. Where a claim is true, small runs can miss it. *Does not hold here* means that our runs do not show it, not that it is false.
 
 ## Beyond the paper
 
