@@ -5,7 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pages.model import FAILS, HOLDS, OPEN, PARTLY, PM, Check, Interval, Table, factor, said, short, span, verdict
+from benchmarks.pages.model import (
+    FAILS,
+    HOLDS,
+    OPEN,
+    PARTLY,
+    PM,
+    Check,
+    Interval,
+    Table,
+    factor,
+    said,
+    short,
+    span,
+    verdict,
+)
 from benchmarks.pages.overview import BENCHMARKS, FOLDERS
 from benchmarks.pages.render import duration, wrapped
 from benchmarks.pages.written import CLAIMS, FOLDER, filled, written

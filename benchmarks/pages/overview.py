@@ -151,8 +151,9 @@ seed. Where the paper's method has a side effect, such as a reset, the compariso
 | does not hold here | none is, otherwise |
 
 A check counts if it tests the claim itself, on the paper's data, with an interval where chance plays a part.
-Others are shown in brackets, and so are statements that nothing happens, which no interval can show. Where
-nothing is true, one check in forty is met by chance. Where a claim is true, small runs can miss it. *Does not hold here* means that our runs do not show it, not that it is false.
+Others are shown in brackets, and so are statements that nothing happens, which no interval can show. Where nothing
+is true, one check in forty is met by chance. Where a claim is true, small runs can miss it. *Does not hold here*
+means that our runs do not show it, not that it is false.
 
 ## Beyond the paper
 
