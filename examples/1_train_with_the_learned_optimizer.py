@@ -149,7 +149,8 @@ print(learned.describe())
 # - You have a rate and a schedule that were tuned for just this network. Measure before you
 #   change.
 # - A step must cost no more than Adam's. It costs more, as the seconds above show.
-# - Your parameters are sharded, as by FSDP, or have sparse gradients. Both are refused.
+# - Gradients are sparse: they are refused. Or FSDP has to split the optimizer's memory:
+#   ours is not split.
 # - Your data set is small and noisy. There the held-out loss can end above Adam's, so watch
 #   it.
 #

@@ -259,7 +259,7 @@ def test_reports_hold_plain_numbers():
         assert type(found.moved) is type(found.rolled_back) is bool
         assert type(found.steps) is int
         assert found.reason == ""
-        assert str(found).startswith("grad-norm ")
+        assert str(found).startswith("squared grad-norm ")
         assert f"drift {found.drift:.1e}" in str(found)
 
 

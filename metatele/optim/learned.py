@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, MutableMapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from metatele.optim.recording import Recording
 from metatele.optim.steppers import Situation, Stepper
 
 _STEPPERS: dict[str, type[Stepper]] = {}
+_SMALL = 0.01  # rates up to here are more often meant as another optimizer's than as a factor on our step
 # What schedulers and checkpoints of others write into groups, beside our own settings.
 _OF_OTHERS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 
@@ -57,45 +59,45 @@ register_stepper("general", GeneralStepper)
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
-    r"""Steps ``w ← g_t·(w + lr·f_t)`` with f and g from a checkpoint.
+    r"""Trains any module without a learning rate to choose; an ordinary torch optimizer otherwise.
 
-    A checkpoint of the equivariant family takes a model of any shape and teleports by conjugation,
-    ``w ← g⁻¹·(g·w + lr·f)``; one of the flat family, the paper's LSTMs (Zhao et al. 2024, Algorithm 1), takes models of
-    the shape it was trained on.
+    The default checkpoint, ``general``, steps each weight matrix W along momentum that is whitened by the second moments
+    of the layer's inputs and drawn towards equal singular values, D:
 
-    What a step needs of the layers' inputs and errors is taken by hooks, in the passes whose gradients were taken since
-    the last ``zero_grad`` or ``step``; nothing is asked of the training loop. Wrappers around the model
-    (``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, Fabric, a module of one's own around one
-    ``nn.Sequential``) are looked through. Under ``DistributedDataParallel`` a step is that of the whole batch, and all
-    ranks make the same one.
+    .. math::
+        W ← W - lr\, η\, s\, ρ^p (‖W‖\, D/‖D‖ + w\, W)
 
-    A parameter without gradient (or in no group, or with ``lr`` 0) enters as zero gradient and does
-    not move, and a step with such a parameter does not teleport. With no gradient at all, or with
-    every ``lr`` 0, a step changes nothing. The arithmetic is float32 whatever the parameters are, so
+    η follows the slope along the last step, ρ is the share of the momentum that is no noise, and a controller sets s, p,
+    w and the direction. Vectors are stepped as Adam does. What a step needs of the layers' inputs is taken by hooks, in
+    the passes whose gradients were taken since the last ``zero_grad`` or ``step``; nothing is asked of the training
+    loop. Compiled models and wrappers (``DistributedDataParallel``, Fabric) are looked through, and all ranks make the
+    same step.
+
+    Checkpoints of the equivariant family (``transfer``) take perceptrons and teleport by conjugation,
+    ``w ← g⁻¹·(g·w + lr·f)``. Those of the flat family, the paper's LSTMs (Zhao et al. 2024, Algorithm 1), take
+    perceptrons of the shape they were trained on, and step ``w ← g·(w + lr·f)``.
+
+    A parameter without gradient, in no group, or with ``lr`` 0 does not move. A gradient that is not finite makes no
+    step, and ``skipped`` in the first group counts it. The arithmetic is float32 whatever the parameters are, so
     parameters of another dtype are rounded through it.
 
-    Flat family: a teleport that changes the network's output on its batch by more than ``max_drift``, or to
-    something not finite, is not made: the local move alone is kept, and ``rolled_back`` in the first
-    parameter group counts it. ``drift`` there is that of the last teleport. Equivariant family: pulled-back teleports
-    do not drift, so ``max_drift`` and ``drift`` have no part; the first step alone may, by 30 % on its batch. A step
-    after which the loss has grown several times is shortened, and ``rolled_back`` counts that, at the level of rounding
-    too.
-
     Args:
-        model: ``nn.Sequential`` of ``Linear`` and activations; for a flat checkpoint with its shapes.
-        checkpoint: A checkpoint or run folder, the name of a published checkpoint (``transfer``, the default, which
-            comes with the package, or ``update-tele``, ``update``, ``lr-tele``), what :func:`metatele.load` returns, or
-            a meta-optimizer (used as it is, and moved to the model's device).
-        lr: Factor on the local update, a number or a 0-d tensor; 1 is what was trained. A setting of each group.
+        model: Any ``nn.Module``; of other families ``nn.Sequential`` of ``Linear`` and activations.
+        checkpoint: The name of a published checkpoint (``general``, the default, or ``transfer``, ``update-tele``,
+            ``update``, ``lr-tele``), a checkpoint or run folder, what :func:`metatele.load` returns, or a
+            meta-optimizer (used as it is, and moved to the model's device).
+        lr: Factor on the learned step, a number or a 0-d tensor; 1 is what was trained. A setting of each group, so
+            that schedulers work.
         params: The parameters to optimize, as for any torch optimizer; all of the model's by default.
-        max_drift: Largest accepted relative change of the output by a teleport of the flat family.
+        max_drift: Of the flat family: a teleport that changes the output on its batch by more, relative, is not made,
+            and ``rolled_back`` in the first group counts it. Pulled-back teleports do not drift.
         weight_decay: Decoupled: each step first multiplies the weights by ``1 - lr · weight_decay``. As ``lr`` is 1
             here, 1e-5 is what AdamW calls 0.01 at its rate of 1e-3. A setting of each group.
         maximize: Go up instead of down; the same for all groups. What is maximized should have an upper bound, as minus
             a loss has.
+        total_steps: Of the run, if it is known: steps then shorten over its last part. Of the general family.
 
-    Groups of the equivariant family have ``momentum``, a factor on the momentum that the controller chooses, which
-    schedulers that cycle it need.
+    Groups have ``momentum``, a factor on the momentum, which schedulers that cycle it need.
 
     Raises:
         ShapeMismatchError: The model does not have the checkpoint's shape.
@@ -104,14 +106,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         ConfigError: A group has a setting that there is not.
 
     Example:
-        >>> from metatele.config import MethodConfig, TaskConfig
-        >>> model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.LeakyReLU(0.1), nn.Linear(4, 2, bias=False))
-        >>> meta = MetaOptimizer(MethodConfig(hidden=8), TaskConfig(widths=(3, 4, 2), samples=3))
-        >>> optimizer = LearnedOptimizer(model, meta)
-        >>> x, y = torch.randn(3, 3), torch.randn(3, 2)
-        >>> loss = 0.5 * (model(x) - y).square().sum()
-        >>> loss.backward()
-        >>> optimizer.step()
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> optimizer = LearnedOptimizer(model)
+        >>> x, y = torch.randn(16, 3), torch.randint(2, (16,))
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     nn.functional.cross_entropy(model(x), y).backward()
+        ...     optimizer.step()
     """
 
     _recording: Recording | None = None  # of this optimizer alone: copies and pickles are not recorded
@@ -128,10 +129,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         total_steps: int | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"LearnedOptimizer takes the model, an nn.Module, not its parameters; got {type(model).__name__}"
+            )
+        if isinstance(checkpoint, int | float):
+            raise TypeError(f"the second argument is a checkpoint, got {checkpoint}: there is no learning rate to give")
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must be a number or a 0-d tensor, got shape {tuple(lr.shape)}")
         if not 0 <= float(lr) < math.inf:
             raise ValueError(f"lr must be zero or positive, got {lr}")
+        if 0 < float(lr) <= _SMALL:
+            warnings.warn(
+                f"lr is a factor on the learned step, 1 by default: {float(lr)} makes steps short", stacklevel=2
+            )
         if not max_drift > 0:
             raise ValueError(f"max_drift must be positive, got {max_drift}")
         if checkpoint is None:
@@ -247,7 +258,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         whole = self.stepper.held.whole
         for group in self.param_groups:
             found |= dict.fromkeys(
-                (id(whole(p)) for p in group["params"]), (float(group["lr"]), float(group["weight_decay"]))
+                (id(whole(p)) for p in group["params"] if p.numel()), (float(group["lr"]), float(group["weight_decay"]))
             )
         self.stepper.ready()
         parameters = self.stepper.parameters

@@ -396,7 +396,7 @@ class TeleportOptimizer(Wrapper):
     def _flat(self) -> Tensor:
         """The model's parameters as one vector, in float32 at least."""
         parameters = parameters_of(self._linears)
-        known = {id(p) for group in self.param_groups for p in group["params"]}
+        known = {id(p) for group in self.param_groups for p in group["params"] if p.numel()}
         if len(known & {id(p) for p in parameters}) < len(known):
             raise MetateleError(
                 "a parameter of the model was replaced after the optimizer was made: make base and TeleportOptimizer "

@@ -65,13 +65,25 @@ class _Wide(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+@contextmanager
+def wide() -> Iterator[None]:
+    """What a pass makes of its own is in float64 too: casts, and tensors of the default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Wide():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def outputs_of(
     model: nn.Module, tensors: Mapping[str, Tensor], inputs: tuple[Any, ...], named: Mapping[str, Any]
 ) -> Tensor:
     """All outputs of a pass, flat; buffers are those of the model, and stay."""
     buffers = {name: tensors.get(name, b).clone() for name, b in model.named_buffers()}
-    wide = _Wide() if any(t.dtype == torch.float64 for t in tensors.values()) else nullcontext()
-    with torch.random.fork_rng(devices=[]), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), wide:
+    double = wide() if any(t.dtype == torch.float64 for t in tensors.values()) else nullcontext()
+    with torch.random.fork_rng(devices=[]), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), double:
         torch.manual_seed(0)
         out = torch.func.functional_call(model, {**tensors, **buffers}, inputs, dict(named))
     found = [t.reshape(-1).double() for t in tensors_in(out) if t.is_floating_point()]

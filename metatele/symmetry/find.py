@@ -18,7 +18,7 @@ from metatele.network.experts import experts_of
 from metatele.network.spaces import Space
 from metatele.network.trace import Record, traced
 from metatele.network.unwrap import unwrapped
-from metatele.symmetry.double import doubled, outputs_of, steady, twin_of
+from metatele.symmetry.double import doubled, outputs_of, steady, twin_of, wide
 from metatele.symmetry.verify import Check, VerifiedPoint, elsewhere, verified
 
 _UNUSED = "the pass does not use it"
@@ -204,7 +204,8 @@ def find_symmetries(model: nn.Module, inputs: Any, **named: Any) -> Symmetries:
         tensors, original = dict(twin.named_parameters()), dict(bare.named_parameters())
         try:
             before = outputs_of(twin, tensors, inputs, named)
-            record = traced(twin, inputs, named)
+            with wide():
+                record = traced(twin, inputs, named)
         except UnsupportedModelError:
             raise
         except Exception as reason:

@@ -133,9 +133,9 @@ class TeleportReport:
     Example:
         >>> report = TeleportReport("grad-norm", 2.3, 2.3, 0.5, 2.0, 1e-6, True, False, 10, 0.01)
         >>> print(report)
-        grad-norm 0.5 -> 2 (x 4) in 10 steps, drift 1.0e-06, loss 2.3 -> 2.3
+        squared grad-norm 0.5 -> 2 (x 4) in 10 steps, drift 1.0e-06, loss 2.3 -> 2.3
         >>> print(TeleportReport("grad-norm", None, None, 0.5, 0.5, 0.0, False, True, 0, 0.01, "it drifted too far"))
-        nothing moved: it drifted too far (grad-norm 0.5)
+        nothing moved: it drifted too far (squared grad-norm 0.5)
     """
 
     objective: str
@@ -171,13 +171,12 @@ class TeleportReport:
 
     def __str__(self) -> str:
         before, after = self.objective_before, self.objective_after
+        objective = "squared grad-norm" if self.objective == "grad-norm" else self.objective
         if not self.moved:
-            known = f" ({self.objective} {before:.3g})" if math.isfinite(before) else ""
+            known = f" ({objective} {before:.3g})" if math.isfinite(before) else ""
             return f"nothing moved: {self.reason}{known}"
         factor = f" (x {after / before:.3g})" if before > 0 else ""
         taken_back = ", a step was taken back" if self.rolled_back else ""
         loss = "" if self.loss_before is None else f", loss {self.loss_before:.4g} -> {self.loss_after:.4g}"
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
-        return (
-            f"{self.objective} {before:.3g} -> {after:.3g}{factor} in {steps}, drift {self.drift:.1e}{loss}{taken_back}"
-        )
+        return f"{objective} {before:.3g} -> {after:.3g}{factor} in {steps}, drift {self.drift:.1e}{loss}{taken_back}"
