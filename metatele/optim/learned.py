@@ -61,14 +61,14 @@ register_stepper("general", GeneralStepper)
 class LearnedOptimizer(torch.optim.Optimizer):
     r"""Trains any module without a learning rate to choose; an ordinary torch optimizer otherwise.
 
-    The default checkpoint, ``general``, steps each weight matrix W along momentum that is whitened by the second moments
-    of the layer's inputs and drawn towards equal singular values, D:
+    The default checkpoint, ``general``, steps each weight matrix W along D. That is momentum, whitened by the second
+    moments of the layer's inputs and drawn towards equal singular values:
 
     .. math::
         W ← W - lr\, η\, s\, ρ^p (‖W‖\, D/‖D‖ + w\, W)
 
-    η follows the slope along the last step, ρ is the share of the momentum that is no noise, and a controller sets s, p,
-    w and the direction. Vectors are stepped as Adam does. What a step needs of the layers' inputs is taken by hooks, in
+    η follows the slope along the last step, ρ is the share of the momentum that is no noise, and a controller sets s,
+    p, w and the direction. Vectors are stepped as Adam does. What a step needs of the layers' inputs is taken by hooks, in
     the passes whose gradients were taken since the last ``zero_grad`` or ``step``; nothing is asked of the training
     loop. Compiled models and wrappers (``DistributedDataParallel``, Fabric) are looked through, and all ranks make the
     same step.
