@@ -115,7 +115,8 @@ def test_an_action_has_a_name_of_its_own(monkeypatch):
             model = perceptron()
             metatele.teleport_(model, x, y, functional.cross_entropy, action=name)
             found.append([p.detach() for p in model.parameters()])
-        assert all(map(torch.equal, *found))
+        for one, other in zip(*found, strict=True):  # the known one takes a shorter way
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     finally:
         del ACTIONS["same"]
 

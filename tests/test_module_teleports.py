@@ -220,7 +220,7 @@ def test_bad_input_is_one_clear_error_and_moves_nothing():
     for settings, words in (
         ({"objective": "flatness"}, "objective must be one of"),
         ({"action": "rescaling"}, "action is a setting of teleports of perceptrons"),
-        ({"move": metatele.Whitening()}, "Balance, Rescaling or Random, got Whitening"),
+        ({"move": metatele.Whitening()}, "Balance, Rescaling, Random or a ModuleMove, got Whitening"),
     ):
         with pytest.raises(ConfigError, match=words):
             metatele.teleport_(model, x, y, loss, **settings)
@@ -234,7 +234,7 @@ def test_bad_input_is_one_clear_error_and_moves_nothing():
     for settings, words in (
         ({"state": "forget"}, "keep, reset, transport"),
         ({"metric": "adaptive"}, "metric is euclidean"),
-        ({"teleport": metatele.Whitening()}, "Balance, Rescaling or Random, got Whitening"),
+        ({"teleport": metatele.Whitening()}, "Balance, Rescaling, Random or a ModuleMove, got Whitening"),
     ):
         with pytest.raises(ConfigError, match=words):
             metatele.TeleportOptimizer(base, model, at=[0], **settings)

@@ -68,8 +68,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         W ← W - lr\, η\, s\, ρ^p (‖W‖\, D/‖D‖ + w\, W)
 
     η follows the slope along the last step, ρ is the share of the momentum that is no noise, and a controller sets s,
-    p, w and the direction. Vectors are stepped as Adam does. What a step needs of the layers' inputs is taken by hooks, in
-    the passes whose gradients were taken since the last ``zero_grad`` or ``step``; nothing is asked of the training
+    p, w and the direction. Vectors are stepped as Adam does. What a step needs of the layers' inputs is taken by hooks,
+    in the passes whose gradients were taken since the last ``zero_grad`` or ``step``; nothing is asked of the training
     loop. Compiled models and wrappers (``DistributedDataParallel``, Fabric) are looked through, and all ranks make the
     same step.
 
