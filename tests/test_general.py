@@ -542,6 +542,104 @@ def test_a_compiled_pass_that_cannot_be_made_again_is_stepped_by_gradients():
     torch.compiler.reset()
 
 
+class Counting(nn.Module):
+    """Sets a number and a buffer anew in each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer, self.calls = nn.Linear(6, 8), nn.Linear(8, 4), 0
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        hidden = self.inner(x).relu()
+        self.mean = 0.9 * self.mean + 0.1 * hidden.detach().mean(0)
+        self.calls += 1
+        return self.outer(hidden - self.mean)
+
+
+def test_a_pass_made_again_leaves_what_a_forward_sets():
+    model = Counting()
+    optimizer, called = optimizer_of(model), torch.compile(model, backend="aot_eager")
+    for number in range(4):
+        optimizer.zero_grad()
+        loss_of("skips", called, number).backward()
+        mean, values = model.mean, model.mean.clone()
+        optimizer.step()
+        assert model.calls == number + 1
+        assert model.mean is mean
+        assert torch.equal(mean, values)
+    torch.compiler.reset()
+
+
+def test_layers_that_are_not_compiled_are_seen_beside_compiled_ones_with_dropout():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.dropout = nn.Linear(6, 6), nn.Dropout(0.2)
+
+        def forward(self, x):
+            return self.dropout(self.layer(x))
+
+    model = nn.Sequential(nn.Linear(6, 6), Dropping(), nn.Linear(6, 4))
+    model[1].compile(backend="aot_eager")
+    optimizer = optimizer_of(model)
+    for number in range(3):
+        optimizer.zero_grad()
+        loss_of("skips", model, number).backward()
+        optimizer.step()
+    hows = [row.how for row in optimizer.describe().rows]
+    assert hows == ["linear: inputs seen", "by moments of its gradient", "linear: inputs seen"]
+    torch.compiler.reset()
+
+
+def test_all_of_many_compiled_passes_of_a_step_are_made_again():
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+        optimizer = optimizer_of(model)
+        called = torch.compile(model, backend="aot_eager") if compiled else model
+        for step in range(12):
+            optimizer.zero_grad()
+            for number in range(11):
+                (loss_of("skips", called, 11 * step + number) / 11).backward()
+            optimizer.step()
+        found.append(flat(model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    torch.compiler.reset()
+
+
+def drops(model, x):
+    return nn.functional.dropout(model[0](x), 0.5)
+
+
+def overwrites(model, x):
+    return model[0](x)
+
+
+@pytest.mark.parametrize("how", [drops, overwrites])
+def test_a_pass_that_comes_out_otherwise_when_made_again_is_not_counted(how):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(6, 4)])
+
+        def forward(self, x):
+            return how(self.layers, x)
+
+    model = Net()
+    optimizer, called = optimizer_of(model), torch.compile(model, backend="aot_eager")
+    for number in range(3):
+        optimizer.zero_grad()
+        x, labels = batch("skips", number)
+        functional.cross_entropy(called(x), labels).backward()
+        if how is overwrites:
+            x.normal_()
+        optimizer.step()
+    assert optimizer.describe().rows[0].how == "by moments of its gradient"
+    torch.compiler.reset()
+
+
 # --- one batch
 
 

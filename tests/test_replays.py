@@ -165,12 +165,14 @@ def test_networks_above_the_largest_need_three_times_their_memory_free(monkeypat
         asked.append(device)
         return left.pop(0), 1 << 40
 
-    def graph(device, body, pool=None):
+    def graph(device, stream, body, pool=None):
+        assert stream == ("stream of", device)  # torch's own may be of another device
         made.append(pool)
         return recorded(body)
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", free)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("stream of", device))
     monkeypatch.setattr(module, "cuda_graph", graph)
     assert replays_for(torch.zeros(1), 5) is None
     for size, captures in ((LARGEST, 1), (2 * LARGEST, 1), (2 * LARGEST, 0)):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from metatele.network import ranks
-from metatele.network.again import COMPILED, Again, ends_in, numbered
+from metatele.network.again import COMPILED, Again, ends_in, first_of, is_random, numbered
 from metatele.network.graph import Use, tensors_in, walk
 from metatele.network.heads import Head, agreed, heads_of
 from metatele.network.held import Plain
@@ -216,17 +216,20 @@ class Watch:
         if level == 1:
             self._inner = [*self._inner[1 - _LIVE :], passed]
         if wanted.walks:
-            if not (inside or self.held.split) and self._is_compiled(outputs):
+            # Dropout would draw other masks; what is not compiled is then seen all the same.
+            if not (inside or self.held.split or is_random(self.root)) and self._is_compiled(outputs):
                 passed.again = Again.of((inside_of(self.root) if level else None) or self.root, given, outputs)
             else:
                 self._walk(passed, outputs)
             self._live.append(passed)
             if len(self._live) > _LIVE:
-                self._live.pop(0).release()
+                old = self._live.pop(0)
+                if old.again is None or old.within is not self._counted:  # what counts is still to be made again
+                    old.release()
 
     def _mark(self, passed: _Pass, outputs: list[Tensor]) -> None:
         """Know when a gradient comes back to the outputs, and the one at the first of them."""
-        first = next((t for t in outputs if t.dim()), outputs[0])
+        first = first_of(outputs)
         if passed.wanted.ends:
             passed.outputs = first.detach().clone()  # a loss may scale it in place
         for node, n in numbered(outputs).items():
@@ -265,8 +268,9 @@ class Watch:
         """Make passes that count and whose graphs were compiled once more, call by call, to see what these hide."""
         for passed in [one for one in self.ended if one.again is not None]:
             reasons, self._into = self._reasons, []
-            if not passed.again.make(list(self._parameters), partial(self._walk, passed)):  # type: ignore[union-attr]
-                self._reasons, self._into = reasons, []
+            assert passed.again is not None
+            if not passed.again.make(list(self._parameters), passed.outputs, partial(self._walk, passed)):
+                self._reasons, self._into, self._partial = reasons, [], True
             came, self._into = self._into, None
             passed.release(let_go=False)
             self._take(came)

@@ -16,6 +16,7 @@ from metatele.learned.general.course import Course
 from metatele.learned.general.memory import laid_back, laid_out, read
 from metatele.learned.general.optimizer import GeneralOptimizer
 from metatele.learned.general.scene import Piece, Scene
+from metatele.network.again import is_random
 from metatele.network.held import held_by
 from metatele.network.parts import parts_of
 from metatele.network.reduced import Look
@@ -29,7 +30,7 @@ from metatele.optim.equivariant import NETWORK, perceptrons
 from metatele.optim.heads import NOTE, balanced_
 from metatele.optim.messages import MANY_LOST, NOT_FINITE, STANDS
 from metatele.optim.moving import Moves, Paths, real
-from metatele.optim.one_batch import PREFIX, OneBatch, is_random, under
+from metatele.optim.one_batch import PREFIX, OneBatch, under
 from metatele.optim.scenes import ends_of, scene_of
 from metatele.optim.steppers import Memory, Situation, Stepper
 from metatele.perceptron.losses import kind
@@ -110,8 +111,7 @@ class GeneralStepper(Stepper):
 
     def ready(self) -> None:
         """See the base class."""
-        if not is_random(self.model):  # Dropout would draw other masks
-            self.capture.complete()
+        self.capture.complete()
 
     @property
     def like(self) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metatele.learned import EquivariantOptimizer, EquivariantStates, Observation
 from metatele.learned.general.memory import places
@@ -202,8 +202,3 @@ def under(memory: Memory) -> dict[Any, dict[str, Any]]:
         p: {name.removeprefix(PREFIX): value for name, value in entry.items() if name.startswith(PREFIX)}
         for p, entry in memory.items()
     }
-
-
-def is_random(model: nn.Module) -> bool:
-    """Whether two passes of one batch differ."""
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in model.modules())

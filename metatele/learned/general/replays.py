@@ -106,11 +106,13 @@ class Replays:
         self._known, self._seen = {}, {}
 
 
-def cuda_graph(device: torch.device, body: Body, pool: Any = None) -> tuple[Callable[[], None], Tensor]:
+def cuda_graph(device: torch.device, stream: Any, body: Body, pool: Any = None) -> tuple[Callable[[], None], Tensor]:
     """A body as a CUDA graph.
 
     Args:
         device: Where it runs.
+        stream: Of that device, to capture on. Torch's own is of the device of the first graph of all: on any other one
+            nothing would be captured, and replays would do nothing. Graphs that share their memory share it too.
         body: Asks for no value on the host.
         pool: Memory that it shares with other graphs; what one of them returns is read before the next is replayed.
     """
@@ -121,7 +123,7 @@ def cuda_graph(device: torch.device, body: Body, pool: Any = None) -> tuple[Call
     try:
         with (
             torch.cuda.device(device),
-            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
             output = body()
     except BaseException:
@@ -147,9 +149,10 @@ def replays_for(like: Tensor, size: int) -> Replays | None:
     """
     if not like.is_cuda or torch.version.hip is not None:
         return None
+    capture = partial(cuda_graph, like.device, torch.cuda.Stream(like.device))
     if size <= LARGEST:
-        return Replays(partial(cuda_graph, like.device))
-    capture = partial(cuda_graph, like.device, pool=torch.cuda.graph_pool_handle())
+        return Replays(capture)
+    capture = partial(capture, pool=torch.cuda.graph_pool_handle())
     return Replays(capture, partial(has_room, like.device, _ROOM * size * like.element_size()))
 
 
