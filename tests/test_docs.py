@@ -1,5 +1,6 @@
 """Every command and Python block of the README and of each page runs as for a new user, and leaves no trace."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -136,3 +137,27 @@ def test_every_page_is_in_the_table_of_contents():
 def test_readme_is_short():
     assert len(text("README.md").splitlines()) <= 150
     assert len(text("README.md").split()) <= 1200
+
+
+def test_no_sentence_of_the_readme_has_more_than_thirty_words():
+    prose = re.sub(r"```.*?```", "", text("README.md"), flags=re.DOTALL)
+    prose = re.sub(r"^\|.*$", "", prose, flags=re.MULTILINE)
+    prose = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", prose)
+    for paragraph in re.split(r"\n\s*\n|\n- ", prose):
+        for sentence in re.split(r"(?<=[.!?:])\s+", paragraph):
+            assert len(sentence.split()) <= 30, sentence
+
+
+def test_every_public_name_has_its_place_in_the_reference(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from_code = importlib.import_module("from_code")
+    from_code.write(tmp_path)
+    for file in (ROOT / "metatele").rglob("__init__.py"):
+        room = ".".join(file.parent.relative_to(ROOT).parts)
+        if room not in from_code.ROOMS:
+            told = room.startswith("metatele.experiments") or not hasattr(importlib.import_module(room), "__all__")
+            assert told, f"{room} has public names and no page"
+            continue
+        page = (tmp_path / f"{room}.md").read_text(encoding="utf-8")
+        for name in from_code.public(room):
+            assert re.search(rf"(:: |\.|`metatele\.){re.escape(name)}\b", page), f"{room}.{name}"
