@@ -24,7 +24,7 @@ _ALIKE = 0.05  # relative change of the outputs up to which it is the same pass:
 
 
 def is_random(model: nn.Module) -> bool:
-    """Whether two passes of one batch differ."""
+    """Whether two passes of one batch differ, as Dropout draws other masks: none is then made again."""
     return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in model.modules())
 
 

@@ -67,8 +67,10 @@ class _Pass:
     let_go: bool = False
     replaced: bool = False
 
-    def release(self, let_go: bool = True) -> None:
-        """Let go of the graph, whose nodes hold on to their hooks and these to the nodes."""
+    def release(self, let_go: bool = True, kept: object = ()) -> None:
+        """Let go of the graph, whose nodes hold on to hooks; not if it is among ``kept``, to be made again."""
+        if self.again is not None and self.within is kept:
+            return
         for live in self.uses:
             live.use = None
         self.uses, self.again, self.let_go = [], None, let_go
@@ -216,16 +218,13 @@ class Watch:
         if level == 1:
             self._inner = [*self._inner[1 - _LIVE :], passed]
         if wanted.walks:
-            # Dropout would draw other masks; what is not compiled is then seen all the same.
             if not (inside or self.held.split or is_random(self.root)) and self._is_compiled(outputs):
                 passed.again = Again.of((inside_of(self.root) if level else None) or self.root, given, outputs)
             else:
                 self._walk(passed, outputs)
             self._live.append(passed)
             if len(self._live) > _LIVE:
-                old = self._live.pop(0)
-                if old.again is None or old.within is not self._counted:  # what counts is still to be made again
-                    old.release()
+                self._live.pop(0).release(kept=self._counted)
 
     def _mark(self, passed: _Pass, outputs: list[Tensor]) -> None:
         """Know when a gradient comes back to the outputs, and the one at the first of them."""
@@ -268,8 +267,8 @@ class Watch:
         """Make passes that count and whose graphs were compiled once more, call by call, to see what these hide."""
         for passed in [one for one in self.ended if one.again is not None]:
             reasons, self._into = self._reasons, []
-            assert passed.again is not None
-            if not passed.again.make(list(self._parameters), passed.outputs, partial(self._walk, passed)):
+            make: Any = passed.again.make  # type: ignore[union-attr]
+            if not make(list(self._parameters), passed.outputs, partial(self._walk, passed)):
                 self._reasons, self._into, self._partial = reasons, [], True
             came, self._into = self._into, None
             passed.release(let_go=False)
@@ -376,10 +375,8 @@ class Watch:
     def _scale(self, totals: dict[int, Total]) -> float:
         """Factor from gradients as recorded to those of ``p.grad``, which may have been unscaled and clipped."""
         one = next((n for n, total in sorted(totals.items()) if total.whole is not None), None)
-        if one is None:
-            return 1.0
-        part, recorded = self.parts[one], totals[one].whole
-        if part.weight.grad is None or recorded is None:
+        part, recorded = (None, None) if one is None else (self.parts[one], totals[one].whole)
+        if part is None or part.weight.grad is None or recorded is None:
             return 1.0
         grad = part.matrix(part.weight.grad, None if part.bias is None else part.bias.grad)
         grad, recorded = grad.to(recorded.dtype), recorded[..., : grad.shape[-1]] / ranks.size(self.group)
@@ -445,8 +442,7 @@ class Watch:
 
     def samples(self) -> Tensor | None:
         """A number for each sample of all passes on this rank, ``[n]`` in float64; ``None`` if not asked for."""
-        found = [one.hashes for one in self.ended if one.hashes is not None]
-        return torch.cat(found) if found else None
+        return torch.cat(found) if (found := [h for one in self.ended if (h := one.hashes) is not None]) else None
 
 
 def _remove(handles: dict[int, Any]) -> None:
