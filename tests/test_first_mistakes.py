@@ -15,7 +15,7 @@ def network():
 
 
 def test_parameters_and_rates_of_other_optimizers_are_refused_in_a_sentence():
-    with pytest.raises(TypeError, match="takes the model, an nn"):
+    with pytest.raises(TypeError, match="give the model itself, not its parameters"):
         metatele.LearnedOptimizer(network().parameters())
     with pytest.raises(TypeError, match="no learning rate to give"):
         metatele.LearnedOptimizer(network(), 1e-3)

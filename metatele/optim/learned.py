@@ -130,11 +130,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
         total_steps: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"LearnedOptimizer takes the model, an nn.Module, not its parameters; got {type(model).__name__}"
-            )
+            got = type(model).__name__
+            raise TypeError(f"model must be an nn.Module, got {got}: give the model itself, not its parameters")
         if isinstance(checkpoint, int | float):
-            raise TypeError(f"the second argument is a checkpoint, got {checkpoint}: there is no learning rate to give")
+            got = type(checkpoint).__name__
+            raise TypeError(
+                f"checkpoint must be a name, a path, a Checkpoint or a meta-optimizer, got {got}: there is no learning "
+                "rate to give"
+            )
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must be a number or a 0-d tensor, got shape {tuple(lr.shape)}")
         if not 0 <= float(lr) < math.inf:
