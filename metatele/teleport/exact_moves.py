@@ -23,7 +23,7 @@ from metatele.symmetry.exact import Element, act_, element_of
 from metatele.symmetry.find import Symmetries
 from metatele.teleport.balance import _SWEEPS, _TOLERANCE, MoveReport, _move, move_statistics_
 from metatele.teleport.closed_form import Random, Rescaling
-from metatele.teleport.module_move import ModuleMove
+from metatele.teleport.module_move import ModuleMove, some_groups
 from metatele.teleport.move import Course as Legs
 from metatele.teleport.move import TeleportMove
 from metatele.teleport.report import Reason, TeleportReport
@@ -61,9 +61,7 @@ class Balance(TeleportMove):
     def __post_init__(self) -> None:
         """Check settings."""
         super().__post_init__()
-        if isinstance(self.groups, str) or not set(self.groups) <= set(GROUPS) or not self.groups:
-            raise ConfigError(f"groups must be some of {', '.join(GROUPS)}, got {self.groups!r}")
-        object.__setattr__(self, "groups", tuple(self.groups))
+        object.__setattr__(self, "groups", some_groups(self.groups))
         refuse_settings(self)
 
     def legs(self, start: Point, movable: Sequence[bool]) -> Legs:

@@ -15,6 +15,21 @@ from metatele.symmetry.exact import Element
 from metatele.teleport.move import Course, TeleportMove
 
 
+def some_groups(groups: Sequence[str]) -> tuple[str, ...]:
+    """Names of groups, if they are some of those there are.
+
+    Raises:
+        ConfigError: They are not.
+
+    Example:
+        >>> some_groups(["scale", "perm"])
+        ('scale', 'perm')
+    """
+    if isinstance(groups, str) or not set(groups) <= set(GROUPS) or not groups:
+        raise ConfigError(f"groups must be some of {', '.join(GROUPS)}, got {groups!r}")
+    return tuple(groups)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModuleMove(TeleportMove):
     """A move of one's own along the exact symmetries of any module, for ``teleport_`` and ``TeleportOptimizer``.
@@ -48,9 +63,7 @@ class ModuleMove(TeleportMove):
     def __post_init__(self) -> None:
         """Check settings."""
         super().__post_init__()
-        if isinstance(self.groups, str) or not set(self.groups) <= set(GROUPS) or not self.groups:
-            raise ConfigError(f"groups must be some of {', '.join(GROUPS)}, got {self.groups!r}")
-        object.__setattr__(self, "groups", tuple(self.groups))
+        object.__setattr__(self, "groups", some_groups(self.groups))
 
     @abstractmethod
     def elements(self, spaces: Sequence[Space], tensors: Mapping[str, Tensor]) -> Iterator[tuple[Space, Element]]:
