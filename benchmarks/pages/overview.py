@@ -85,16 +85,24 @@ BENCHMARKS: dict[str, tuple[str, str, str]] = {
         "[does it help](../does-it-help.md#on-a-cnn-and-a-gpt)",
         "",
     ),
-    "teleport_field": ("what the default move does in ordinary runs", "[teleporting](../teleporting.md)", ""),
+    "teleport_field": (
+        "what the default move does in ordinary runs",
+        "[teleporting](../teleporting.md#around-your-optimizer)",
+        "",
+    ),
     "teleport": ("cost of a teleport", "[claim](figure-13.md)", ""),
     "repair": ("training from badly scaled points", "[symmetries](../symmetries.md#repairing-a-bad-start)", ""),
-    "rebasin": ("the loss between two trained networks", "[symmetries](../symmetries.md)", ""),
+    "rebasin": ("the loss between two trained networks", "[symmetries](../symmetries.md#merging-two-networks)", ""),
     "quantise": ("rounding weights", "[symmetries](../symmetries.md#rounding-weights)", ""),
-    "symmetries": ("which well-known networks have", "[symmetries](../symmetries.md)", ""),
+    "symmetries": ("symmetries of well-known networks", "[symmetries](../symmetries.md#well-known-architectures)", ""),
     "heads": ("bases of attention heads", "[teleporting](../teleporting.md#attention-heads)", ""),
     "table1_cnn": ("Table 1 on small CNNs", "[claim](table-1-sharpness.md)", ""),
     "geometry": ("time of φ and ψ", "[geometry](../geometry-and-theory.md)", ""),
-    "ablations": ("parts of the learned optimizer", "[learned optimizer](../learned-optimizer.md)", ""),
+    "ablations": (
+        "parts of the learned optimizer",
+        "[learned optimizer](../learned-optimizer.md#train-a-general-one)",
+        "",
+    ),
     "optimizer_step": ("time of a step, `transfer`", "[speed](../speed.md#one-step-of-an-optimizer)", ""),
     "optimizer_step-general": (
         "time of a step, the default",
@@ -104,7 +112,7 @@ BENCHMARKS: dict[str, tuple[str, str, str]] = {
     "meta_training": ("time of meta-training", "[speed](../speed.md#one-step-of-meta-training)", ""),
     "scaling": ("processes and memory", "[speed](../speed.md#memory-of-a-window)", ""),
     "time_to_quality": ("meta-training to a target", "[speed](../speed.md#time-to-quality)", ""),
-    "soak": ("kills, resumes and broken disks", "[meta-training](../meta-training.md)", ""),
+    "soak": ("kills, resumes and broken disks", "[meta-training](../meta-training.md#resume)", ""),
 }
 
 

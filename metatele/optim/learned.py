@@ -62,7 +62,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     r"""Trains any module without a learning rate to choose; an ordinary torch optimizer otherwise.
 
     The default checkpoint, ``general``, steps each weight matrix W along D. That is momentum, whitened by the second
-    moments of the layer's inputs and drawn towards equal singular values:
+    moments of the layer's inputs, with singular values made more alike:
 
     .. math::
         W ← W - lr\, η\, s\, ρ^p (‖W‖\, D/‖D‖ + w\, W)
@@ -86,7 +86,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         checkpoint: The name of a published checkpoint (``general``, the default, or ``transfer``, ``update-tele``,
             ``update``, ``lr-tele``), a checkpoint or run folder, what :func:`metatele.load` returns, or a
             meta-optimizer (used as it is, and moved to the model's device).
-        lr: Factor on the learned step, a number or a 0-d tensor; 1 is what was trained. A setting of each group, so
+        lr: Factor on the learned step, a number or a 0-d tensor; 1 is what it was made for. A setting of each group, so
             that schedulers work.
         params: The parameters to optimize, as for any torch optimizer; all of the model's by default.
         max_drift: Of the flat family: a teleport that changes the output on its batch by more, relative, is not made,
