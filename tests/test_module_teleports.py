@@ -405,3 +405,22 @@ def test_a_pass_from_which_nothing_is_found_does_not_end_training_and_the_next_o
     assert optimizer.report.reason == Reason.SEARCH.sentence
     trained(model, optimizer, 3)
     assert optimizer.report.moved
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_finds_and_moves_as_outside(made_inside):
+    torch.manual_seed(0)
+    model, x, y = Residual().eval(), torch.randn(6, 3, 5, 5), torch.randint(4, (6,))
+    outside, expected = copy.deepcopy(model), find_symmetries(model, x)
+    metatele.teleport_(outside, x, y, F.cross_entropy)
+    with torch.inference_mode():
+        inputs, targets = (x.clone(), y.clone()) if made_inside else (x, y)
+        found = find_symmetries(model, inputs)
+        assert not found.unknown
+        assert [(s.group, s.parameters) for s in found.spaces] == [(s.group, s.parameters) for s in expected.spaces]
+        report = metatele.teleport_(model, inputs, targets, F.cross_entropy)
+        assert report.moved
+        assert torch.is_inference_mode_enabled()
+        assert metatele.balance_(Residual(), inputs).rows  # its weights are of inference mode too
+    for p, q in zip(model.parameters(), outside.parameters(), strict=True):
+        assert torch.equal(p, q)

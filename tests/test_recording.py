@@ -222,3 +222,14 @@ def test_what_cannot_be_recorded_is_one_sentence():
 def test_recording_needs_no_matplotlib_until_a_figure_is_drawn():
     code = "import sys, metatele; metatele.LearnedOptimizer; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_figure_draws_no_line_back_to_where_a_loaded_state_began():
+    pytest.importorskip("matplotlib")
+    layers = {"0.weight": {"damping": 5.0, "exponent": 0.2, "spectral": 0.9, "moved": 0.01}}
+    steps = [0, 1, 2, 3, 1, 2]
+    figure = figure_of([{"step": n, "kind": "look", "length": 0.03, "loss": 1.0, "layers": layers} for n in steps])
+    for line in (line for axes in figure.axes for line in axes.get_lines()):
+        at = line.get_xdata()
+        assert [n for n in at if not math.isnan(n)] == steps
+        assert math.isnan(at[4])

@@ -18,6 +18,7 @@ from metatele.network import ranks
 from metatele.network.graph import tensors_in
 from metatele.network.spaces import Space
 from metatele.network.unwrap import unwrapped
+from metatele.symmetry.double import ordinary
 from metatele.symmetry.exact import Element
 from metatele.symmetry.find import find_symmetries, warn_of_unused
 from metatele.teleport import Ascent, Balance, ModuleMove, Random, Reason, Rescaling, TeleportMove, TeleportReport
@@ -144,6 +145,9 @@ def teleport_module_(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (outputs, targets), got {loss_fn!r}")
     bare = unwrapped(model)
+    if torch.is_inference_mode_enabled() and not any(p.is_inference() for p in bare.parameters()):
+        with torch.inference_mode(False), torch.no_grad():  # gradients are taken of ordinary tensors alone
+            return teleport_module_(model, ordinary(inputs), ordinary(targets), loss_fn, plan, spaces, path)
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     if isinstance(inputs, Tensor) and not inputs.numel():
         raise ShapeMismatchError(f"a teleport needs a batch of at least one sample, got {tuple(inputs.shape)}")

@@ -274,11 +274,11 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     panels = figure.subplots(2, 2).flat
     (length, damping, exponent, spectral) = panels
     lengths = [(row["step"], row["length"]) for row in rows if row["length"]]
-    length.plot(*zip(*lengths, strict=True), color=_STYLES[0][0], label="η, of the whole network")
+    length.plot(*_cut(*zip(*lengths, strict=True)), color=_STYLES[0][0], label="η, of the whole network")
     moved = [median(numbers["moved"] for numbers in row["layers"].values()) for row in looks]
     if any(moved):
         at = [row["step"] for row in looks]
-        length.plot(at, moved, color=_STYLES[1][0], linestyle="--", label="‖ΔW‖/‖W‖, median layer")
+        length.plot(*_cut(at, moved), color=_STYLES[1][0], linestyle="--", label="‖ΔW‖/‖W‖, median layer")
     length.set_yscale("log")
     length.legend(fontsize=9, frameon=False)
     drawn: dict[str, Any] = {}
@@ -299,16 +299,27 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
+def _cut(at: Sequence[float], *columns: Sequence[float]) -> list[list[float]]:
+    """Steps and what belongs to them, with a gap where a loaded state took the run back: no line leads there."""
+    cuts = [n for n in range(1, len(at)) if at[n] <= at[n - 1]]
+    series = [list(one) for one in (at, *columns)]
+    for one in series:
+        for n in reversed(cuts):
+            one.insert(n, math.nan)
+    return series
+
+
 def _draw(axes: Any, looks: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     """A line for each layer, one for layers that are alike, or median and range of many; what is drawn, by label."""
     layers = list(dict.fromkeys(layer for row in looks for layer in row["layers"]))
     at = [row["step"] for row in looks]
     values = [[numbers[name] for numbers in row["layers"].values()] for row in looks]
     low, high, middle = [min(one) for one in values], [max(one) for one in values], [median(one) for one in values]
-    colour = _STYLES[0][0]
-    if all(b - a <= _ALIKE * abs(b) for a, b in zip(low, high, strict=True)):
+    colour, still = _STYLES[0][0], max(middle) - min(middle) <= _ALIKE * abs(max(middle))
+    alike = all(b - a <= _ALIKE * abs(b) for a, b in zip(low, high, strict=True))
+    at, low, high, middle = _cut(at, low, high, middle)
+    if alike:
         axes.plot(at, middle, color=colour)
-        still = max(middle) - min(middle) <= _ALIKE * abs(max(middle))
         text = f"{middle[0]:.3g} in every layer, at every look" if still else "the same in every layer"
         axes.text(0.5, 0.6 if still else 0.05, text, transform=axes.transAxes, ha="center", fontsize=9)
         return {}
@@ -318,5 +329,5 @@ def _draw(axes: Any, looks: Sequence[Mapping[str, Any]], name: str) -> dict[str,
     drawn = {}
     for layer, (colour, style) in zip(layers, _STYLES, strict=False):
         points = [(row["step"], row["layers"][layer][name]) for row in looks if layer in row["layers"]]
-        drawn[layer] = axes.plot(*zip(*points, strict=True), color=colour, linestyle=style)[0]
+        drawn[layer] = axes.plot(*_cut(*zip(*points, strict=True)), color=colour, linestyle=style)[0]
     return drawn

@@ -49,7 +49,12 @@ def twin_of(model: nn.Module) -> nn.Module:
 
 def doubled(tree: Any) -> Any:
     """All floating-point tensors of a tree in double precision."""
-    return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
+    return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, ordinary(tree))
+
+
+def ordinary(tree: Any) -> Any:
+    """A tree whose tensors from inference mode are copies, which autograd and tracers take outside of it."""
+    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) and t.is_inference() else t, tree)
 
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)

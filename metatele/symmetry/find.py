@@ -18,7 +18,7 @@ from metatele.network.experts import experts_of
 from metatele.network.spaces import Space
 from metatele.network.trace import Record, traced
 from metatele.network.unwrap import unwrapped
-from metatele.symmetry.double import doubled, outputs_of, steady, twin_of, wide
+from metatele.symmetry.double import doubled, ordinary, outputs_of, steady, twin_of, wide
 from metatele.symmetry.verify import Check, VerifiedPoint, elsewhere, verified
 
 _UNUSED = "the pass does not use it"
@@ -190,6 +190,9 @@ def find_symmetries(model: nn.Module, inputs: Any, **named: Any) -> Symmetries:
         >>> [(space.group, space.k, space.parameters) for space in find_symmetries(model, torch.ones(5, 3)).spaces]
         [('GL', 4, ('0.weight', '0.bias', '1.weight')), ('shift', 4, ('0.bias', '1.bias'))]
     """
+    if torch.is_inference_mode_enabled():  # operations come in larger pieces there, of which no rule knows
+        with torch.inference_mode(False), torch.no_grad():
+            return find_symmetries(model, ordinary(inputs), **ordinary(named))
     bare = unwrapped(model)
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     refuse_parameters(bare)
