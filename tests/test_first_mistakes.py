@@ -65,3 +65,25 @@ def test_passes_that_make_tensors_of_their_own_are_searched():
     assert metatele.randomize_(model, words, seed=1).drift < 1e-5
     torch.testing.assert_close(model(words), before, rtol=1e-4, atol=1e-5)
     assert torch.get_default_dtype() == torch.float32
+
+
+class Packed(nn.Module):
+    """Reads sequences of their own lengths."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.cell = nn.Embedding(30, 6), nn.LSTM(6, 5, batch_first=True, bidirectional=True)
+        self.tell = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, words, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(self.names(words), lengths, batch_first=True, enforce_sorted=False)
+        return self.tell(self.cell(packed)[1][0].transpose(0, 1).flatten(1))
+
+
+def test_lengths_are_cut_with_the_samples_that_they_are_of():
+    torch.manual_seed(0)
+    model, words, lengths = Packed(), torch.randint(30, (20, 9)), torch.randint(1, 10, (20,))
+    before = model(words, lengths)
+    report = metatele.teleport_(model, (words, lengths), torch.randint(2, (20,)), nn.functional.cross_entropy)
+    assert report.moved
+    torch.testing.assert_close(model(words, lengths), before, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from metatele.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
 from metatele.geometry import Curvature, GradientNorm, ModuleObjective, Objective
@@ -93,7 +93,7 @@ def movable(
         NoSymmetryError: It has no continuous symmetry that could be found.
         MetateleError: Those of :func:`~metatele.find_symmetries`.
     """
-    found = find_symmetries(model, first_samples(inputs), **dict(first_samples(named)))
+    found = find_symmetries(model, first_samples(inputs), **dict(first_samples(named, inputs)))
     warn_of_unused(found)
     free = {id(p) for p in parameters}
     names = {name for name, p in unwrapped(model).named_parameters() if id(p) in free}
@@ -106,12 +106,22 @@ def movable(
     return [space for space in found.spaces if set(space.parameters) <= names]
 
 
-def first_samples(tree: Any) -> Any:
-    """The first few samples of all tensors of a batch; of an empty one samples that are made up."""
+def first_samples(tree: Any, beside: Any = ()) -> Any:
+    """The first few samples of all tensors of a batch; of an empty one samples that are made up.
+
+    A vector is cut where it has a number for each sample, as lengths of sequences have.
+
+    Args:
+        tree: The tensors.
+        beside: Others of the same batch.
+    """
+    whole = (t for t in tree_leaves((beside, tree)) if isinstance(t, Tensor) and t.dim() > 1)
+    samples = next((len(t) for t in whole), None)
 
     def few(t: Any) -> Any:
         if not isinstance(t, Tensor) or t.dim() < 2:
-            return t
+            each = isinstance(t, Tensor) and t.dim() == 1 and len(t) == samples and samples > 0
+            return t[:_EXAMPLES] if each else t
         if len(t):
             return t[:_EXAMPLES]
         made_up = torch.zeros(_EXAMPLES, *t.shape[1:], dtype=t.dtype)

@@ -108,7 +108,7 @@ class ModuleTeleports:
         if isinstance(plan, Mapping):
             report = ascend_(self.model, self.spaces, surrogate, group=group, path=path, **plan)
         else:
-            example = first_samples(inputs), first_samples(named)
+            example = first_samples(inputs), first_samples(named, inputs)
             report = exact_(self.model, self.spaces, plan, surrogate, *example, known=False, group=group, path=path)
         report = dataclasses.replace(report, loss_before=None, loss_after=None)
         return Outcome(report, int(report.moved), int(report.rolled_back), tuple(path))
