@@ -221,7 +221,8 @@ def test_what_cannot_be_recorded_is_one_sentence():
 
 def test_recording_needs_no_matplotlib_until_a_figure_is_drawn():
     code = "import sys, metatele; metatele.LearnedOptimizer; assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_figure_draws_no_line_back_to_where_a_loaded_state_began():

@@ -140,7 +140,7 @@ def _figure6() -> Outcome:
     settings = best[UPDATE]["loss"]["mean"][_LAST] / paper[UPDATE]["loss"]["mean"][_LAST]
     return Outcome(
         f"With our preset `best`, the learned teleport ends at {factor(main)} times the loss of the learned update "
-        f"alone after {_LAST} steps, and at {factor(late)} times after 299. Trained for less, "
+        f"alone after {_LAST} steps. After 299 it is at {factor(late)} times. Trained for less, "
         + said(f"with `quick`, it does not stand out: {factor(brief)}.", not brief.below(0)),
         f"loss × {factor(main)} against the update alone",
         checks,

@@ -20,11 +20,10 @@ from small import small_png
 from torch import nn
 
 import metatele
-from metatele.figures import subplots
+from metatele.figures import ink, line_style, subplots
 from metatele.files import write_atomically
 
 BATCH, EVERY = 100, 5
-STYLES = (("#0b3c5d", "-"), ("#d1495b", "--"), ("#2e8b57", "-."), ("#b87900", "-"), ("#6b6b6b", "--"))
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -123,9 +122,9 @@ def draw(rows: list[dict[str, Any]]) -> Any:
 
 def lines(axes: Any, drawn: list[tuple[str, list[int], list[float], tuple[float, float]]], title: str) -> None:
     """Lines, each with its name beside it."""
-    for (name, at, values, place), (colour, style) in zip(drawn, STYLES, strict=False):
-        axes.plot(at, values, color=colour, linestyle=style, linewidth=1.8)
-        axes.text(*place, name, color=colour, fontsize=10)
+    for number, (name, at, values, place) in enumerate(drawn):
+        line = axes.plot(at, values, **line_style(number))[0]
+        axes.text(*place, name, color=ink(line.get_color()), fontsize=10)
     axes.set_yscale("log")
     axes.minorticks_off()
     axes.set_title(title, fontsize=11)

@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 
-def small_png(figure: Any, dpi: int = 110, colours: int = 64) -> bytes:
+def small_png(figure: Any, dpi: int = 110, colours: int = 192) -> bytes:
     """Bytes of a PNG with a palette."""
     from PIL import Image
 

@@ -16,14 +16,14 @@ from small import small_png
 from torch import nn
 
 import metatele
-from metatele.figures import subplots
+from metatele.figures import COLOURS, GREY, ink, subplots
 from metatele.files import write_atomically
 
 RATE = 0.15
 RATES = tuple(n / 20 for n in range(1, 21))  # tried without teleport
 STEPS = 12
 START = (0.75, 0.45)
-BEFORE, AFTER, TUNED = "#0b3c5d", "#d1495b", "#6b6b6b"
+BEFORE, AFTER, TUNED, MINIMA = COLOURS[1], COLOURS[0], GREY, COLOURS[4]
 
 
 def network(start: tuple[float, float] = START) -> nn.Sequential:
@@ -105,8 +105,8 @@ def _levels(axes: Any, plain: list[tuple[float, float]], moved: list[tuple[float
     product = plain[0][0] * plain[0][1]
     line = torch.linspace(0.2, 3.1, 200)
     axes.plot(line, product / line, color="black", linewidth=1.8)
-    axes.plot(line, 1 / line, color="#2e8b57", linewidth=2.2)
-    axes.text(1.08, 0.98, "minima: u v = 1", color="#2e8b57", fontsize=10)
+    axes.plot(line, 1 / line, color=MINIMA, linewidth=2.2)
+    axes.text(1.08, 0.98, "minima: u v = 1", color=ink(MINIMA), fontsize=10)
     axes.text(1.0, 0.1, f"one level set, L = {level:.2f}", fontsize=10)
     along = torch.linspace(plain[0][0], moved[0][0], 60)
     axes.annotate(

@@ -13,6 +13,7 @@ import torch
 
 from metatele.errors import ConfigError
 from metatele.extras import require_modules
+from metatele.figures import COLOURS, MOST_LINES, line_style
 from metatele.learned.general.controller import Controls, Sight
 from metatele.learned.general.direction import norms
 from metatele.optim.general import GeneralStepper
@@ -22,17 +23,7 @@ Row = dict[str, Any]
 # What is kept of each layer at a look: its name in rows, and the field of the controls or the sight that it is.
 SET = {"damping": "damping", "exponent": "anneal", "stretch": "stretch", "decay": "decay", "spectral": "spectral"}
 SEEN = {"agreement": "agreement", "momentum": "momentum", "grown": "grown"}
-LINES = 6  # layers of a panel that have a line each; more are a median and a range
 _ALIKE = 1e-6  # relative difference of what is drawn as one
-# Apart from each other in grey too.
-_STYLES = (
-    ("#0b3c5d", "-"),
-    ("#d1495b", "--"),
-    ("#2e8b57", "-."),
-    ("#e39c12", ":"),
-    ("#7b5ea7", "-"),
-    ("#7f7f7f", "--"),
-)
 
 
 class Recording:
@@ -274,11 +265,11 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     panels = figure.subplots(2, 2).flat
     (length, damping, exponent, spectral) = panels
     lengths = [(row["step"], row["length"]) for row in rows if row["length"]]
-    length.plot(*_cut(*zip(*lengths, strict=True)), color=_STYLES[0][0], label="η, of the whole network")
+    length.plot(*_cut(*zip(*lengths, strict=True)), **line_style(0), label="η, of the whole network")
     moved = [median(numbers["moved"] for numbers in row["layers"].values()) for row in looks]
     if any(moved):
         at = [row["step"] for row in looks]
-        length.plot(*_cut(at, moved), color=_STYLES[1][0], linestyle="--", label="‖ΔW‖/‖W‖, median layer")
+        length.plot(*_cut(at, moved), **line_style(1), label="‖ΔW‖/‖W‖, median layer")
     length.set_yscale("log")
     length.legend(fontsize=9, frameon=False)
     drawn: dict[str, Any] = {}
@@ -295,7 +286,7 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     spectral.set_xlabel("step")
     if drawn:
         handles, labels = list(drawn.values()), list(drawn)
-        figure.legend(handles, labels, loc="outside lower center", ncols=LINES // 2, fontsize=9, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=MOST_LINES // 2, fontsize=9, frameon=False)
     return figure
 
 
@@ -315,7 +306,7 @@ def _draw(axes: Any, looks: Sequence[Mapping[str, Any]], name: str) -> dict[str,
     at = [row["step"] for row in looks]
     values = [[numbers[name] for numbers in row["layers"].values()] for row in looks]
     low, high, middle = [min(one) for one in values], [max(one) for one in values], [median(one) for one in values]
-    colour, still = _STYLES[0][0], max(middle) - min(middle) <= _ALIKE * abs(max(middle))
+    colour, still = COLOURS[0], max(middle) - min(middle) <= _ALIKE * abs(max(middle))
     alike = all(b - a <= _ALIKE * abs(b) for a, b in zip(low, high, strict=True))
     at, low, high, middle = _cut(at, low, high, middle)
     if alike:
@@ -323,11 +314,11 @@ def _draw(axes: Any, looks: Sequence[Mapping[str, Any]], name: str) -> dict[str,
         text = f"{middle[0]:.3g} in every layer, at every look" if still else "the same in every layer"
         axes.text(0.5, 0.6 if still else 0.05, text, transform=axes.transAxes, ha="center", fontsize=9)
         return {}
-    if len(layers) > LINES:
+    if len(layers) > MOST_LINES:
         band = axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
         return {f"range of {len(layers)} layers": band, "median layer": axes.plot(at, middle, color=colour)[0]}
     drawn = {}
-    for layer, (colour, style) in zip(layers, _STYLES, strict=False):
+    for place, layer in enumerate(layers):
         points = [(row["step"], row["layers"][layer][name]) for row in looks if layer in row["layers"]]
-        drawn[layer] = axes.plot(*_cut(*zip(*points, strict=True)), color=colour, linestyle=style)[0]
+        drawn[layer] = axes.plot(*_cut(*zip(*points, strict=True)), **line_style(place))[0]
     return drawn
